@@ -1,0 +1,171 @@
+"""Block (subspace) iteration in plain PyTorch, on any device: the specification of every other kernel.
+
+A block holds r orthonormal vectors of a weight's *shorter side* as rows, shape (r, p), p = min(m, n): it is the smaller
+one to keep, and the smaller one to orthonormalise. For a weight ``W`` of shape (m, n) with n <= m that is the domain,
+``A = W``; otherwise the codomain, ``A = W^T``, with left and right vectors exchanged. One step, for ``A`` of shape
+(q, p), q >= p, and a block ``V`` of shape (r, p), reads ``A`` once in a fused kernel:
+
+1. ``T = V A^T``, shape (r, q): the block's images, as rows.
+2. Rayleigh-Ritz: the eigenvectors ``Q`` of ``T T^T`` rotate the rows of ``T``, the largest image first.
+3. ``Z = T A``, shape (r, p); with ``t`` and ``z`` the first rows, ``u = t / |t|``, ``v = z / |z|`` and
+   ``sigma = |z| / |t| = |A^T u| = u^T A v``.
+4. The next block is an orthonormal basis of the rows of ``Z``, in their order.
+
+This differs from the textbook (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5) in two ways. The pair
+``(u, v)`` is taken half a step later, from ``Z`` and not from ``V``: it costs no further read of ``A``, and ``sigma``
+is exactly the Rayleigh quotient of the returned pair, hence never above the spectral norm but for rounding. Every
+Gram matrix is formed of rows that were divided by their largest magnitude: without that, fp32 overflows at weights of
+1e19.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PowerStep(NamedTuple):
+    """What one step returns for L weights of shapes (m_l, n_l) with blocks of r_l vectors.
+
+    Attributes:
+        sigma: Estimates (from below) of the L spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
+        left: L unit vectors ``u_l``, each of shape (m_l,); zeros where the weight is exactly zero.
+        right: L unit vectors ``v_l``, each of shape (n_l,); ``u_l^T W_l v_l = sigma_l``.
+        vectors: The next blocks, each of shape (r_l, min(m_l, n_l)) with orthonormal rows.
+    """
+
+    sigma: Tensor
+    left: list[Tensor]
+    right: list[Tensor]
+    vectors: list[Tensor]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of vectors and sums for weights of `dtype`: fp64 for fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate a block's images onto the Ritz vectors.
+
+    Args:
+        images: ``T``, shape (..., r, m); any magnitude.
+
+    Returns:
+        The rotation ``Q^T``, shape (..., r, r), whose rows are ordered from the largest Ritz value to the smallest,
+        and the largest magnitude in ``T``, shape (..., 1, 1), one where ``T`` is zero. Where ``T`` is not finite
+        the rotation is the identity.
+    """
+    scale = images.abs().amax(dim=(-2, -1), keepdim=True)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    scaled = images / scale
+    gram = scaled @ scaled.mT
+    # eigh raises on NaN, and a training run whose weights went bad must see NaN in the log, not a LAPACK error.
+    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    return torch.linalg.eigh(gram).eigenvectors.mT.flip(-2), scale
+
+
+def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:
+    """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; `fallback` where that is impossible.
+
+    Householder QR keeps the basis orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not
+    finite carry no direction: there the block stays as it was.
+    """
+    scale = rows.abs().amax(dim=(-2, -1), keepdim=True)
+    usable = (scale > 0) & scale.isfinite()
+    rows = torch.where(usable, rows / torch.where(usable, scale, torch.ones_like(scale)), fallback)
+    return torch.where(usable, torch.linalg.qr(rows.mT).Q.mT, fallback)
+
+
+def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the vectors in the last dimension divided by their norms, and the norms; a zero stays zero."""
+    norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+    return vector / torch.where(norm > 0, norm, torch.ones_like(norm)), norm
+
+
+def _rotated_images(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the images of K blocks on their Ritz vectors, scaled, with the rotation and the scale."""
+    images = vectors @ matrix.mT
+    rotation, scale = rayleigh_ritz(images)
+    return rotation @ (images / scale), rotation, scale
+
+
+def _power_step_of_one_shape(
+    matrix: Tensor, vectors: Tensor, n_iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Iterate K matrices of one shape (K, q, p) with blocks (K, r, p); see :func:`power_step`."""
+    images, rotation, scale = _rotated_images(matrix, vectors)
+    if n_iterations == 0:
+        left, norm = _unit(images[:, 0])
+        return (norm * scale[..., 0])[:, 0], left, (rotation[:, :1] @ vectors)[:, 0], vectors
+    for _ in range(n_iterations - 1):
+        vectors = orthonormalise(images @ matrix, fallback=vectors)
+        images, rotation, scale = _rotated_images(matrix, vectors)
+    rows = images @ matrix
+    # `images` is scaled, `rows` has the magnitude of the weight: scale it before squaring.
+    magnitude = rows[:, 0].abs().amax(dim=-1, keepdim=True)
+    magnitude_or_one = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
+    left, norm = _unit(images[:, 0])
+    right, row_norm = _unit(rows[:, 0] / magnitude_or_one)
+    sigma = row_norm / torch.where(norm > 0, norm, torch.ones_like(norm)) * magnitude
+    right = torch.where(magnitude > 0, right, vectors[:, 0])
+    return sigma[:, 0], left, right, orthonormalise(rows, fallback=vectors)
+
+
+@torch.no_grad()
+def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iterations: int = 1) -> PowerStep:
+    """Advance the blocks of all weights by `n_iterations` and return the leading singular triplets.
+
+    Weights of one shape and dtype are iterated in one batch.
+
+    Args:
+        weights: L matrices ``W_l``, each of shape (m_l, n_l), of any floating dtype and any strides.
+        vectors: L blocks, each of shape (r_l, min(m_l, n_l)) with orthonormal rows, ``r_l <= min(m_l, n_l)``, in
+            :func:`compute_dtype` of the weight's dtype, on the weight's device.
+        n_iterations: Reads of each weight. With 0 the blocks stay as they are and `sigma` holds the largest Ritz
+            values of the present blocks (half a read).
+
+    Returns:
+        A :class:`PowerStep`. ``sigma`` is an *estimate from below*; after k steps in all, its relative error is of
+        the order ``(sigma_{r+1} / sigma_1)^(4k)`` and the vectors' ``(sigma_{r+1} / sigma_1)^(2k)``.
+    """
+    by_shape: defaultdict[tuple[torch.Size, torch.Size, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    for index, (weight, block) in enumerate(zip(weights, vectors, strict=True)):
+        by_shape[weight.shape, block.shape, block.dtype, weight.device].append(index)
+    sigma: list[Tensor] = [torch.empty(0)] * len(weights)
+    left, right, blocks = list(sigma), list(sigma), list(sigma)
+    for (shape, *_), indices in by_shape.items():
+        batch = torch.stack([weights[i].to(vectors[i].dtype) for i in indices])
+        wide = shape[0] < shape[1]
+        result = _power_step_of_one_shape(
+            batch.mT if wide else batch, torch.stack([vectors[i] for i in indices]), n_iterations
+        )
+        long_side, short_side = (right, left) if wide else (left, right)
+        for position, index in enumerate(indices):
+            sigma[index], long_side[index], short_side[index], blocks[index] = (part[position] for part in result)
+    dtype = max((s.dtype for s in sigma), key=lambda d: d.itemsize)
+    device = sigma[0].device
+    return PowerStep(torch.stack([s.to(device, dtype) for s in sigma]), left, right, blocks)
+
+
+@torch.no_grad()
+def rank_one_update_(
+    grads: Sequence[Tensor], coefficients: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]
+) -> None:
+    """Add ``c_l u_l v_l^T`` to each gradient in place.
+
+    Args:
+        grads: L gradients, each of shape (m_l, n_l), of any floating dtype; the sum is formed in fp32 (fp64 for fp64)
+            and rounded once.
+        coefficients: ``c``, shape (L,); it may lie on another device than the gradients.
+        left: L vectors ``u_l``, each of shape (m_l,).
+        right: L vectors ``v_l``, each of shape (n_l,).
+    """
+    for index, grad in enumerate(grads):
+        scaled = left[index] * coefficients[index].to(left[index])
+        grad.add_(torch.outer(scaled, right[index]))

@@ -1,0 +1,243 @@
+"""LipschitzRegularizer: the penalty on any PyTorch model, without a framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lip import kernels
+from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators
+from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.spectral_norms import SpectralNorms
+
+
+class LipschitzRegularizer:
+    """A penalty on the layers' spectral norms together, added to a loss or straight to the gradients.
+
+    The default penalises the product of the spectral norms (N. Couellan, "The coupling effect of Lipschitz
+    regularization in deep neural networks", 2021). The norms are *estimates from below*, by block iteration with
+    vectors that persist from step to step. The product over the selected layers regularises; it is not a bound on the
+    network, whose activations, other layers and branches it does not know.
+
+    Args:
+        model: The model; it is not changed, and keeps no reference to the regulariser.
+        coefficient: lambda, the factor of the penalty; at least 0.
+        penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
+            ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``.
+        target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer, r; 1 is the classical power iteration.
+        n_iterations: Iterations a step.
+        seed: Seed of the private generator that the vectors start from.
+        example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model. With it a layer
+            counts as often as one forward pass calls it; without it, as often as the model holds its weight.
+
+    Raises:
+        ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
+        UnsupportedLayerError: If the operator of a selected layer is not known.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import LipschitzRegularizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> regularizer = LipschitzRegularizer(model, coefficient=1e-3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model(torch.ones(2, 4)).square().mean().backward()
+        >>> penalty = regularizer.add_grad_()
+        >>> optimizer.step()
+        >>> list(regularizer.spectral_norms())
+        ['0', '2']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefficient: float,
+        penalty: PenaltyName | Penalty = "product",
+        *,
+        target: float = 1.0,
+        layers: Selection | None = None,
+        exclude: Selection | None = None,
+        block_size: int = 8,
+        n_iterations: int = 1,
+        seed: int = 0,
+        example_input: Any = None,
+    ) -> None:
+        self.coefficient = check_coefficient(coefficient)
+        self._penalty = get_penalty(penalty, target)
+        self.operators: list[LinearOperator] = find_operators(model, layers, exclude)
+        if example_input is not None:
+            count_calls(model, self.operators, example_input)
+        self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed)
+        self._repeats = [op.multiplicity for op in self.operators]
+        self._step: kernels.PowerStep | None = None
+        self._step_version: tuple[int, ...] | None = None
+
+    def value(self) -> Tensor:
+        """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
+
+        The vectors advance only with grad enabled and a layer in training mode, and at most once for each state of
+        the weights: several micro-batches of an accumulated gradient share one iteration. The gradient takes the
+        singular vectors as constants, which is exact for the exact vectors.
+        """
+        version = self._version()
+        advance = torch.is_grad_enabled() and any(op.module.training for op in self.operators)
+        if advance and version != self._step_version:
+            self._step, self._step_version = self._norms.step(), version
+        step = self._step if version == self._step_version else None
+        if step is None:
+            step = self._norms.current()
+        sigma = torch.stack(
+            [op.norm(u, v).to(step.sigma) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
+        )
+        # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient.
+        log_sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma)).log()
+        log_sigma = torch.where(sigma > 0, log_sigma, torch.full_like(sigma, -math.inf))
+        return self.coefficient * self.penalty_of(log_sigma)
+
+    @torch.no_grad()
+    def add_grad_(
+        self,
+        scale: float | Tensor = 1.0,
+        *,
+        advance: bool = True,
+        parameters: Collection[Tensor] | None = None,
+    ) -> Tensor:
+        """Iterate, then add the gradient of scale * coefficient * penalty to the weights' ``.grad``, in place.
+
+        Call it after ``backward()`` and before the optimiser's step. No autograd graph over the weights is built and
+        nothing waits for the device. A missing ``.grad`` is created; frozen weights are left alone; a layer that is
+        exactly zero gets no gradient. Coefficients that are not finite count as zero.
+
+        Args:
+            scale: A further factor, a number or a tensor of shape () (a gradient scaler's scale, say).
+            advance: Whether to iterate; with False the present vectors serve.
+            parameters: Add to these parameters only (those of one optimiser, say); None means all.
+
+        Returns:
+            scale * coefficient * penalty, shape (), detached.
+        """
+        step = self._norms.step() if advance else self._norms.current()
+        if advance:
+            self._step, self._step_version = step, self._version()
+        with torch.enable_grad():
+            log_sigma = _double(step.sigma).log().requires_grad_()
+            value = self.penalty_of(log_sigma) * self.coefficient * scale
+            (slope,) = torch.autograd.grad(value, log_sigma)
+        coefficients = slope / _double(step.sigma)
+        coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
+        self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, parameters)
+        return value.detach().to(step.sigma.dtype)
+
+    def _add_norm_gradients_(
+        self, coefficients: Tensor, step: kernels.PowerStep, parameters: Collection[Tensor] | None
+    ) -> None:
+        """Add ``c_l u_l v_l^T`` to the gradient of each trainable layer."""
+        allowed = None if parameters is None else {id(p) for p in parameters}
+        grads, rows = [], []
+        for index, op in enumerate(self.operators):
+            trainable = [p for p in op.parameters if p.requires_grad and (allowed is None or id(p) in allowed)]
+            if not trainable:
+                continue
+            weight = op.direct_parameter
+            if weight is not None:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                grads.append(weight.grad)
+                rows.append(index)
+                continue
+            with torch.enable_grad():
+                norm = op.norm(step.left[index], step.right[index])
+                pulled = torch.autograd.grad(norm, trainable, allow_unused=True)
+            for parameter, gradient in zip(trainable, pulled, strict=True):
+                if gradient is None:
+                    continue
+                gradient = gradient * coefficients[index].to(gradient.device)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        if grads:
+            kernels.rank_one_update_(
+                grads, coefficients[rows], [step.left[i] for i in rows], [step.right[i] for i in rows]
+            )
+
+    def penalty_of(self, log_sigma: Tensor) -> Tensor:
+        """Return the penalty without its coefficient for given log spectral norms.
+
+        Args:
+            log_sigma: Shape (L,), one entry an operator.
+
+        Returns:
+            The penalty, shape ().
+
+        Raises:
+            ValueError: If a penalty of the user's own does not return shape ().
+        """
+        log_sigma = self._repeated(log_sigma)
+        value = self._penalty(log_sigma, log_sigma.sum())
+        if value.shape != ():
+            raise ValueError(f"Expected the penalty to return a tensor of shape (), got {tuple(value.shape)}.")
+        return value
+
+    def _repeated(self, log_sigma: Tensor) -> Tensor:
+        """Repeat the entry of a layer that counts k times k times, so that penalties need not know of it."""
+        if all(k == 1 for k in self._repeats):
+            return log_sigma
+        return log_sigma.repeat_interleave(torch.tensor(self._repeats, device=log_sigma.device))
+
+    def sigma(self) -> Tensor:
+        """Return the estimates (from below) of the L spectral norms of the present weights, shape (L,), detached.
+
+        They are the Ritz values of the present block; the vectors do not advance.
+        """
+        return self._norms.current().sigma
+
+    def spectral_norms(self) -> dict[str, Tensor]:
+        """Return :meth:`sigma` by layer name, each of shape (), in the model's order."""
+        return dict(zip((op.name for op in self.operators), self.sigma().unbind(), strict=True))
+
+    def log_bound(self) -> Tensor:
+        """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
+        return self._repeated(_double(self.sigma()).log()).sum()
+
+    def bound(self) -> Tensor:
+        """Return the product of the selected layers' spectral norms, shape (), fp64 where the device has it.
+
+        An *estimate from below* of that product. It bounds the network only if the network is the chain of the
+        selected layers and activations of Lipschitz constant 1. The vectors do not advance.
+        """
+        return self.log_bound().exp()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""
+        return {"vectors": self._norms.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning."""
+        self._norms.load_state_dict(state["vectors"])
+        self._step = self._step_version = None
+
+    def _version(self) -> tuple[int, ...]:
+        """Identify the state of the weights: changes with every in-place update, replacement and move."""
+        return tuple(x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
+
+
+def check_coefficient(coefficient: float) -> float:
+    """Return `coefficient` as a float.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
+        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
+    if not (math.isfinite(coefficient) and coefficient >= 0):
+        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
+    return float(coefficient)
+
+
+def _double(sigma: Tensor) -> Tensor:
+    """Return sigma in fp64, where the device has it: L scalars cost nothing, and S keeps its digits."""
+    return sigma if sigma.device.type == "mps" else sigma.double()
