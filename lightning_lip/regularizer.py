@@ -195,13 +195,32 @@ class LipschitzRegularizer:
         """
         return self._norms.current().sigma
 
+    def log_sigma(self) -> Tensor:
+        """Return the logarithms of :meth:`sigma`, shape (L,), fp64 where the device has it; -inf for a zero layer."""
+        return _double(self.sigma()).log()
+
+    def sigma_upper(self) -> Tensor:
+        """Return upper bounds of the L spectral norms, shape (L,), true in exact arithmetic; no certificate.
+
+        See :meth:`SpectralNorms.upper`; with blocks as wide as the layers they equal the spectral norms.
+        """
+        return self._norms.upper()
+
     def spectral_norms(self) -> dict[str, Tensor]:
         """Return :meth:`sigma` by layer name, each of shape (), in the model's order."""
         return dict(zip((op.name for op in self.operators), self.sigma().unbind(), strict=True))
 
     def log_bound(self) -> Tensor:
         """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
-        return self._repeated(_double(self.sigma()).log()).sum()
+        return self.log_bound_of(self.log_sigma())
+
+    def log_bound_of(self, log_sigma: Tensor) -> Tensor:
+        """Return S, shape (), for given log spectral norms, shape (L,)."""
+        return self._repeated(log_sigma).sum()
+
+    def iterate(self) -> None:
+        """Advance the singular vectors on the present weights, and nothing else."""
+        self._step, self._step_version = self._norms.step(), self._version()
 
     def bound(self) -> Tensor:
         """Return the product of the selected layers' spectral norms, shape (), fp64 where the device has it.

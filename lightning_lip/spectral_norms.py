@@ -103,6 +103,27 @@ class SpectralNorms:
             self._loaded = {}
         self._vectors = blocks
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def upper(self) -> Tensor:
+        """Return upper bounds of the spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
+
+        ``sigma_1^2 <= |W|_F^2 - sum_{i=2..r} theta_i^2`` for the Ritz values theta of any orthonormal block, which lie
+        below the singular values one by one (Cauchy interlacing); exact where r = min(m, n). This holds in exact
+        arithmetic: rounding is not accounted for, so it is no certificate.
+        """
+        step = self.current()
+        uppers = []
+        for weight, block, sigma in zip(self._weights(), self._vectors, step.sigma, strict=True):
+            matrix = weight.to(block.dtype)
+            scale = matrix.abs().amax().clamp(min=torch.finfo(block.dtype).tiny)
+            matrix = matrix / scale
+            images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+            rest = matrix.square().sum() - images.square().sum()
+            top = (sigma.to(scale) / scale).square()
+            uppers.append((torch.sqrt(top + rest.clamp(min=0.0)) * scale).to(step.sigma))
+        return torch.stack(uppers)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the blocks by layer name, shape (r, min(m, n)) each; empty before the first use."""
         vectors = {op.name: v.clone() for op, v in zip(self.operators, self._vectors, strict=False)}

@@ -1,0 +1,215 @@
+"""LipschitzMonitor: spectral norms, bound and penalty in every logger."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lip.callbacks._heat_map import heat_map
+from lightning_lip.callbacks._trainer import (
+    is_logging_step,
+    log_to_loggers,
+    logging_step,
+    refuse_strategy,
+    tensorboard_writers,
+)
+from lightning_lip.callbacks.penalty import LipschitzPenalty
+from lightning_lip.mixin import LipschitzMixin
+from lightning_lip.regularizer import LipschitzRegularizer
+
+MAX_HISTORY = 512
+"""Columns of the heat map: with more, every other one is dropped and the spacing doubles."""
+
+
+@dataclass
+class _Source:
+    """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
+
+    tag: str
+    regularizer: LipschitzRegularizer
+    penalty: Callable[[Tensor], Tensor] | None
+    steps: list[int] = field(default_factory=list)
+    norms: list[list[float]] = field(default_factory=list)
+    spacing: int = 1
+    seen: int = 0
+
+    def remember(self, step: int, norms: list[float]) -> None:
+        if self.seen % self.spacing == 0:
+            self.steps.append(step)
+            self.norms.append(norms)
+        self.seen += 1
+        if len(self.steps) > MAX_HISTORY:
+            self.steps, self.norms, self.spacing = self.steps[::2], self.norms[::2], 2 * self.spacing
+
+
+class LipschitzMonitor(Callback):
+    """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
+
+    On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
+    device, to every logger:
+
+    - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
+    - ``lipschitz/log_share/<layer>``: the layer's part ``k log sigma`` of the log of the product; they sum to it;
+    - ``lipschitz/product``: the product over the selected layers, an *estimate from below* (no bound on the network:
+      activations, other layers and branches are not in it);
+    - ``lipschitz/product_upper``: an upper bound of that product in exact arithmetic (no certificate: rounding is not
+      accounted for), from the Frobenius norms less what the blocks of singular vectors hold;
+    - ``lipschitz/penalty``: the penalty as a step adds it, coefficient and warm-up included; absent without a penalty.
+
+    ``lipschitz/product`` and ``lipschitz/penalty`` are also handed to Lightning, for ``EarlyStopping`` and
+    ``ModelCheckpoint(monitor="lipschitz/product")``. TensorBoard gets a custom-scalars layout (all layers in one chart,
+    the product between its estimate and its upper bound as a margin chart) and, where matplotlib is installed, a
+    layer-by-step heat map ``lipschitz/spectral_norms`` at the end of each epoch.
+
+    Each :class:`LipschitzPenalty` of the Trainer, or else the module's :class:`LipschitzMixin`, lends its layers and
+    singular vectors; if there is none, or `layers` or `exclude` is given, the monitor iterates vectors of its own, on
+    logging steps only.
+
+    Args:
+        layers: Names, glob patterns or submodules to watch; None takes the penalty's, or every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer, r, of the monitor's own iteration.
+        n_iterations: Iterations of its own a logging step.
+        seed: Seed of the private generator that its own vectors start from.
+
+    Raises:
+        ValueError: If `block_size` or `n_iterations` is below 1. At the start of training: if a selection matches
+            nothing.
+        UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
+    """
+
+    def __init__(
+        self,
+        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        block_size: int = 8,
+        n_iterations: int = 3,
+        seed: int = 0,
+    ) -> None:
+        for argument, value in (("block_size", block_size), ("n_iterations", n_iterations)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"Expected `{argument}` to be an integer of at least 1, got {value!r}.")
+        self._layers, self._exclude = layers, exclude
+        self._own_arguments: dict[str, Any] = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed}
+        self._own: LipschitzRegularizer | None = None
+        self._sources: list[_Source] = []
+        self._loaded: dict[str, Any] | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer, self)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sources, self._own = [], None
+        if self._layers is None and self._exclude is None:
+            self._sources = _lent_sources(trainer, pl_module)
+        if not self._sources:
+            self._own = LipschitzRegularizer(
+                pl_module, 0.0, layers=self._layers, exclude=self._exclude, **self._own_arguments
+            )
+            self._sources = [_Source("lipschitz", self._own, None)]
+        if self._loaded is not None:
+            self._restore(self._loaded)
+            self._loaded = None
+        for writer in tensorboard_writers(trainer):
+            writer.add_custom_scalars(_layout(self._sources))
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        logging = is_logging_step(trainer)
+        if not (logging or trainer.is_last_batch):
+            return
+        if self._own is not None:
+            self._own.iterate()
+        kept: dict[str, float] = {}
+        for source in self._sources:
+            metrics, norms = _measure(source)
+            if logging:
+                source.remember(logging_step(trainer), norms)
+                log_to_loggers(trainer, metrics)
+            kept |= {
+                name: metrics[name] for name in (f"{source.tag}/product", f"{source.tag}/penalty") if name in metrics
+            }
+        pl_module.log_dict(kept, logger=False)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for writer in tensorboard_writers(trainer):
+            for source in self._sources:
+                names = [op.name for op in source.regularizer.operators]
+                figure = heat_map(names, source.steps, source.norms)
+                if figure is not None:
+                    writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not self._sources:
+            return self._loaded or {}
+        histories = {s.tag: [s.steps, s.norms, s.spacing, s.seen] for s in self._sources}
+        return {"histories": histories, "own": None if self._own is None else self._own.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Kept until training starts: the layers are not selected yet.
+        self._loaded = dict(state_dict) or None
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self._own is not None and state["own"] is not None:
+            self._own.load_state_dict(state["own"])
+        for source in self._sources:
+            steps, norms, source.spacing, source.seen = state["histories"].get(source.tag, [[], [], 1, 0])
+            source.steps, source.norms = list(steps), list(norms)
+
+
+def _lent_sources(trainer: Any, pl_module: LightningModule) -> list[_Source]:
+    """Return the sources that the trainer's penalties lend, or else the module's mixin."""
+    penalties = [callback for callback in trainer.callbacks if isinstance(callback, LipschitzPenalty)]
+    if penalties:
+        return [_Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
+    if isinstance(pl_module, LipschitzMixin):
+        regularizer = pl_module.lipschitz_regularizer()
+        return [_Source("lipschitz", regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+    return []
+
+
+@torch.no_grad()
+def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:
+    """Return what a source logs, by name, and its spectral norms, with one copy from the device."""
+    regularizer = source.regularizer
+    log_sigma = regularizer.log_sigma()
+    log_upper = regularizer.sigma_upper().to(log_sigma).log()
+    scalars = [regularizer.log_bound_of(log).exp() for log in (log_sigma, log_upper)]
+    if source.penalty is not None:
+        scalars.append(source.penalty(log_sigma))
+    shares = log_sigma * torch.tensor([op.multiplicity for op in regularizer.operators], device=log_sigma.device)
+    values = torch.cat([log_sigma.exp(), shares, torch.stack(scalars)]).tolist()
+    names = [op.name for op in regularizer.operators]
+    tags = [f"{source.tag}/spectral_norm/{name}" for name in names]
+    tags += [f"{source.tag}/log_share/{name}" for name in names]
+    tags += [f"{source.tag}/{name}" for name in ("product", "product_upper", "penalty")[: len(scalars)]]
+    return dict(zip(tags, values, strict=True)), values[: len(names)]
+
+
+def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:
+    """Return TensorBoard's custom-scalars layout: one category a source."""
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for source in sources:
+        names = [op.name for op in source.regularizer.operators]
+        product = f"{source.tag}/product"
+        layout[source.tag] = {
+            "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],
+            "parts of log product": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
+            # A margin chart wants value, lower, upper; the estimate is from below, so it is both of the first.
+            "product, with its upper bound": ["Margin", [product, product, f"{source.tag}/product_upper"]],
+        }
+    return layout

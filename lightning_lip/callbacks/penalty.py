@@ -1,0 +1,281 @@
+"""LipschitzPenalty: the cross-layer penalty on an existing Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_lip.callbacks._trainer import class_names, has_callback, is_logging_step, log_to_loggers, refuse_strategy
+from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
+
+
+class LipschitzPenalty(Callback):
+    """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
+
+    The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
+    clipping: the weights move as if the penalty stood in the loss, which itself is not touched (nor is what
+    ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built.
+
+    The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` the callback logs
+    ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
+    selected layers' spectral norms) on logging steps, to every logger and for ``ModelCheckpoint(monitor=...)``.
+
+    Args:
+        coefficient: lambda, the factor of the penalty; at least 0.
+        penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
+            ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        block_size: Singular vectors a layer, r; 1 is the classical power iteration.
+        n_iterations: Iterations a step.
+        every_n_steps: Act on every n-th optimiser step only, with n times the coefficient.
+        warmup_steps: Raise the coefficient linearly over this many optimiser steps; 0 starts with all of it.
+        seed: Seed of the private generator that the singular vectors start from; the same on every rank.
+        example_input: An input of the model; with it, layers count as often as one forward pass calls them.
+        name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
+            the logged names, ``lipschitz/<name>/penalty``.
+
+    Raises:
+        ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
+            selected layer is trainable.
+        UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
+        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, or with an LBFGS that
+            searches along lines.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_lip import LipschitzPenalty
+        >>> trainer = Trainer(callbacks=[LipschitzPenalty(coefficient=1e-3)], logger=False)
+    """
+
+    def __init__(
+        self,
+        coefficient: float = 1e-3,
+        penalty: PenaltyName | Penalty = "product",
+        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        target: float = 1.0,
+        block_size: int = 8,
+        n_iterations: int = 1,
+        every_n_steps: int = 1,
+        warmup_steps: int = 0,
+        seed: int = 0,
+        example_input: Any = None,
+        name: str | None = None,
+    ) -> None:
+        self.coefficient = check_coefficient(coefficient)
+        get_penalty(penalty, target)
+        for argument, value, least in (
+            ("block_size", block_size, 1),
+            ("n_iterations", n_iterations, 1),
+            ("every_n_steps", every_n_steps, 1),
+            ("warmup_steps", warmup_steps, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+        self.every_n_steps = every_n_steps
+        self.warmup_steps = warmup_steps
+        self.name = name
+        self._arguments = {
+            "penalty": penalty,
+            "target": target,
+            "layers": layers,
+            "exclude": exclude,
+            "block_size": block_size,
+            "n_iterations": n_iterations,
+            "seed": seed,
+            "example_input": example_input,
+        }
+        self._regularizer: LipschitzRegularizer | None = None
+        self._model: nn.Module | None = None
+        self._selected = False
+        self._loaded: dict[str, Any] | None = None
+        self._n_steps = 0
+        self._batch = 0
+        self._stepped_batch: int | None = None
+        self._iterated_by: Optimizer | None = None
+        self._backward_ran = False
+        self._epoch_had_backward = False
+        self._epoch_had_penalty = False
+        self._in_optimizer: dict[int, tuple[int, list[Tensor]]] = {}
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"LipschitzPenalty[{self.name}]" if self.name else "LipschitzPenalty"
+
+    @property
+    def tag(self) -> str:
+        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
+        return f"lipschitz/{self.name}" if self.name else "lipschitz"
+
+    @property
+    def regularizer(self) -> LipschitzRegularizer:
+        """The regulariser of the model in training.
+
+        Raises:
+            RuntimeError: Before training started.
+        """
+        if self._regularizer is None:
+            raise RuntimeError("The layers are selected when training starts: there is no regulariser before that.")
+        return self._regularizer
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            refuse_strategy(trainer, self)
+            self._selected = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # on_fit_start.
+        for optimizer in trainer.optimizers:
+            if "LBFGS" in class_names(optimizer) and any(g["line_search_fn"] for g in optimizer.param_groups):
+                raise RuntimeError(
+                    "LipschitzPenalty cannot serve LBFGS with a line search, which compares losses that do not hold "
+                    "the penalty. Use LipschitzMixin and add self.lipschitz_penalty() to the loss, or "
+                    "line_search_fn=None."
+                )
+        self.select_layers(pl_module)
+
+    def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
+        """Return the regulariser for this training run; made once a run, at its start.
+
+        Raises:
+            ValueError: If no selected layer is trainable, or as :class:`LipschitzRegularizer` does.
+        """
+        if self._selected and self._regularizer is not None:
+            return self._regularizer
+        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self._arguments)
+        if not any(op.trainable for op in regularizer.operators):
+            raise ValueError(
+                f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
+                "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
+            )
+        if self._loaded is not None:
+            regularizer.load_state_dict(self._loaded)
+        elif self._regularizer is not None and self._model is pl_module:
+            regularizer.load_state_dict(self._regularizer.state_dict())
+        self._regularizer, self._loaded, self._model = regularizer, None, pl_module
+        self._selected, self._in_optimizer, self._stepped_batch = True, {}, None
+        return regularizer
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_had_backward = self._epoch_had_penalty = False
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch += 1
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._backward_ran = False
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._backward_ran = self._epoch_had_backward = True
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        parameters = self._own_parameters(optimizer)
+        if not parameters or not self._has_gradient(pl_module, optimizer):
+            return
+        self._epoch_had_penalty = True
+        if self._stepped_batch != self._batch:
+            self._stepped_batch, self._iterated_by = self._batch, None
+            self._n_steps += 1
+        if (self._n_steps - 1) % self.every_n_steps:
+            return
+        # One iteration a training batch. A second optimiser of the same batch takes the present vectors; the same
+        # optimiser again is LBFGS, whose every closure sees other weights.
+        advance = self._iterated_by is None or self._iterated_by is optimizer
+        if advance:
+            self._iterated_by = optimizer
+        scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
+        self.regularizer.add_grad_(scale, advance=advance, parameters=parameters)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._n_steps == 0 or not (is_logging_step(trainer) or trainer.is_last_batch):
+            return
+        if has_callback(trainer, "LipschitzMonitor"):
+            return
+        log_sigma = self.regularizer.log_sigma()
+        log_bound = self.regularizer.log_bound_of(log_sigma)
+        bound, value = torch.stack([log_bound.exp(), self.penalty_of(log_sigma)]).tolist()
+        metrics = {f"{self.tag}/product": bound, f"{self.tag}/penalty": value}
+        if is_logging_step(trainer):
+            log_to_loggers(trainer, metrics)
+        pl_module.log_dict(metrics, logger=False)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._epoch_had_backward and not self._epoch_had_penalty:
+            warnings.warn(
+                "LipschitzPenalty had no effect in this epoch: no optimiser that holds one of its layers "
+                f"{[op.name for op in self.regularizer.operators]} was stepped through Lightning. In manual "
+                "optimisation use self.optimizers(), not self.optimizers(use_pl_optimizer=False).",
+                stacklevel=2,
+            )
+
+    def penalty_of(self, log_sigma: Tensor) -> Tensor:
+        """Return the penalty as a step would add it now, coefficient and warm-up included, shape ().
+
+        Args:
+            log_sigma: Logarithms of the spectral norms, shape (L,).
+        """
+        return self.regularizer.penalty_of(log_sigma) * (self.coefficient * self._warmup())
+
+    def _warmup(self) -> float:
+        return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def _own_parameters(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return those of the optimiser's parameters that the selected layers' weights are computed from."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        cached_size, parameters = self._in_optimizer.get(id(optimizer), (-1, []))
+        if cached_size != size:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            parameters = [p for op in self.regularizer.operators for p in op.parameters if id(p) in ids]
+            self._in_optimizer[id(optimizer)] = size, parameters
+        return parameters
+
+    def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
+        """Whether a backward pass ran: after ``training_step`` returned None the penalty alone must not move weights.
+
+        In manual optimisation Lightning does not see every backward pass and never reports ``zero_grad``.
+        """
+        if pl_module.automatic_optimization:
+            return self._backward_ran
+        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        vectors = self._loaded if self._regularizer is None else self._regularizer.state_dict()
+        return {"n_steps": self._n_steps, "regularizer": vectors}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._n_steps = state_dict["n_steps"]
+        self._loaded = state_dict["regularizer"]
+
+
+def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
+    """Return the factor that this optimiser's gradients still carry: fused optimisers unscale inside their step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scale: Tensor | None = scaler._scale
+    return 1.0 if scale is None else scale

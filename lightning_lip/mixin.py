@@ -1,0 +1,84 @@
+"""LipschitzMixin: the penalty inside the loss of a LightningModule."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightning_lip.regularizer import LipschitzRegularizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    _Base = LightningModule
+else:
+    _Base = object
+
+
+class LipschitzMixin(_Base):
+    """Gives a LightningModule ``self.lipschitz_penalty()`` to add to its loss.
+
+    Use it where the penalty must be part of the loss (LBFGS with a line search, a loss that is logged with the
+    penalty); otherwise :class:`LipschitzPenalty` does the same for less, without touching the module. Put it before
+    the LightningModule in the bases. The singular vectors travel in the checkpoint under ``"lipschitz"``.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_lip import LipschitzMixin
+        >>> class Regressor(LipschitzMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        ...     def training_step(self, batch):
+        ...         x, y = batch
+        ...         return torch.nn.functional.mse_loss(self.net(x), y) + 1e-3 * self.lipschitz_penalty()
+        >>> list(Regressor().spectral_norms())
+        ['net.0', 'net.2']
+    """
+
+    def configure_lipschitz(self) -> LipschitzRegularizer:
+        """Return the regulariser; override it to choose penalty, layers and coefficient.
+
+        The default is ``LipschitzRegularizer(self, coefficient=1.0)``: the product over all layers with a weight,
+        with a factor of one. It is called once, at first use.
+        """
+        return LipschitzRegularizer(self, coefficient=1.0)
+
+    def lipschitz_regularizer(self) -> LipschitzRegularizer:
+        """Return the regulariser that :meth:`configure_lipschitz` made."""
+        regularizer: LipschitzRegularizer | None = self.__dict__.get("_lipschitz_regularizer")
+        if regularizer is None:
+            regularizer = self.configure_lipschitz()
+            state = self.__dict__.pop("_lipschitz_state", None)
+            if state is not None:
+                regularizer.load_state_dict(state)
+            self.__dict__["_lipschitz_regularizer"] = regularizer
+        return regularizer
+
+    def lipschitz_penalty(self) -> Tensor:
+        """Return coefficient * penalty, shape (), differentiable; see :meth:`LipschitzRegularizer.value`."""
+        return self.lipschitz_regularizer().value()
+
+    def lipschitz_bound(self) -> Tensor:
+        """Return the product of the selected layers' spectral norms; see :meth:`LipschitzRegularizer.bound`."""
+        return self.lipschitz_regularizer().bound()
+
+    def spectral_norms(self) -> dict[str, Tensor]:
+        """Return the estimates (from below) of the spectral norms, shape () each, by layer name."""
+        return self.lipschitz_regularizer().spectral_norms()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the singular vectors; an override must call ``super()``."""
+        super().on_save_checkpoint(checkpoint)
+        if "_lipschitz_regularizer" in self.__dict__:
+            checkpoint["lipschitz"] = self.lipschitz_regularizer().state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the singular vectors over, if the checkpoint has them; an override must call ``super()``."""
+        super().on_load_checkpoint(checkpoint)
+        state = checkpoint.get("lipschitz")
+        if state is not None:
+            self.__dict__["_lipschitz_state"] = state
+            self.__dict__.pop("_lipschitz_regularizer", None)
