@@ -1,7 +1,6 @@
-"""Test-wide settings: the installed package is what is tested, on one thread, without noise."""
+"""Test-wide settings: the installed package is what is tested, on one thread, in a folder of its own."""
 
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,81 @@ sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == ROOT)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_quiet(tmp_path, monkeypatch):
-    """Run every test in a folder of its own, on one thread, without Lightning's advice."""
+def _one_thread_in_a_folder(tmp_path, monkeypatch):
+    """Run every test in a folder of its own, on one thread."""
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        yield
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
+def pl(request):
+    """Both Lightning packages: their classes differ, the callbacks must serve either."""
+    return pytest.importorskip(request.param)
+
+
+@pytest.fixture
+def make_trainer():
+    """Return a factory of quiet CPU trainers of a Lightning package."""
+
+    def make(package, **settings):
+        defaults = {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "max_epochs": 1,
+        }
+        return package.Trainer(**(defaults | settings))
+
+    return make
+
+
+@pytest.fixture
+def regression_data():
+    """Return a loader of 48 samples in 12 batches of 4, unshuffled: 4 features, one target."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(48, 4, generator=generator)
+    y = torch.sin(x).sum(1, keepdim=True)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+
+
+@pytest.fixture
+def make_module():
+    """Return a factory of small regression modules of a Lightning package; `loss_term(weights)` joins the loss."""
+
+    def make(package, loss_term=None, optimizer=None, net=None):
+        class Regressor(package.LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.net = net or torch.nn.Sequential(
+                    torch.nn.Linear(4, 8),
+                    torch.nn.Tanh(),
+                    torch.nn.Linear(8, 8),
+                    torch.nn.Tanh(),
+                    torch.nn.Linear(8, 1),
+                )
+
+            def forward(self, x):
+                return self.net(x)
+
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                loss = torch.nn.functional.mse_loss(self(x), y)
+                return loss if loss_term is None else loss + loss_term([p for p in self.parameters() if p.dim() == 2])
+
+            def validation_step(self, batch, batch_idx):
+                x, y = batch
+                self.log("val_loss", torch.nn.functional.mse_loss(self(x), y))
+
+            def configure_optimizers(self):
+                parameters = [p for p in self.parameters() if p.requires_grad]
+                return torch.optim.Adam(parameters, lr=1e-2) if optimizer is None else optimizer(parameters)
+
+        return Regressor()
+
+    return make

@@ -1,0 +1,40 @@
+# `make reproduce` and `make test` are all that a fresh machine needs: both create .venv when it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A requirement to install first, where another build of torch than pip's default is wanted: make test TORCH=torch==2.13.0
+TORCH ?=
+ARGS ?=
+
+.PHONY: reproduce test lint format bench clean
+
+reproduce: $(VENV)/.installed
+	$(BIN)/lightning-lip reproduce $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+
+# Types are checked on an installed copy: what users get, not what lies in the checkout.
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --strict --python-executable ../../$(BIN)/python -p lightning_lip
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench.kernels $(ARGS)
+	$(BIN)/python -m bench.tracking $(ARGS)
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
+	$(BIN)/python -m pip install --quiet -e ".[paper,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
