@@ -1,0 +1,38 @@
+"""The README's Python examples run as pasted, with both Lightning packages."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LIGHTNING = [example for example in EXAMPLES if "import lightning as L" in example]
+VARIANTS = EXAMPLES + [e.replace("import lightning as L", "import pytorch_lightning as L") for e in LIGHTNING]
+
+
+def test_readme_has_the_examples():
+    assert len(LIGHTNING) == 1
+    assert len(EXAMPLES) == 2
+
+
+@pytest.mark.parametrize("example", VARIANTS, ids=range(len(VARIANTS)))
+def test_example_runs_as_pasted(example, tmp_path):
+    script = tmp_path / "example.py"
+    script.write_text(example)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if "L.Trainer" in example:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (folder,) = (tmp_path / "lightning_logs").iterdir()
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        named = set(re.findall(r"^\| `(lipschitz/[\w/<>]+)` \|", README, re.MULTILINE))
+        wanted = {tag.replace("<layer>", layer) for tag in named for layer in ("net.0", "net.2")}
+        assert len(wanted) == 7
+        assert wanted <= set(events.Tags()["scalars"])
+    else:
+        assert "tensor" in done.stdout
