@@ -21,7 +21,7 @@ Gram matrix is formed of rows that were divided by their largest magnitude: with
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,33 +88,47 @@ def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
     return vector / torch.where(norm > 0, norm, torch.ones_like(norm)), norm
 
 
-def _rotated_images(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the images of K blocks on their Ritz vectors, scaled, with the rotation and the scale."""
-    images = vectors @ matrix.mT
-    rotation, scale = rayleigh_ritz(images)
-    return rotation @ (images / scale), rotation, scale
-
-
-def _power_step_of_one_shape(
-    matrix: Tensor, vectors: Tensor, n_iterations: int
+def iterate(
+    apply: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], vectors: Tensor, n_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Iterate K matrices of one shape (K, q, p) with blocks (K, r, p); see :func:`power_step`."""
-    images, rotation, scale = _rotated_images(matrix, vectors)
+    """Iterate a block of vectors with any linear map A, given as two functions: the algorithm of this file.
+
+    Args:
+        apply: Maps (..., r, p) to (..., r, q): A on each row.
+        adjoint: Maps (..., r, q) to (..., r, p): the adjoint of A on each row.
+        vectors: Blocks with orthonormal rows, shape (..., r, p).
+        n_iterations: Applications of both; with 0 only `apply` is used, and the block stays as it is.
+
+    Returns:
+        sigma (...), u (..., q), v (..., p) and the next block (..., r, p), as in :class:`PowerStep`.
+    """
+
+    def rotated_images(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = apply(block)
+        rotation, scale = rayleigh_ritz(images)
+        return rotation @ (images / scale), rotation, scale
+
+    images, rotation, scale = rotated_images(vectors)
     if n_iterations == 0:
-        left, norm = _unit(images[:, 0])
-        return (norm * scale[..., 0])[:, 0], left, (rotation[:, :1] @ vectors)[:, 0], vectors
+        left, norm = _unit(images[..., 0, :])
+        return (norm * scale[..., 0])[..., 0], left, (rotation[..., :1, :] @ vectors)[..., 0, :], vectors
     for _ in range(n_iterations - 1):
-        vectors = orthonormalise(images @ matrix, fallback=vectors)
-        images, rotation, scale = _rotated_images(matrix, vectors)
-    rows = images @ matrix
+        vectors = orthonormalise(adjoint(images), fallback=vectors)
+        images, rotation, scale = rotated_images(vectors)
+    rows = adjoint(images)
     # `images` is scaled, `rows` has the magnitude of the weight: scale it before squaring.
-    magnitude = rows[:, 0].abs().amax(dim=-1, keepdim=True)
+    magnitude = rows[..., 0, :].abs().amax(dim=-1, keepdim=True)
     magnitude_or_one = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
-    left, norm = _unit(images[:, 0])
-    right, row_norm = _unit(rows[:, 0] / magnitude_or_one)
+    left, norm = _unit(images[..., 0, :])
+    right, row_norm = _unit(rows[..., 0, :] / magnitude_or_one)
     sigma = row_norm / torch.where(norm > 0, norm, torch.ones_like(norm)) * magnitude
-    right = torch.where(magnitude > 0, right, vectors[:, 0])
-    return sigma[:, 0], left, right, orthonormalise(rows, fallback=vectors)
+    right = torch.where(magnitude > 0, right, vectors[..., 0, :])
+    return sigma[..., 0], left, right, orthonormalise(rows, fallback=vectors)
+
+
+def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Iterate K matrices of one shape (K, q, p) with blocks (K, r, p)."""
+    return iterate(lambda rows: rows @ matrix.mT, lambda rows: rows @ matrix, vectors, n_iterations)
 
 
 @torch.no_grad()
@@ -142,9 +156,8 @@ def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iteration
     for (shape, *_), indices in by_shape.items():
         batch = torch.stack([weights[i].to(vectors[i].dtype) for i in indices])
         wide = shape[0] < shape[1]
-        result = _power_step_of_one_shape(
-            batch.mT if wide else batch, torch.stack([vectors[i] for i in indices]), n_iterations
-        )
+        blocks_of_shape = torch.stack([vectors[i] for i in indices])
+        result = _iterate_matrices(batch.mT if wide else batch, blocks_of_shape, n_iterations)
         long_side, short_side = (right, left) if wide else (left, right)
         for position, index in enumerate(indices):
             sigma[index], long_side[index], short_side[index], blocks[index] = (part[position] for part in result)
@@ -162,10 +175,12 @@ def rank_one_update_(
     Args:
         grads: L gradients, each of shape (m_l, n_l), of any floating dtype; the sum is formed in fp32 (fp64 for fp64)
             and rounded once.
-        coefficients: ``c``, shape (L,); it may lie on another device than the gradients.
+        coefficients: ``c``, shape (L,); it may lie on another device than the gradients. A zero adds nothing, also
+            where the vectors are NaN.
         left: L vectors ``u_l``, each of shape (m_l,).
         right: L vectors ``v_l``, each of shape (n_l,).
     """
     for index, grad in enumerate(grads):
-        scaled = left[index] * coefficients[index].to(left[index])
+        coefficient = coefficients[index].to(left[index])
+        scaled = torch.where(coefficient == 0, torch.zeros_like(left[index]), left[index] * coefficient)
         grad.add_(torch.outer(scaled, right[index]))
