@@ -20,6 +20,7 @@ Gram matrix is formed of rows that were divided by their largest magnitude: with
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -182,5 +183,56 @@ def rank_one_update_(
     """
     for index, grad in enumerate(grads):
         coefficient = coefficients[index].to(left[index])
-        scaled = torch.where(coefficient == 0, torch.zeros_like(left[index]), left[index] * coefficient)
-        grad.add_(torch.outer(scaled, right[index]))
+        update = torch.outer(left[index] * coefficient, right[index])
+        grad.add_(torch.where(coefficient == 0, torch.zeros_like(update), update))
+
+
+PENALTY_CODES = {
+    "product": 0,
+    "softplus_log": 1,
+    "hinge_log": 2,
+    "log": 3,
+    "layer_sum": 4,
+    "layer_sum_squares": 5,
+}
+"""The penalties whose derivative the kernels evaluate themselves."""
+
+PRODUCT_CAP = 30.0
+"""The product penalty is linear in S above this value."""
+
+
+@torch.no_grad()
+def penalty_slope(code: int, sigma: Tensor, multiplicities: Tensor, log_target: float) -> tuple[Tensor, Tensor]:
+    """Return a built-in penalty on the plain product, and its derivative in each spectral norm, in closed form.
+
+    ``lightning_lip.penalties`` is the specification; this is what the kernels evaluate beside their iteration.
+
+    Args:
+        code: One of the values of :data:`PENALTY_CODES`.
+        sigma: Spectral norms, shape (L,).
+        multiplicities: How often each layer counts, k, shape (L,); S = sum k log sigma.
+        log_target: log M.
+
+    Returns:
+        The penalty, shape (), and its slopes, shape (L,), in the dtype of `sigma`. A layer that is exactly zero has no
+        slope; slopes that are not finite count as zero.
+    """
+    log_sigma = sigma.log()
+    log_bound = (multiplicities * log_sigma).sum()
+    if code in (4, 5):
+        power = code - 3
+        value = (multiplicities * sigma.pow(power)).sum()
+        slope = multiplicities * power * sigma.pow(power - 1)
+    else:
+        excess = log_bound - log_target
+        if code == 0:
+            below = log_bound.clamp(max=PRODUCT_CAP).exp()
+            value, factor = below + math.exp(PRODUCT_CAP) * (log_bound - PRODUCT_CAP).clamp(min=0.0), below
+        elif code == 1:
+            value, factor = torch.nn.functional.softplus(excess), torch.sigmoid(excess)
+        elif code == 2:
+            value, factor = excess.clamp(min=0.0).square(), 2 * excess.clamp(min=0.0)
+        else:
+            value, factor = log_bound, torch.ones_like(log_bound)
+        slope = multiplicities * factor / sigma
+    return value, torch.where(slope.isfinite() & (sigma > 0), slope, torch.zeros_like(slope))

@@ -74,6 +74,8 @@ class LipschitzMixin(_Base):
         super().on_save_checkpoint(checkpoint)
         if "_lipschitz_regularizer" in self.__dict__:
             checkpoint["lipschitz"] = self.lipschitz_regularizer().state_dict()
+        elif "_lipschitz_state" in self.__dict__:
+            checkpoint["lipschitz"] = self.__dict__["_lipschitz_state"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the singular vectors over, if the checkpoint has them; an override must call ``super()``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -116,9 +117,12 @@ class MatrixOperator(LinearOperator):
 
     @property
     def _parameter(self) -> nn.Parameter:
-        parameter = self._slots["weight"]
+        parameter = self._slots.get("weight")
         if parameter is None:
-            raise RuntimeError(f"The weight of layer {self.name!r} was removed after the layers were selected.")
+            raise RuntimeError(
+                f"The weight of layer {self.name!r} is no longer a parameter of its own (parametrised, pruned or "
+                "removed after the layers were selected): select the layers again."
+            )
         return parameter
 
     @property
@@ -152,6 +156,11 @@ class ParametrizedMatrixOperator(MatrixOperator):
 
     @property
     def _parametrizations(self) -> nn.Module:
+        if not parametrize.is_parametrized(self.module, "weight"):
+            raise RuntimeError(
+                f"The weight of layer {self.name!r} lost its parametrization after the layers were selected: select "
+                "the layers again."
+            )
         parametrizations = self.module.parametrizations
         assert isinstance(parametrizations, nn.ModuleDict)
         return parametrizations["weight"]
@@ -184,6 +193,34 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave the surrounding ``torch.autocast`` regions inside the context: they would round vectors and sums."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its object and its values back at the end of the context."""
+    kept = [
+        (m, key, buffer, buffer.clone())
+        for m in model.modules()
+        for key, buffer in m._buffers.items()
+        if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
+    ]
+    try:
+        yield
+    finally:
+        for m, key, buffer, values in kept:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+            m._buffers[key] = buffer
 
 
 @singledispatch
@@ -224,9 +261,10 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
     kind = type(weight.data).__name__
     if kind == "DTensor":
         raise UnsupportedLayerError("its weight is a DTensor (FSDP2, tensor parallel), which is not supported")
-    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.element_size() < 2:
+    is_plain = type(weight.data) is Tensor and weight.layout == torch.strided
+    if not is_plain or not weight.is_floating_point() or weight.element_size() < 2:
         raise UnsupportedLayerError(
-            f"its weight is a {kind} of {weight.dtype}, not a plain fp64, fp32, fp16 or bf16 tensor"
+            f"its weight is a {kind} of {weight.dtype}, {weight.layout}, not a dense fp64, fp32, fp16 or bf16 tensor"
         )
     if weight.dim() != 2 or weight.numel() == 0:
         raise UnsupportedLayerError(
@@ -287,14 +325,15 @@ def _is_lora(module: nn.Module) -> bool:
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Yield the children with their number of entries: a module that a container holds k times is called k times."""
-    children: dict[int, tuple[str, nn.Module, int]] = {}
+    children = [
+        (key, child)
+        for key, child in module._modules.items()
+        if child is not None and not (key == "parametrizations" and parametrize.is_parametrized(module))
+    ]
     is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
-    for key, child in module._modules.items():
-        if child is None or (key == "parametrizations" and parametrize.is_parametrized(module)):
-            continue
-        first, _, count = children.get(id(child), (key, child, 0))
-        children[id(child)] = (first, child, count + 1 if is_container else 1)
-    yield from children.values()
+    entries = Counter(id(child) for _, child in children)
+    for key, child in children:
+        yield key, child, entries[id(child)] if is_container else 1
 
 
 def _walk(module: nn.Module, prefix: str = "", occurrences: int = 1) -> Iterator[_Found]:
@@ -389,30 +428,36 @@ def find_operators(
     ]
     selected = None if layers is None else _matcher(layers, "layers", found)
     excluded = set() if exclude is None else _matcher(exclude, "exclude", [*found, *named_parameters])
+    # A module that stands under several names is one module, whichever name it was selected by.
+    selected_ids = {id(f.module) for f in found if selected is None or f.name in selected}
+    excluded_ids = {id(f.module) for f in found if f.name in excluded}
     operators: dict[int, LinearOperator] = {}
-    refused: dict[str, str] = {}
+    refused: list[str] = []
+    to_exclude: list[str] = []
     for f in unique.values():
-        if (selected is not None and f.name not in selected) or f.name in excluded or not _carries_weight(f.module):
+        if id(f.module) not in selected_ids or id(f.module) in excluded_ids or not _carries_weight(f.module):
             continue
         own = {f"{f.name}.{key}" if f.name else key: key for key in f.module._parameters}
         left = [name for name in own if name not in excluded]
-        if len(left) < len(own) and all(own[name] == "bias" for name in left):
+        computed = f.module._modules.get("parametrizations") if parametrize.is_parametrized(f.module) else None
+        only_biases = not isinstance(computed, nn.ModuleDict) or not set(computed) - {"bias"}
+        if only_biases and len(left) < len(own) and all(own[name] == "bias" for name in left):
             continue
         try:
             operator = operator_of(f.module, f.name)
         except UnsupportedLayerError as error:
-            name = f.name or ", ".join(left)
-            refused[name] = f"{name} ({type(f.module).__name__}): {error}"
+            refused.append(f"{f.name or ', '.join(left)} ({type(f.module).__name__}): {error}")
+            to_exclude.extend([f.name] if f.name else left)
             continue
         weight = operator.direct_parameter
         tied = operators.setdefault(id(f.module if weight is None else weight), operator)
         tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
     if refused:
-        names = list(refused)
+        names = to_exclude[0] if len(to_exclude) == 1 else to_exclude
         raise UnsupportedLayerError(
             "The spectral norm of these selected layers is not known, and an unknown one is never counted as 1:\n  - "
-            + "\n  - ".join(refused.values())
-            + f"\nLeave them out with exclude={names[0] if len(names) == 1 else names!r}, or select others with "
+            + "\n  - ".join(refused)
+            + f"\nLeave them out with exclude={names!r}, or select others with "
             "layers=...; the product then covers the selected layers only."
         )
     if not operators:
@@ -452,7 +497,7 @@ def count_calls(model: nn.Module, operators: Sequence[LinearOperator], example_i
     args, kwargs = _call_arguments(example_input)
     # A compiled region was traced without these hooks and would skip them.
     try:
-        with eval_mode(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        with eval_mode(model), _buffers_kept(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             model(*args, **kwargs)
     finally:
         for handle in handles:

@@ -37,7 +37,8 @@ def product(log_sigma: Tensor, log_bound: Tensor) -> Tensor:
         coupling effect of Lipschitz regularization in deep neural networks" (2021).
     """
     below = torch.exp(log_bound.clamp(max=PRODUCT_CAP))
-    return below + math.exp(PRODUCT_CAP) * (log_bound - PRODUCT_CAP).clamp(min=0.0)
+    above = math.exp(PRODUCT_CAP) * (1.0 + (log_bound - PRODUCT_CAP))
+    return torch.where(log_bound > PRODUCT_CAP, above, below)
 
 
 def softplus_log(log_sigma: Tensor, log_bound: Tensor, target: float = 1.0) -> Tensor:

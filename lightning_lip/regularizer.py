@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators
+from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators, without_autocast
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.spectral_norms import SpectralNorms
 
@@ -78,6 +78,7 @@ class LipschitzRegularizer:
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
 
+    @without_autocast()
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
 
@@ -95,12 +96,14 @@ class LipschitzRegularizer:
         sigma = torch.stack(
             [op.norm(u, v).to(step.sigma) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
         )
-        # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient.
-        log_sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma)).log()
-        log_sigma = torch.where(sigma > 0, log_sigma, torch.full_like(sigma, -math.inf))
+        # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
+        zero = sigma == 0
+        log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
+        log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
         return self.coefficient * self.penalty_of(log_sigma)
 
     @torch.no_grad()
+    @without_autocast()
     def add_grad_(
         self,
         scale: float | Tensor = 1.0,
@@ -157,7 +160,9 @@ class LipschitzRegularizer:
             for parameter, gradient in zip(trainable, pulled, strict=True):
                 if gradient is None:
                     continue
-                gradient = gradient * coefficients[index].to(gradient.device)
+                coefficient = coefficients[index].to(gradient.device)
+                # Not 0 * NaN where the weight has become NaN.
+                gradient = torch.where(coefficient == 0, torch.zeros_like(gradient), gradient * coefficient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         if grads:
             kernels.rank_one_update_(
@@ -174,12 +179,13 @@ class LipschitzRegularizer:
             The penalty, shape ().
 
         Raises:
-            ValueError: If a penalty of the user's own does not return shape ().
+            ValueError: If a penalty of the user's own does not return a tensor of shape ().
         """
         log_sigma = self._repeated(log_sigma)
         value = self._penalty(log_sigma, log_sigma.sum())
-        if value.shape != ():
-            raise ValueError(f"Expected the penalty to return a tensor of shape (), got {tuple(value.shape)}.")
+        if not isinstance(value, Tensor) or value.shape != ():
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
         return value
 
     def _repeated(self, log_sigma: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lip import kernels
 from lightning_lip.kernels.reference import compute_dtype
-from lightning_lip.operators import LinearOperator
+from lightning_lip.operators import LinearOperator, without_autocast
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -55,11 +55,13 @@ class SpectralNorms:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @without_autocast()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
         weights = self._weights()
         if not self._vectors:
             self._start(weights)
-        self._vectors = [v.to(w.device) for v, w in zip(self._vectors, weights, strict=True)]
+        # The model may have been moved or cast since.
+        self._vectors = [v.to(w.device, compute_dtype(w.dtype)) for v, w in zip(self._vectors, weights, strict=True)]
         result = kernels.power_step(weights, self._vectors, n_iterations)
         self._vectors = result.vectors
         return result
@@ -69,14 +71,15 @@ class SpectralNorms:
 
     def _start(self, weights: Sequence[Tensor]) -> None:
         """Draw random blocks, or take the loaded ones, and iterate the random ones 15 times."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         blocks, fresh = [], []
         for index, (op, weight) in enumerate(zip(self.operators, weights, strict=True)):
             side = min(weight.shape)
-            # Drawn in fp32 on the CPU whatever comes after: the same vectors on every device and every rank.
-            random = torch.randn(min(self.block_size, side), side, generator=generator).to(
-                weight.device, compute_dtype(weight.dtype)
-            )
+            # Drawn in fp32 on the CPU whatever comes after: the same vectors on every device and every rank, also where
+            # a default device or dtype is set.
+            random = torch.randn(
+                min(self.block_size, side), side, generator=generator, device="cpu", dtype=torch.float32
+            ).to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(op.name, None)
             if loaded is not None and loaded.shape == random.shape:
                 blocks.append(loaded.to(random))
@@ -105,6 +108,7 @@ class SpectralNorms:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    @without_autocast()
     def upper(self) -> Tensor:
         """Return upper bounds of the spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
 
