@@ -19,7 +19,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
-	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --strict --python-executable ../../$(BIN)/python -p lightning_lip
+	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,9 +1,143 @@
-"""Kernels: one iteration over a list of weights, and the rank-one update of their gradients.
+"""Kernels: the iteration of a list of weights and the rank-one update of their gradients, in three implementations.
 
-Kernels know tensors and pointers, never modules. :mod:`lightning_lip.kernels.reference` is the specification,
-in PyTorch, on any device.
+:mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification; :mod:`~lightning_lip.kernels.cpu`
+(Numba) and :mod:`~lightning_lip.kernels.gpu` (Triton) do the same in one pass over the weights and one call for all
+layers. Kernels know tensors and pointers, never modules.
 """
 
-from lightning_lip.kernels.reference import PowerStep, power_step, rank_one_update_
+from __future__ import annotations
 
-__all__ = ["PowerStep", "power_step", "rank_one_update_"]
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Literal, Protocol, get_args
+
+import torch
+from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
+from torch import Tensor
+
+__all__ = [
+    "PENALTY_CODES",
+    "Backend",
+    "Iteration",
+    "PowerStep",
+    "choose_backend",
+    "iterations_for",
+    "penalty_slope",
+    "power_step",
+]
+
+_logger = logging.getLogger("lightning_lip")
+
+Backend = Literal["reference", "cpu", "gpu"]
+
+ENVIRONMENT_VARIABLE = "LIGHTNING_LIP_BACKEND"
+"""Forces a backend by name for the whole process, unless an argument does."""
+
+
+class Iteration(Protocol):
+    """The persistent blocks of L weights on one device, and what can be done with them.
+
+    An implementation is constructed from the weights (for their shapes; addresses may change) and the starting blocks,
+    each of shape (r_l, min(m_l, n_l)) with orthonormal rows.
+    """
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """The present blocks; they may be views that the next step overwrites."""
+
+    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
+        """Advance the blocks as :func:`power_step` does; the vectors returned may be overwritten by the next step."""
+
+    def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
+        """Add ``c_l u_l v_l^T`` to each gradient, with the vectors of the last step; None skips a layer."""
+
+    def penalise_(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        *,
+        n_iterations: int,
+        code: int,
+        target_log: float,
+        scale: float,
+        multiplicities: Sequence[int],
+    ) -> Tensor:
+        """Advance, and add the gradient of ``scale * penalty`` of :func:`penalty_slope`; return that, shape ()."""
+
+
+def _implementation(backend: str) -> type[Iteration]:
+    if backend == "cpu":
+        return importlib.import_module("lightning_lip.kernels.cpu").CpuIteration  # type: ignore[no-any-return]
+    if backend == "gpu":
+        return importlib.import_module("lightning_lip.kernels.gpu").GpuIteration  # type: ignore[no-any-return]
+    return ReferenceIteration
+
+
+def _why_not(backend: str, weight: Tensor, block_size: int) -> str | None:
+    """Return why a backend cannot serve a weight, in words, or None if it can."""
+    if backend == "reference":
+        return None
+    reason: str | None = _implementation(backend).why_not(weight, block_size)  # type: ignore[attr-defined]
+    return reason
+
+
+_already_told: set[str] = set()
+
+
+def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = None) -> str:
+    """Return the backend for a weight: by its device, or the one asked for by argument or environment.
+
+    Args:
+        weight: Shape (m, n).
+        block_size: Vectors, r.
+        backend: The backend to force; None asks the environment variable ``LIGHTNING_LIP_BACKEND``, then the device.
+            An automatic choice that cannot serve falls back to the reference, and logs the reason once.
+
+    Raises:
+        ValueError: If the backend asked for is unknown or cannot serve this weight; the message says why.
+    """
+    forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if forced is not None:
+        check_backend(forced)
+        reason = _why_not(forced, weight, block_size)
+        if reason is not None:
+            raise ValueError(f"The backend {forced!r} cannot serve a weight of shape {tuple(weight.shape)}: {reason}.")
+        return forced
+    natural = {"cpu": "cpu", "cuda": "gpu"}.get(weight.device.type, "reference")
+    reason = _why_not(natural, weight, block_size)
+    if reason is None:
+        return natural
+    if reason not in _already_told:
+        _already_told.add(reason)
+        _logger.info("Some weights are served by the PyTorch reference instead of the compiled kernels: %s.", reason)
+    return "reference"
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if there is no backend of this name."""
+    if backend not in get_args(Backend):
+        raise ValueError(f"Unknown backend {backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}.")
+
+
+def iterations_for(
+    weights: Sequence[Tensor], vectors: Sequence[Tensor], backend: Backend | None = None
+) -> list[tuple[list[int], Iteration]]:
+    """Return iterations that together serve all weights, each with the indices of its own.
+
+    Weights of one backend, device and dtype share an iteration: one call, one launch.
+
+    Args:
+        weights: L matrices, each of shape (m_l, n_l).
+        vectors: L starting blocks, each of shape (r_l, min(m_l, n_l)).
+        backend: As in :func:`choose_backend`.
+    """
+    groups: dict[tuple[str, torch.device, torch.dtype], list[int]] = {}
+    for index, (weight, block) in enumerate(zip(weights, vectors, strict=True)):
+        name = choose_backend(weight, len(block), backend)
+        groups.setdefault((name, weight.device, weight.dtype), []).append(index)
+    return [
+        (indices, _implementation(name)([weights[i] for i in indices], [vectors[i] for i in indices]))  # type: ignore[call-arg]
+        for (name, _, _), indices in groups.items()
+    ]

@@ -20,13 +20,24 @@ Gram matrix is formed of rows that were divided by their largest magnitude: with
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave the surrounding ``torch.autocast`` regions inside the context: they would round vectors and sums."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 class PowerStep(NamedTuple):
@@ -133,6 +144,7 @@ def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tup
 
 
 @torch.no_grad()
+@without_autocast()
 def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iterations: int = 1) -> PowerStep:
     """Advance the blocks of all weights by `n_iterations` and return the leading singular triplets.
 
@@ -236,3 +248,58 @@ def penalty_slope(code: int, sigma: Tensor, multiplicities: Tensor, log_target: 
             value, factor = log_bound, torch.ones_like(log_bound)
         slope = multiplicities * factor / sigma
     return value, torch.where(slope.isfinite() & (sigma > 0), slope, torch.zeros_like(slope))
+
+
+class ReferenceIteration:
+    """The iteration of L weights by the functions of this file, with the blocks kept from step to step.
+
+    Args:
+        weights: L matrices, each of shape (m_l, n_l), on any device; only their number matters.
+        vectors: Starting blocks, each of shape (r_l, min(m_l, n_l)), in :func:`compute_dtype` of their weights.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+        self.vectors = list(vectors)
+        self._last: PowerStep | None = None
+
+    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
+        """Advance the blocks; see :func:`power_step`."""
+        self._last = step = power_step(weights, self.vectors, n_iterations)
+        self.vectors = step.vectors
+        return step
+
+    def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
+        """Add ``c_l u_l v_l^T`` of the last step to each gradient; see :func:`rank_one_update_`.
+
+        Raises:
+            RuntimeError: If no step was taken yet.
+        """
+        if self._last is None:
+            raise RuntimeError("There are no singular vectors yet: take a power_step first.")
+        for index, grad in enumerate(grads):
+            if grad is not None:
+                left, right = self._last.left[index], self._last.right[index]
+                rank_one_update_([grad], coefficients[index : index + 1], [left], [right])
+
+    def penalise_(
+        self,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        *,
+        n_iterations: int,
+        code: int,
+        target_log: float,
+        scale: float,
+        multiplicities: Sequence[int],
+    ) -> Tensor:
+        """Advance, and add the gradient of ``scale * penalty``; see :func:`penalty_slope`.
+
+        Returns:
+            ``scale * penalty``, shape ().
+        """
+        sigma = self.power_step(weights, n_iterations).sigma
+        exact = sigma if sigma.device.type == "mps" else sigma.double()
+        counts = torch.tensor(multiplicities, device=sigma.device, dtype=exact.dtype)
+        value, slope = penalty_slope(code, exact, counts, target_log)
+        self.rank_one_update_(grads, (slope * scale).to(sigma.dtype))
+        return (value * scale).to(sigma.dtype)

@@ -6,6 +6,7 @@ What a layer cannot be is as important as what it is: a selected module whose op
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,9 @@ class LinearOperator(ABC):
         module: The module that owns the weight.
         multiplicity: How often the operator stands in the network: a weight shared by k layers counts k times.
     """
+
+    is_matrix = False
+    """Whether :meth:`weight` is the operator's matrix (m, n), which the compiled kernels can serve."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -68,6 +72,12 @@ class LinearOperator(ABC):
     def adjoint(self, outputs: Tensor) -> Tensor:
         """Map a batch (r, *codomain_shape) to (r, *domain_shape)."""
 
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """How long the vectors of a block are, and how many there can be: of the domain; a matrix's shorter side."""
+        domain, codomain = math.prod(self.domain_shape), math.prod(self.codomain_shape)
+        return domain, min(domain, codomain)
+
     @abstractmethod
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, W v>``, shape (), differentiable in :attr:`parameters`.
@@ -93,6 +103,8 @@ class LinearOperator(ABC):
 
 class MatrixOperator(LinearOperator):
     """``x -> W x`` for a weight W of shape (m, n), as in ``nn.Linear``."""
+
+    is_matrix = True
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
@@ -133,6 +145,12 @@ class MatrixOperator(LinearOperator):
     def weight(self) -> Tensor:
         """Return W, shape (m, n)."""
         return self._parameter
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """The shorter side, twice."""
+        side = min(self.weight().shape)
+        return side, side
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Map (r, n) to (r, m)."""
@@ -193,16 +211,6 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """Leave the surrounding ``torch.autocast`` regions inside the context: they would round vectors and sums."""
-    with contextlib.ExitStack() as stack:
-        for device_type in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators, without_autocast
+from lightning_lip.kernels.reference import without_autocast
+from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.spectral_norms import SpectralNorms
 
@@ -36,6 +37,8 @@ class LipschitzRegularizer:
         seed: Seed of the private generator that the vectors start from.
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model. With it a layer
             counts as often as one forward pass calls it; without it, as often as the model holds its weight.
+        backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
+            the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
 
     Raises:
         ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
@@ -67,14 +70,21 @@ class LipschitzRegularizer:
         n_iterations: int = 1,
         seed: int = 0,
         example_input: Any = None,
+        backend: kernels.Backend | None = None,
     ) -> None:
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
         self.operators: list[LinearOperator] = find_operators(model, layers, exclude)
         if example_input is not None:
             count_calls(model, self.operators, example_input)
-        self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed)
+        self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._repeats = [op.multiplicity for op in self.operators]
+        # The penalty that the kernels know, if it is one of theirs, and the weights if all can be served directly.
+        self._code = kernels.PENALTY_CODES.get(penalty) if isinstance(penalty, str) else None
+        self._log_target = math.log(target)
+        direct = all(op.direct_parameter is not None for op in self.operators)
+        self._slots = [op.module._parameters for op in self.operators] if direct else None
+        self._addresses: list[int] = []
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
 
@@ -87,12 +97,13 @@ class LipschitzRegularizer:
         singular vectors as constants, which is exact for the exact vectors.
         """
         version = self._version()
-        advance = torch.is_grad_enabled() and any(op.module.training for op in self.operators)
-        if advance and version != self._step_version:
-            self._step, self._step_version = self._norms.step(), version
         step = self._step if version == self._step_version else None
-        if step is None:
-            step = self._norms.current()
+        if step is None and torch.is_grad_enabled() and any(op.module.training for op in self.operators):
+            # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
+            step = _copied(self._norms.step())
+            self._step, self._step_version = step, version
+        elif step is None:
+            step = _copied(self._norms.current())
         sigma = torch.stack(
             [op.norm(u, v).to(step.sigma) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
         )
@@ -102,8 +113,6 @@ class LipschitzRegularizer:
         log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
         return self.coefficient * self.penalty_of(log_sigma)
 
-    @torch.no_grad()
-    @without_autocast()
     def add_grad_(
         self,
         scale: float | Tensor = 1.0,
@@ -125,24 +134,70 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        step = self._norms.step() if advance else self._norms.current()
-        if advance:
-            self._step, self._step_version = step, self._version()
-        with torch.enable_grad():
-            log_sigma = _double(step.sigma).log().requires_grad_()
-            value = self.penalty_of(log_sigma) * self.coefficient * scale
-            (slope,) = torch.autograd.grad(value, log_sigma)
-        coefficients = slope / _double(step.sigma)
-        coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
-        self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, parameters)
-        return value.detach().to(step.sigma.dtype)
-
-    def _add_norm_gradients_(
-        self, coefficients: Tensor, step: kernels.PowerStep, parameters: Collection[Tensor] | None
-    ) -> None:
-        """Add ``c_l u_l v_l^T`` to the gradient of each trainable layer."""
+        self._step_version = None
         allowed = None if parameters is None else {id(p) for p in parameters}
-        grads, rows = [], []
+        n_iterations = self._norms.n_iterations if advance else 0
+        if self._slots is not None and self._code is not None and not isinstance(scale, Tensor):
+            weights = [w for slots in self._slots if (w := slots.get("weight")) is not None]
+            if len(weights) == len(self._slots):
+                return self._add_grad_in_one_call_(scale, n_iterations, self._code, weights, allowed)
+        return self._add_grad_in_parts_(scale, advance, allowed)
+
+    def _add_grad_in_one_call_(
+        self, scale: float, n_iterations: int, code: int, weights: list[nn.Parameter], allowed: set[int] | None
+    ) -> Tensor:
+        """Leave a built-in penalty to the kernels: iteration, derivative and update in one call.
+
+        This is the hot path: at four small layers every microsecond of Python shows.
+        """
+        if [w.data_ptr() for w in weights] != self._addresses:
+            self._norms.prepare()
+            self._addresses = [w.data_ptr() for w in weights]
+        iteration = self._norms.whole()
+        if iteration is None:
+            return self._add_grad_in_parts_(scale, n_iterations > 0, allowed)
+        grads: list[Tensor | None] = []
+        for weight in weights:
+            if not weight.requires_grad or (allowed is not None and id(weight) not in allowed):
+                grads.append(None)
+                continue
+            grad = weight.grad
+            if grad is None:
+                grad = weight.grad = torch.zeros_like(weight)
+            grads.append(grad)
+        return iteration.penalise_(
+            weights,
+            grads,
+            n_iterations=n_iterations,
+            code=code,
+            target_log=self._log_target,
+            scale=self.coefficient * scale,
+            multiplicities=self._repeats,
+        )
+
+    @torch.no_grad()
+    @without_autocast()
+    def _add_grad_in_parts_(self, scale: float | Tensor, advance: bool, allowed: set[int] | None) -> Tensor:
+        """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
+        step = self._norms.step() if advance else self._norms.current()
+        sigma = _double(step.sigma)
+        if self._code is not None:
+            repeats = torch.tensor(self._repeats, device=sigma.device, dtype=sigma.dtype)
+            value, slope = kernels.penalty_slope(self._code, sigma, repeats, self._log_target)
+        else:
+            with torch.enable_grad():
+                log_sigma = sigma.log().requires_grad_()
+                value = self.penalty_of(log_sigma)
+                (slope,) = torch.autograd.grad(value, log_sigma)
+            slope = slope / sigma
+        coefficients = slope * (self.coefficient * scale)
+        coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
+        self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, allowed)
+        return (value.detach() * (self.coefficient * scale)).to(step.sigma.dtype)
+
+    def _add_norm_gradients_(self, coefficients: Tensor, step: kernels.PowerStep, allowed: set[int] | None) -> None:
+        """Add ``c_l`` times the gradient of the norm of each trainable layer."""
+        grads: list[Tensor | None] = [None] * len(self.operators)
         for index, op in enumerate(self.operators):
             trainable = [p for p in op.parameters if p.requires_grad and (allowed is None or id(p) in allowed)]
             if not trainable:
@@ -151,8 +206,7 @@ class LipschitzRegularizer:
             if weight is not None:
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
-                grads.append(weight.grad)
-                rows.append(index)
+                grads[index] = weight.grad
                 continue
             with torch.enable_grad():
                 norm = op.norm(step.left[index], step.right[index])
@@ -164,10 +218,7 @@ class LipschitzRegularizer:
                 # Not 0 * NaN where the weight has become NaN.
                 gradient = torch.where(coefficient == 0, torch.zeros_like(gradient), gradient * coefficient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        if grads:
-            kernels.rank_one_update_(
-                grads, coefficients[rows], [step.left[i] for i in rows], [step.right[i] for i in rows]
-            )
+        self._norms.rank_one_update_(grads, coefficients)
 
     def penalty_of(self, log_sigma: Tensor) -> Tensor:
         """Return the penalty without its coefficient for given log spectral norms.
@@ -226,7 +277,7 @@ class LipschitzRegularizer:
 
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
-        self._step, self._step_version = self._norms.step(), self._version()
+        self._step, self._step_version = _copied(self._norms.step()), self._version()
 
     def bound(self) -> Tensor:
         """Return the product of the selected layers' spectral norms, shape (), fp64 where the device has it.
@@ -261,6 +312,11 @@ def check_coefficient(coefficient: float) -> float:
     if not (math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
     return float(coefficient)
+
+
+def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
+    left, right = [u.clone() for u in step.left], [v.clone() for v in step.right]
+    return kernels.PowerStep(step.sigma.clone(), left, right, [])
 
 
 def _double(sigma: Tensor) -> Tensor:

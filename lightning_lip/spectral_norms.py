@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lip import kernels
-from lightning_lip.kernels.reference import compute_dtype
-from lightning_lip.operators import LinearOperator, without_autocast
+from lightning_lip.kernels.reference import compute_dtype, iterate, without_autocast
+from lightning_lip.operators import LinearOperator
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -20,51 +22,103 @@ class SpectralNorms:
     """Estimates (from below) of the operators' spectral norms, by block iteration that goes on from step to step.
 
     The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
-    plain tensors: nothing is registered in the model.
+    plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
+    dtype in one call; other operators through their own ``apply`` and ``adjoint``.
 
     Args:
         operators: The L operators.
         block_size: Vectors a layer, r, clamped to min(m, n); 1 is the classical power iteration.
         n_iterations: Iterations a step, each of which reads the weights once.
         seed: Seed of the private generator.
+        backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force a kernel; None chooses by device.
 
     Raises:
-        ValueError: If `block_size` or `n_iterations` is below 1.
+        ValueError: If `block_size` or `n_iterations` is below 1, or the backend is unknown.
     """
 
     def __init__(
-        self, operators: Sequence[LinearOperator], block_size: int = 8, n_iterations: int = 1, seed: int = 0
+        self,
+        operators: Sequence[LinearOperator],
+        block_size: int = 8,
+        n_iterations: int = 1,
+        seed: int = 0,
+        backend: kernels.Backend | None = None,
     ) -> None:
         for argument, value in (("block_size", block_size), ("n_iterations", n_iterations)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"Expected `{argument}` to be an integer of at least 1, got {value!r}.")
+        if backend is not None:
+            kernels.check_backend(backend)
         self.operators = list(operators)
         self.block_size = block_size
         self.n_iterations = n_iterations
         self.seed = seed
-        self._vectors: list[Tensor] = []
+        self.backend = backend
+        self._groups: list[tuple[list[int], kernels.Iteration]] = []
+        self._others: list[tuple[int, _OperatorIteration]] = []
+        self._served: list[tuple[torch.device, torch.dtype, torch.Size]] = []
         self._loaded: dict[str, Tensor] = {}
 
     def step(self) -> kernels.PowerStep:
-        """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights."""
+        """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
+
+        The vectors returned may be overwritten by the next call.
+        """
         return self._evaluate(self.n_iterations)
 
     def current(self) -> kernels.PowerStep:
         """Return the Ritz values and vectors of the present weights; the blocks stay as they are."""
         return self._evaluate(0)
 
+    def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
+        """Add ``c_l u_l v_l^T`` of the last step to each gradient, in place.
+
+        Args:
+            grads: The gradients of the L operators' matrices, each of shape (m_l, n_l); None skips one.
+            coefficients: ``c``, shape (L,).
+        """
+        for indices, iteration in self._groups:
+            given = [grads[i] for i in indices]
+            device = next((grad.device for grad in given if grad is not None), None)
+            if device is not None:
+                iteration.rank_one_update_(given, coefficients[indices].to(device))
+
+    def whole(self) -> kernels.Iteration | None:
+        """Return the iteration that serves all operators, in their order, if there is one such."""
+        return self._groups[0][1] if len(self._groups) == 1 and not self._others else None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def prepare(self) -> list[Tensor]:
+        """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
+        weights = self._weights()
+        served = [(w.device, w.dtype, w.shape) for w in weights]
+        if served != self._served:
+            if self._served:  # the model was moved or cast
+                self._loaded = self.state_dict()
+            self._start(weights)
+            self._served = served
+        return weights
+
     @torch.inference_mode(False)
     @torch.no_grad()
     @without_autocast()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
-        weights = self._weights()
-        if not self._vectors:
-            self._start(weights)
-        # The model may have been moved or cast since.
-        self._vectors = [v.to(w.device, compute_dtype(w.dtype)) for v, w in zip(self._vectors, weights, strict=True)]
-        result = kernels.power_step(weights, self._vectors, n_iterations)
-        self._vectors = result.vectors
-        return result
+        weights = self.prepare()
+        whole = self.whole()
+        if whole is not None:
+            return whole.power_step(weights, n_iterations)
+        nothing = torch.empty(0)
+        sigma, left, right, vectors = ([nothing] * len(weights) for _ in range(4))
+        steps = [(indices, it.power_step([weights[i] for i in indices], n_iterations)) for indices, it in self._groups]
+        steps += [([index], it.power_step(n_iterations)) for index, it in self._others]
+        for indices, step in steps:
+            for position, index in enumerate(indices):
+                sigma[index], left[index] = step.sigma[position], step.left[position]
+                right[index], vectors[index] = step.right[position], step.vectors[position]
+        dtype = max((s.dtype for s in sigma), key=lambda d: d.itemsize)
+        return kernels.PowerStep(torch.stack([s.to(sigma[0].device, dtype) for s in sigma]), left, right, vectors)
 
     def _weights(self) -> list[Tensor]:
         return [op.weight().detach() for op in self.operators]
@@ -74,11 +128,11 @@ class SpectralNorms:
         generator = torch.Generator("cpu").manual_seed(self.seed)
         blocks, fresh = [], []
         for index, (op, weight) in enumerate(zip(self.operators, weights, strict=True)):
-            side = min(weight.shape)
+            side, most = op.block_shape
             # Drawn in fp32 on the CPU whatever comes after: the same vectors on every device and every rank, also where
             # a default device or dtype is set.
             random = torch.randn(
-                min(self.block_size, side), side, generator=generator, device="cpu", dtype=torch.float32
+                min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
             ).to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(op.name, None)
             if loaded is not None and loaded.shape == random.shape:
@@ -92,19 +146,32 @@ class SpectralNorms:
                 )
             blocks.append(torch.linalg.qr(random.mT).Q.mT)
             fresh.append(index)
-        if fresh:
-            started = kernels.power_step(
-                [weights[i] for i in fresh], [blocks[i] for i in fresh], N_START_ITERATIONS
-            ).vectors
-            for index, block in zip(fresh, started, strict=True):
+        groups, others = self._iterations(weights, blocks, fresh)
+        for indices, iteration in groups:
+            iteration.power_step([weights[i] for i in indices], N_START_ITERATIONS)
+            for index, block in zip(indices, iteration.vectors, strict=True):
                 blocks[index] = block
+        for index, other in others:
+            blocks[index] = other.power_step(N_START_ITERATIONS).vectors[0]
         if self._loaded:
             warnings.warn(
                 f"Saved singular vectors belong to no selected layer and are dropped: {sorted(self._loaded)}.",
                 stacklevel=2,
             )
             self._loaded = {}
-        self._vectors = blocks
+        self._groups, self._others = self._iterations(weights, blocks, range(len(blocks)))
+
+    def _iterations(
+        self, weights: Sequence[Tensor], blocks: Sequence[Tensor], which: Sequence[int]
+    ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, _OperatorIteration]]]:
+        """Return the iterations of the operators `which`: the kernels' for matrices, one each for the others."""
+        matrices = [i for i in which if self.operators[i].is_matrix]
+        groups = kernels.iterations_for([weights[i] for i in matrices], [blocks[i] for i in matrices], self.backend)
+        others = [i for i in which if not self.operators[i].is_matrix]
+        return (
+            [([matrices[i] for i in indices], iteration) for indices, iteration in groups],
+            [(i, _OperatorIteration(self.operators[i], blocks[i])) for i in others],
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -114,29 +181,61 @@ class SpectralNorms:
 
         ``sigma_1^2 <= |W|_F^2 - sum_{i=2..r} theta_i^2`` for the Ritz values theta of any orthonormal block, which lie
         below the singular values one by one (Cauchy interlacing); exact where r = min(m, n). This holds in exact
-        arithmetic: rounding is not accounted for, so it is no certificate.
+        arithmetic: rounding is not accounted for, so it is no certificate. Infinite for operators that are no matrices.
         """
         step = self.current()
         uppers = []
-        for weight, block, sigma in zip(self._weights(), self._vectors, step.sigma, strict=True):
-            matrix = weight.to(block.dtype)
-            scale = matrix.abs().amax().clamp(min=torch.finfo(block.dtype).tiny)
-            matrix = matrix / scale
+        for op, weight, block, sigma in zip(self.operators, self._weights(), step.vectors, step.sigma, strict=True):
+            if not op.is_matrix:
+                uppers.append(torch.full_like(sigma, math.inf))
+                continue
+            matrix = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
             images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
             rest = matrix.square().sum() - images.square().sum()
-            top = (sigma.to(scale) / scale).square()
-            uppers.append((torch.sqrt(top + rest.clamp(min=0.0)) * scale).to(step.sigma))
+            uppers.append(torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma)
         return torch.stack(uppers)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the blocks by layer name, shape (r, min(m, n)) each; empty before the first use."""
-        vectors = {op.name: v.clone() for op, v in zip(self.operators, self._vectors, strict=False)}
-        return vectors or dict(self._loaded)
+        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n))."""
+        if not self._served:
+            return dict(self._loaded)
+        vectors = {
+            self.operators[index].name: block.clone()
+            for indices, iteration in self._groups
+            for index, block in zip(indices, iteration.vectors, strict=True)
+        }
+        vectors |= {self.operators[index].name: other.vectors.clone() for index, other in self._others}
+        return {op.name: vectors[op.name] for op in self.operators}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take blocks that :meth:`state_dict` returned; they are fitted to the layers at the next use.
 
         A layer without a saved block, or with one of another shape (a warning says so), starts afresh.
         """
-        self._vectors = []
+        self._groups, self._others, self._served = [], [], []
         self._loaded = dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the compiled tables behind: they hold addresses of this process."""
+        return self.__dict__ | {"_groups": [], "_others": [], "_served": [], "_loaded": self.state_dict()}
+
+
+class _OperatorIteration:
+    """The iteration of one operator that is not a matrix, through its own maps."""
+
+    def __init__(self, operator: LinearOperator, vectors: Tensor) -> None:
+        self._operator = operator
+        self.vectors = vectors
+
+    def power_step(self, n_iterations: int) -> kernels.PowerStep:
+        """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`."""
+        op = self._operator
+
+        def apply(rows: Tensor) -> Tensor:
+            return op.apply(rows.view(len(rows), *op.domain_shape)).flatten(1)
+
+        def adjoint(rows: Tensor) -> Tensor:
+            return op.adjoint(rows.view(len(rows), *op.codomain_shape)).flatten(1)
+
+        sigma, left, right, self.vectors = iterate(apply, adjoint, self.vectors, n_iterations)
+        return kernels.PowerStep(sigma[None], [left], [right], [self.vectors])

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from lightning_lip.kernels.reference import without_autocast
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -15,7 +16,6 @@ from lightning_lip.operators import (
     count_calls,
     eval_mode,
     find_operators,
-    without_autocast,
 )
 
 

@@ -137,8 +137,9 @@ def test_vectors_made_in_inference_mode_can_be_advanced_later():
     norms = norms_of(model)
     with torch.inference_mode():
         norms.current()
-        norms.step()
-    assert not any(v.is_inference() for v in norms.state_dict().values())
+        step = norms.step()
+    # Inference tensors can neither be updated in place nor be saved for a backward pass.
+    assert not any(t.is_inference() for t in (step.sigma, *step.left, *step.right, *step.vectors))
     norms.step()
 
 
