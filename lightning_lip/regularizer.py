@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.kernels.reference import without_autocast
-from lightning_lip.operators import LinearOperator, Selection, count_calls, find_operators
+from lightning_lip.operators import LinearOperator
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.selection import Selection, count_calls, find_operators
 from lightning_lip.spectral_norms import SpectralNorms
 
 

@@ -9,14 +9,8 @@ from lightning_lip.kernels.reference import without_autocast
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_lip.operators import (
-    MatrixOperator,
-    ParametrizedMatrixOperator,
-    UnsupportedLayerError,
-    count_calls,
-    eval_mode,
-    find_operators,
-)
+from lightning_lip.operators import MatrixOperator, ParametrizedMatrixOperator, UnsupportedLayerError, eval_mode
+from lightning_lip.selection import count_calls, find_operators
 
 
 class Net(nn.Module):

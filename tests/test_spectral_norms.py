@@ -9,7 +9,7 @@ from lightning_lip.kernels.reference import power_step
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_lip.operators import find_operators
+from lightning_lip.selection import find_operators
 from lightning_lip.spectral_norms import SpectralNorms
 
 

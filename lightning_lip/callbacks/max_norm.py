@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lip.callbacks._trainer import refuse_strategy
-from lightning_lip.operators import find_operators
+from lightning_lip.selection import find_operators
 
 
 class MaxNorm(Callback):

@@ -1,0 +1,257 @@
+"""Which of a model's modules are selected, under which names, and how often each counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from lightning_lip.operators import (
+    LinearOperator,
+    UnsupportedLayerError,
+    carries_weight,
+    eval_mode,
+    is_lora,
+    operator_of,
+)
+
+Selection = str | nn.Module | Sequence[str | nn.Module]
+"""Module names, glob patterns (``*`` also crosses dots) or submodules; a container stands for all that is in it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module as it was met in the model: its name there, and how often containers repeat it."""
+
+    name: str
+    module: nn.Module
+    occurrences: int
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module only wraps another one (torch.compile, DDP), so that its attribute is not part of names."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    return bool(names & {"OptimizedModule", "DistributedDataParallel", "DataParallel", "_FabricModule"})
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield the children with their number of entries: a module that a container holds k times is called k times."""
+    children = [
+        (key, child)
+        for key, child in module._modules.items()
+        if child is not None and not (key == "parametrizations" and parametrize.is_parametrized(module))
+    ]
+    is_container = isinstance(module, (nn.Sequential, nn.ModuleList))
+    entries = Counter(id(child) for _, child in children)
+    for key, child in children:
+        yield key, child, entries[id(child)] if is_container else 1
+
+
+def walk(module: nn.Module, prefix: str = "", occurrences: int = 1) -> Iterator[Found]:
+    """Yield every module under every name it has, without wrappers, with the number of entries in containers."""
+    if is_wrapper(module):
+        for _, child, _ in _children(module):
+            yield from walk(child, prefix, occurrences)
+        return
+    yield Found(prefix, module, occurrences)
+    if is_lora(module):
+        return
+    for key, child, count in _children(module):
+        yield from walk(child, f"{prefix}.{key}" if prefix else key, occurrences * count)
+
+
+def _items(selection: Selection, argument: str) -> list[str | nn.Module]:
+    items = [selection] if isinstance(selection, (str, nn.Module)) else list(selection)
+    for item in items:
+        if not isinstance(item, (str, nn.Module)):
+            raise TypeError(
+                f"Expected `{argument}` to hold module names, glob patterns or modules, got {type(item).__name__}."
+            )
+    if not items:
+        raise ValueError(f"`{argument}` is empty: expected at least one name, pattern or module, or None.")
+    return items
+
+
+def _matcher(selection: Selection, argument: str, found: Sequence[Found]) -> set[str]:
+    """Return the names that a selection covers; a match covers everything inside the module.
+
+    Raises:
+        ValueError: If an item of the selection matches nothing.
+    """
+    covered: set[str] = set()
+    names = [f.name for f in found]
+    for item in _items(selection, argument):
+        if isinstance(item, nn.Module):
+            ids = {id(m) for m in item.modules()}
+            hits = [f.name for f in found if id(f.module) in ids]
+        else:
+            hits = [name for name in names if any(fnmatchcase(part, item) for part in _ancestry(name))]
+        if not hits:
+            wanted = f"{type(item).__name__} module" if isinstance(item, nn.Module) else repr(item)
+            raise ValueError(
+                f"`{argument}`: {wanted} matches no module of the model. Names with weights are: {_listing(found)}."
+            )
+        covered.update(hits)
+    return covered
+
+
+def _ancestry(name: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules around it: 'a.b.c', 'a.b', 'a'."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _listing(found: Iterable[Found]) -> str:
+    return (
+        ", ".join(
+            f"{f.name or '(the model itself)'} ({type(f.module).__name__})" for f in found if carries_weight(f.module)
+        )
+        or "none"
+    )
+
+
+def find_operators(
+    model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None
+) -> list[LinearOperator]:
+    """Return the linear operators of the selected layers, in the order of ``model.named_modules()``.
+
+    A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
+    times, is one operator with that multiplicity. Frozen weights are included.
+
+    Args:
+        model: The model; wrappers (torch.compile, DDP) do not show in the names.
+        layers: What to select; None selects everything.
+        exclude: What to leave out of the selection. A parameter that a module holds directly (a position embedding,
+            say) can also be named here.
+
+    Raises:
+        ValueError: If a name or pattern matches nothing, or no layer with a weight is left.
+        UnsupportedLayerError: If a selected module has weights but its operator is not known.
+    """
+    found = list(walk(model))
+    unique: dict[int, Found] = {}
+    for f in found:
+        unique.setdefault(id(f.module), f)
+    named_parameters = [
+        Found(f"{f.name}.{key}" if f.name else key, f.module, 0)
+        for f in unique.values()
+        for key in f.module._parameters
+    ]
+    selected = None if layers is None else _matcher(layers, "layers", found)
+    excluded = set() if exclude is None else _matcher(exclude, "exclude", [*found, *named_parameters])
+    # A module that stands under several names is one module, whichever name it was selected by.
+    selected_ids = {id(f.module) for f in found if selected is None or f.name in selected}
+    excluded_ids = {id(f.module) for f in found if f.name in excluded}
+    operators: dict[int, LinearOperator] = {}
+    refused: list[str] = []
+    to_exclude: list[str] = []
+    for f in unique.values():
+        if id(f.module) not in selected_ids or id(f.module) in excluded_ids or not carries_weight(f.module):
+            continue
+        own = {f"{f.name}.{key}" if f.name else key: key for key in f.module._parameters}
+        left = [name for name in own if name not in excluded]
+        computed = f.module._modules.get("parametrizations") if parametrize.is_parametrized(f.module) else None
+        only_biases = not isinstance(computed, nn.ModuleDict) or not set(computed) - {"bias"}
+        if only_biases and len(left) < len(own) and all(own[name] == "bias" for name in left):
+            continue
+        try:
+            operator = operator_of(f.module, f.name)
+        except UnsupportedLayerError as error:
+            refused.append(f"{f.name or ', '.join(left)} ({type(f.module).__name__}): {error}")
+            to_exclude.extend([f.name] if f.name else left)
+            continue
+        weight = operator.direct_parameter
+        tied = operators.setdefault(id(f.module if weight is None else weight), operator)
+        tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
+    if refused:
+        names = to_exclude[0] if len(to_exclude) == 1 else to_exclude
+        raise UnsupportedLayerError(
+            "The spectral norm of these selected layers is not known, and an unknown one is never counted as 1:\n  - "
+            + "\n  - ".join(refused)
+            + f"\nLeave them out with exclude={names!r}, or select others with "
+            "layers=...; the product then covers the selected layers only."
+        )
+    if not operators:
+        raise ValueError(
+            f"No layer with a weight matches layers={layers!r}, exclude={exclude!r}. Layers with weights are: "
+            f"{_listing(found)}."
+        )
+    return list(operators.values())
+
+
+@torch.no_grad()
+def count_calls(model: nn.Module, operators: Sequence[LinearOperator], example_input: object) -> None:
+    """Set each operator's multiplicity to the number of calls in one forward pass in eval mode.
+
+    Modes and buffers of the model and the random number generators are left as they were.
+
+    Args:
+        model: The model.
+        operators: Operators of modules inside the model; a tied weight's other modules are counted too.
+        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
+
+    Raises:
+        ValueError: If a selected layer is not called in that forward pass.
+    """
+    calls = {id(op): 0 for op in operators}
+    by_weight = {id(op.direct_parameter): op for op in operators if op.direct_parameter is not None}
+    by_module = {id(op.module): op for op in operators}
+    handles = []
+    for module in model.modules():
+        owner = by_weight.get(id(module._parameters.get("weight"))) or by_module.get(id(module))
+        if owner is not None:
+
+            def count(*_: object, operator: LinearOperator = owner) -> None:
+                calls[id(operator)] += 1
+
+            handles.append(module.register_forward_pre_hook(count))
+    args, kwargs = call_arguments(example_input)
+    # A compiled region was traced without these hooks and would skip them.
+    try:
+        with eval_mode(model), buffers_kept(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for op in operators:
+        if not calls[id(op)]:
+            raise ValueError(
+                f"Layer {op.name!r} is not called in the forward pass of `example_input`: leave it out with "
+                f"exclude={op.name!r}, or give an input that reaches it."
+            )
+        op.multiplicity = calls[id(op)]
+
+
+def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
+    """Split an example input into positional and keyword arguments of a model."""
+    if isinstance(example_input, Mapping):
+        return (), example_input
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    return (example_input,), {}
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give every buffer its object and its values back at the end of the context."""
+    kept = [
+        (m, key, buffer, buffer.clone())
+        for m in model.modules()
+        for key, buffer in m._buffers.items()
+        if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
+    ]
+    try:
+        yield
+    finally:
+        for m, key, buffer, values in kept:
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
+            m._buffers[key] = buffer
