@@ -159,7 +159,7 @@ def _copy(target: _F32, source: _F32) -> None:
 
 
 @_compiled
-def _dot(x: _F32, a: _F32) -> Any:
+def _dot(x: _F32, a: _F32) -> Any:  # np.float32
     total = np.float32(0)
     for j in range(x.size):
         total += x[j] * a[j]
@@ -344,7 +344,7 @@ def _multiply(row: _I64, scale: np.float32, band: int, with_products: bool) -> N
 
 
 @_compiled
-def _largest(address: int, size: int) -> np.int64:
+def _largest(address: int, size: int) -> Any:
     """Return the bits of the largest magnitude: they are ordered like the numbers, infinity and NaN above all."""
     bits = _u32(address, size)
     top = np.uint32(0)

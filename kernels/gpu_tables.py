@@ -125,7 +125,8 @@ def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
         area = max(width, min(8192, (LIMIT // 2 if small else LIMIT) // block))
         rows = min(2 if small and narrow else 4, max(1, 8192 // area))
         return Tile(width, rows, rows, area // width, vectors, orientation, width < LIMIT, two_pass=False)
-    area = max(width, min(1024, LIMIT // 4 // block) if narrow else min(2048, LIMIT // block))
+    width = max(width, 64) if block == MAX_BLOCK_SIZE else width
+    area = max(width, min(1024, LIMIT // 2 // block) if narrow else min(2048, LIMIT // block))
     if itemsize == 4:
         return Tile(width, vector, vector, area // width, vectors, orientation, prefetch=False, two_pass=False)
     # In half precision 16 bytes are 8 rows of A. From a width of 4096 on (beyond it at R = 1) they exceed the

