@@ -301,5 +301,6 @@ class ReferenceIteration:
         exact = sigma if sigma.device.type == "mps" else sigma.double()
         counts = torch.tensor(multiplicities, device=sigma.device, dtype=exact.dtype)
         value, slope = penalty_slope(code, exact, counts, target_log)
-        self.rank_one_update_(grads, (slope * scale).to(sigma.dtype))
+        coefficients = (slope * scale).to(sigma.dtype)
+        self.rank_one_update_(grads, torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients)))
         return (value * scale).to(sigma.dtype)

@@ -38,6 +38,16 @@ class LipschitzMixin(_Base):
         ['net.0', 'net.2']
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an order of bases in which the LightningModule's hooks would hide the mixin's."""
+        super().__init_subclass__(**kwargs)
+        order = [base.__name__ for base in cls.__mro__]
+        if "LightningModule" in order and order.index("LightningModule") < order.index("LipschitzMixin"):
+            raise TypeError(
+                f"Expected LipschitzMixin before LightningModule in the bases, or checkpoints would lack its singular "
+                f"vectors: class {cls.__name__}(LipschitzMixin, LightningModule)."
+            )
+
     def configure_lipschitz(self) -> LipschitzRegularizer:
         """Return the regulariser; override it to choose penalty, layers and coefficient.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -108,7 +109,7 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
         ValueError: If the name is unknown or `target` is not a positive finite number.
         TypeError: If `penalty` is neither a string nor callable.
     """
-    if not (isinstance(target, (int, float)) and math.isfinite(target) and target > 0):
+    if not (isinstance(target, Real) and not isinstance(target, bool) and math.isfinite(target) and target > 0):
         raise ValueError(f"Expected `target` to be a positive finite number, got {target!r}.")
     if isinstance(penalty, str):
         if penalty in _WITHOUT_TARGET:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,10 +27,12 @@ class LipschitzRegularizer:
     network, whose activations, other layers and branches it does not know.
 
     Args:
-        model: The model; it is not changed, and keeps no reference to the regulariser.
+        model: The model; it is not changed, and keeps no reference to the regulariser. After replacing one of its
+            modules, construct a new regulariser.
         coefficient: lambda, the factor of the penalty; at least 0.
         penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
-            ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``.
+            ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
+            counts k times k times.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
         layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
         exclude: Names, glob patterns or submodules to leave out.
@@ -95,7 +98,8 @@ class LipschitzRegularizer:
 
         The vectors advance only with grad enabled and a layer in training mode, and at most once for each state of
         the weights: several micro-batches of an accumulated gradient share one iteration. The gradient takes the
-        singular vectors as constants, which is exact for the exact vectors.
+        singular vectors as constants, which is exact for the exact vectors. What changes weights through ``.data`` is
+        not seen; :meth:`iterate` then advances the vectors.
         """
         version = self._version()
         step = self._step if version == self._step_version else None
@@ -123,9 +127,9 @@ class LipschitzRegularizer:
     ) -> Tensor:
         """Iterate, then add the gradient of scale * coefficient * penalty to the weights' ``.grad``, in place.
 
-        Call it after ``backward()`` and before the optimiser's step. No autograd graph over the weights is built and
-        nothing waits for the device. A missing ``.grad`` is created; frozen weights are left alone; a layer that is
-        exactly zero gets no gradient. Coefficients that are not finite count as zero.
+        Call it after ``backward()`` and before the optimiser's step. No autograd graph over the weights is built, and
+        where the compiled kernels serve nothing waits for the device. A missing ``.grad`` is created; frozen weights
+        are left alone; a layer that is exactly zero gets no gradient. Coefficients that are not finite count as zero.
 
         Args:
             scale: A further factor, a number or a tensor of shape () (a gradient scaler's scale, say).
@@ -189,7 +193,8 @@ class LipschitzRegularizer:
             with torch.enable_grad():
                 log_sigma = sigma.log().requires_grad_()
                 value = self.penalty_of(log_sigma)
-                (slope,) = torch.autograd.grad(value, log_sigma)
+                constant = not value.requires_grad
+                slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
             slope = slope / sigma
         coefficients = slope * (self.coefficient * scale)
         coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
@@ -308,9 +313,8 @@ def check_coefficient(coefficient: float) -> float:
     Raises:
         ValueError: If it is not a finite number of at least 0.
     """
-    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
-    if not (math.isfinite(coefficient) and coefficient >= 0):
+    is_number = isinstance(coefficient, Real) and not isinstance(coefficient, bool)
+    if not (is_number and math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
     return float(coefficient)
 

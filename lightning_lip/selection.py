@@ -166,7 +166,9 @@ def find_operators(
             operator = operator_of(f.module, f.name)
         except UnsupportedLayerError as error:
             refused.append(f"{f.name or ', '.join(left)} ({type(f.module).__name__}): {error}")
-            to_exclude.extend([f.name] if f.name else left)
+            # Of a block that holds a parameter of its own, not its name: that would leave out all that is in it.
+            is_block = any(f.module.children()) and operator_of.dispatch(type(f.module)) is operator_of.dispatch(object)
+            to_exclude.extend(left if left and (not f.name or is_block) else [f.name])
             continue
         weight = operator.direct_parameter
         tied = operators.setdefault(id(f.module if weight is None else weight), operator)

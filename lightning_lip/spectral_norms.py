@@ -135,13 +135,13 @@ class SpectralNorms:
                 min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
             ).to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(op.name, None)
-            if loaded is not None and loaded.shape == random.shape:
+            if loaded is not None and loaded.shape == random.shape and loaded.isfinite().all():
                 blocks.append(loaded.to(random))
                 continue
             if loaded is not None:
                 warnings.warn(
                     f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
-                    f"`block_size` ask for {tuple(random.shape)}: its iteration starts afresh.",
+                    f"`block_size` ask for {tuple(random.shape)} and finite values: its iteration starts afresh.",
                     stacklevel=2,
                 )
             blocks.append(torch.linalg.qr(random.mT).Q.mT)

@@ -308,3 +308,10 @@ def test_the_other_lightning():
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     assert "lipschitz" in checkpoint
+
+
+def test_the_mixin_must_come_first():
+    with pytest.raises(TypeError, match=r"class Late\(LipschitzMixin, LightningModule\)"):
+
+        class Late(lightning.LightningModule, LipschitzMixin):
+            pass

@@ -752,3 +752,11 @@ def test_degenerate_shapes(shape, penalty):
     regularizer = LipschitzRegularizer(model, COEFFICIENT, penalty, target=TARGET)
     for way in (regularizer.add_grad_, lambda: regularizer.value().backward()):
         check_gradients(gradients_by(model, way), expected, TOLERANCE[torch.float64])
+
+
+def test_a_constant_penalty_moves_nothing():
+    model, _ = started()
+    regularizer = LipschitzRegularizer(model, 1.0, lambda log_sigma, log_bound: torch.tensor(3.0))
+    model.zero_grad()
+    assert float(regularizer.add_grad_()) == 3.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())

@@ -39,6 +39,11 @@ class _Source:
     spacing: int = 1
     seen: int = 0
 
+    @property
+    def names(self) -> list[str]:
+        """The layers' names; a model that is itself a layer has none of its own."""
+        return [op.name or "model" for op in self.regularizer.operators]
+
     def remember(self, step: int, norms: list[float]) -> None:
         if self.seen % self.spacing == 0:
             self.steps.append(step)
@@ -146,7 +151,7 @@ class LipschitzMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for writer in tensorboard_writers(trainer):
             for source in self._sources:
-                names = [op.name for op in source.regularizer.operators]
+                names = source.names
                 figure = heat_map(names, source.steps, source.norms)
                 if figure is not None:
                     writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer))
@@ -193,7 +198,7 @@ def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:
         scalars.append(source.penalty(log_sigma))
     shares = log_sigma * torch.tensor([op.multiplicity for op in regularizer.operators], device=log_sigma.device)
     values = torch.cat([log_sigma.exp(), shares, torch.stack(scalars)]).tolist()
-    names = [op.name for op in regularizer.operators]
+    names = source.names
     tags = [f"{source.tag}/spectral_norm/{name}" for name in names]
     tags += [f"{source.tag}/log_share/{name}" for name in names]
     tags += [f"{source.tag}/{name}" for name in ("product", "product_upper", "penalty")[: len(scalars)]]
@@ -204,7 +209,7 @@ def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:
     """Return TensorBoard's custom-scalars layout: one category a source."""
     layout: dict[str, dict[str, list[Any]]] = {}
     for source in sources:
-        names = [op.name for op in source.regularizer.operators]
+        names = source.names
         product = f"{source.tag}/product"
         layout[source.tag] = {
             "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],

@@ -252,7 +252,7 @@ class LipschitzPenalty(Callback):
         if cached is not None and cached[0] == size:
             return cached[1]
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own = [p for op in self.regularizer.operators for p in op.parameters]
+        own: list[Tensor] = [p for op in self.regularizer.operators for p in op.parameters]
         parameters = None if all(id(p) in ids for p in own) else [p for p in own if id(p) in ids]
         self._in_optimizer[id(optimizer)] = size, parameters
         return parameters
