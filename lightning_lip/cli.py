@@ -1,0 +1,49 @@
+"""The command `lightning-lip`: options from the functions' signatures, and no logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from jsonargparse import CLI, ArgumentParser  # type: ignore[attr-defined]
+
+from lightning_lip.paper.command import reproduce
+from lightning_lip.paper.extras import MissingExtraError
+from lightning_lip.paper.settings import UsageError
+
+COMMANDS = {"reproduce": reproduce}
+DESCRIPTION = "See, penalise, bound and certify the Lipschitz constant of a network while it trains."
+
+
+class _Parser(ArgumentParser):
+    """Makes a switch of every option that is False by default: `--quick`, not `--quick true`."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("type") is bool and kwargs.get("default") is False:
+            del kwargs["type"]
+            kwargs["action"] = "store_true"
+        return super().add_argument(*args, **kwargs)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        args: The arguments, by default those of the process.
+
+    Raises:
+        SystemExit: With status 2 and a message for options that make no sense or a missing extra, 130 for an
+            interrupt from the keyboard.
+    """
+    try:
+        CLI(COMMANDS, args=args, parser_class=_Parser, description=DESCRIPTION)  # type: ignore[no-untyped-call]
+    except (UsageError, MissingExtraError) as error:
+        print(f"lightning-lip: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print("lightning-lip: interrupted.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

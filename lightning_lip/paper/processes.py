@@ -1,0 +1,106 @@
+"""Independent tasks over processes: failures name their task, and no process outlives the command."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as connection_wait
+from typing import TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class RunError(RuntimeError):
+    """A task failed; the message names it, and the cause is the worker's exception."""
+
+
+def map_tasks(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    on_done: Callable[[Task], None] = lambda task: None,
+) -> list[Result]:
+    """Apply `function` to every task and return the results in the order of the tasks.
+
+    With one worker everything runs in this process; otherwise in spawned processes of one thread each. Workers
+    end at once when this process is interrupted, fails or is killed.
+
+    Args:
+        function: Picklable, and so its tasks and results.
+        tasks: What to do; `str(task)` names one in messages.
+        workers: The number of processes, at least 1.
+        on_done: Called in this process after each task.
+
+    Raises:
+        RunError: If a task raises or its worker dies.
+    """
+    if workers == 1 or len(tasks) < 2:
+        return [_in_this_process(function, task, on_done) for task in tasks]
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, len(tasks))
+    # Only this process holds the writing end: that it closes, for whatever reason, is what ends the workers.
+    lifeline, held = context.Pipe(duplex=False)
+    with (
+        lifeline,
+        held,
+        ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(lifeline,)) as executor,
+    ):
+        futures = {executor.submit(function, task): task for task in tasks}
+        try:
+            _report(futures, on_done)
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            held.close()
+            raise
+        return [future.result() for future in futures]
+
+
+def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task], None]) -> None:
+    waiting = set(futures)
+    while waiting:
+        # In slices, so that an interrupt from the keyboard is seen on every system.
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+        for future in done:
+            try:
+                future.result()
+            except BrokenProcessPool as error:
+                raise RunError(
+                    f"A worker process died while {futures[future]} was running or waiting; "
+                    "it may have run out of memory: try fewer workers."
+                ) from error
+            except Exception as error:
+                raise _failure(futures[future], error) from error
+            on_done(futures[future])
+
+
+def _in_this_process(function: Callable[[Task], Result], task: Task, on_done: Callable[[Task], None]) -> Result:
+    try:
+        result = function(task)
+    except Exception as error:
+        raise _failure(task, error) from error
+    on_done(task)
+    return result
+
+
+def _failure(task: object, error: Exception) -> RunError:
+    return RunError(f"{task} failed: {type(error).__name__}: {error}")
+
+
+def _start_worker(lifeline: Connection) -> None:
+    """Prepare a worker: one thread, no reaction to the keyboard, no life after its parent's."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+
+
+def _end_with(lifeline: Connection) -> None:
+    # Nothing is ever sent: the end of the file is the only event.
+    connection_wait([lifeline])
+    os._exit(1)

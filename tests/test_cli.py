@@ -1,0 +1,93 @@
+import inspect
+from importlib.metadata import entry_points
+
+import pytest
+
+from lightning_lip import cli
+from lightning_lip.paper import command, extras, reproduce
+
+
+@pytest.fixture
+def called(monkeypatch):
+    calls = []
+
+    monkeypatch.setattr("lightning_lip.paper.experiment.run_experiment", lambda *args: calls.append(args))
+    return calls
+
+
+def test_help_names_the_command_and_its_purpose(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--help"])
+    assert exit_info.value.code == 0
+    shown = capsys.readouterr().out
+    assert "reproduce" in shown
+    assert "state which of its claims hold" in " ".join(shown.split())
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in inspect.signature(reproduce).parameters:
+        explanation = shown.partition(f" --{option} ")[2].partition(" --")[0]
+        # An option without an entry under `Args:` would show its type and default alone.
+        assert len(explanation.split("(type")[0]) > 20, option
+
+
+def test_options_reach_the_experiment(called):
+    cli.main(["reproduce", "--out", "elsewhere", "--seeds", "5", "--epochs", "7", "--workers", "3", "--tune"])
+    ((plan, folder, workers),) = called
+    assert plan == command.plan(tune=True, seeds=5, epochs=7)
+    assert (str(folder), workers) == ("elsewhere", 3)
+
+
+def test_switches_take_no_value(called):
+    cli.main(["reproduce", "--quick"])
+    assert called[0][0] == command.plan(quick=True)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["reproduce", "--quick", "true"])
+    assert exit_info.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--quick", "--full"], "--quick or --full, got both"),
+        (["--seeds", "1"], "--seeds to be 2 to 1000, got 1"),
+        (["--epochs", "0"], "--epochs to be at least 1, got 0"),
+        (["--workers", "0"], "--workers of at least 1, got 0"),
+        (["--seeds", "many"], "seeds"),
+        (["--colour"], "colour"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_message_and_status_2(called, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["reproduce", *options])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not called
+
+
+def test_a_missing_extra_names_the_remedy(called, capsys, monkeypatch):
+    monkeypatch.setattr(extras, "MODULES", ("lightning_lip_no_such_module",))
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["reproduce"])
+    assert exit_info.value.code == 2
+    assert 'pip install "lightning-lip[paper]"' in capsys.readouterr().err
+    assert not called
+
+
+def test_an_interrupt_is_status_130(capsys, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_lip.paper.experiment.run_experiment", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["reproduce"])
+    assert exit_info.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_this_one():
+    (script,) = entry_points(group="console_scripts", name="lightning-lip")
+    assert script.load() is cli.main
