@@ -222,3 +222,12 @@ def test_no_heat_map_before_the_first_logging_step():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`n_iterations` to be an integer of at least 1, got 0"):
         LipschitzMonitor(n_iterations=0)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [7, 15, 23, 31]), (2, [15, 31]), (0, None)])
+def test_heat_map_every_n_epochs(train, every, steps):
+    _, events = train([LipschitzMonitor(heat_map_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)
+    if steps is None:
+        assert not events.Tags()["images"]
+    else:
+        assert [e.step for e in events.Images("lipschitz/spectral_norms")] == steps

@@ -70,7 +70,7 @@ class LipschitzMonitor(Callback):
     ``lipschitz/product`` and ``lipschitz/penalty`` are also handed to Lightning, for ``EarlyStopping`` and
     ``ModelCheckpoint(monitor="lipschitz/product")``. TensorBoard gets a custom-scalars layout (all layers in one chart,
     the product between its estimate and its upper bound as a margin chart) and, where matplotlib is installed, a
-    layer-by-step heat map ``lipschitz/spectral_norms`` at the end of each epoch.
+    layer-by-step heat map ``lipschitz/spectral_norms`` at the end of each epoch (about a tenth of a second each).
 
     Each :class:`LipschitzPenalty` of the Trainer, or else the module's :class:`LipschitzMixin`, lends its layers and
     singular vectors; if there is none, or `layers` or `exclude` is given, the monitor iterates vectors of its own, on
@@ -82,10 +82,11 @@ class LipschitzMonitor(Callback):
         block_size: Singular vectors a layer, r, of the monitor's own iteration.
         n_iterations: Iterations of its own a logging step.
         seed: Seed of the private generator that its own vectors start from.
+        heat_map_every_n_epochs: Draw the heat map at the end of every n-th epoch only; 0 draws none.
 
     Raises:
-        ValueError: If `block_size` or `n_iterations` is below 1. At the start of training: if a selection matches
-            nothing.
+        ValueError: If `block_size` or `n_iterations` is below 1, or `heat_map_every_n_epochs` below 0. At the start of
+            training: if a selection matches nothing.
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
     """
 
@@ -96,10 +97,16 @@ class LipschitzMonitor(Callback):
         block_size: int = 8,
         n_iterations: int = 3,
         seed: int = 0,
+        heat_map_every_n_epochs: int = 1,
     ) -> None:
-        for argument, value in (("block_size", block_size), ("n_iterations", n_iterations)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least 1, got {value!r}.")
+        for argument, value, least in (
+            ("block_size", block_size, 1),
+            ("n_iterations", n_iterations, 1),
+            ("heat_map_every_n_epochs", heat_map_every_n_epochs, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+        self._heat_map_every_n_epochs = heat_map_every_n_epochs
         self._layers, self._exclude = layers, exclude
         self._own_arguments: dict[str, Any] = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed}
         self._own: LipschitzRegularizer | None = None
@@ -149,12 +156,16 @@ class LipschitzMonitor(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        every = self._heat_map_every_n_epochs
+        if every == 0 or (trainer.current_epoch + 1) % every:
+            return
         for writer in tensorboard_writers(trainer):
             for source in self._sources:
                 names = source.names
                 figure = heat_map(names, source.steps, source.norms)
                 if figure is not None:
-                    writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer))
+                    # The epoch's last step, as Lightning gives it to epoch-end metrics.
+                    writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer) - 1)
 
     @override
     def state_dict(self) -> dict[str, Any]:

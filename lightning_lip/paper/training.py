@@ -68,16 +68,6 @@ class History(Callback):
             self.series[validation_key(level)].append(float(metric))
 
 
-class _Monitor(LipschitzMonitor):
-    """Draws its heat map ten times a run: at every epoch the pictures would take eight times the training."""
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        epochs = trainer.max_epochs or 1
-        if (trainer.current_epoch + 1) % math.ceil(epochs / PICTURES) == 0:
-            super().on_train_epoch_end(trainer, pl_module)
-
-
 class _Batches(Sampler[Tensor]):
     """Row numbers, a batch at a time: with `batch_size=None` a batch is one indexing operation."""
 
@@ -145,7 +135,8 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
     callbacks: list[Callback] = [*regularisers, noisy, history]
     logger: TensorBoardLogger | bool = False
     if out is not None:
-        callbacks.append(_Monitor())
+        # At every epoch the pictures would take eight times the training.
+        callbacks.append(LipschitzMonitor(heat_map_every_n_epochs=math.ceil(run.epochs / PICTURES)))
         logger = _logger(Path(out) / artefacts_of(run)["tensorboard"])
     trainer = pl.Trainer(
         max_epochs=run.epochs,
