@@ -118,13 +118,17 @@ def _listing(found: Iterable[Found]) -> str:
     )
 
 
-def find_operators(
-    model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None
-) -> list[LinearOperator]:
-    """Return the linear operators of the selected layers, in the order of ``model.named_modules()``.
+@dataclass(frozen=True)
+class Selected:
+    """A selected module that has weights."""
 
-    A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
-    times, is one operator with that multiplicity. Frozen weights are included.
+    found: Found
+    left: tuple[str, ...]
+    """Names of its own parameters that are not left out by name."""
+
+
+def select(model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None) -> list[Selected]:
+    """Return the selected modules that have weights, each once.
 
     Args:
         model: The model; wrappers (torch.compile, DDP) do not show in the names.
@@ -133,8 +137,7 @@ def find_operators(
             say) can also be named here.
 
     Raises:
-        ValueError: If a name or pattern matches nothing, or no layer with a weight is left.
-        UnsupportedLayerError: If a selected module has weights but its operator is not known.
+        ValueError: If a name or pattern matches nothing, or no module with a weight is left.
     """
     found = list(walk(model))
     unique: dict[int, Found] = {}
@@ -150,18 +153,47 @@ def find_operators(
     # A module that stands under several names is one module, whichever name it was selected by.
     selected_ids = {id(f.module) for f in found if selected is None or f.name in selected}
     excluded_ids = {id(f.module) for f in found if f.name in excluded}
-    operators: dict[int, LinearOperator] = {}
-    refused: list[str] = []
-    to_exclude: list[str] = []
+    kept = []
     for f in unique.values():
         if id(f.module) not in selected_ids or id(f.module) in excluded_ids or not carries_weight(f.module):
             continue
         own = {f"{f.name}.{key}" if f.name else key: key for key in f.module._parameters}
-        left = [name for name in own if name not in excluded]
+        left = tuple(name for name in own if name not in excluded)
         computed = f.module._modules.get("parametrizations") if parametrize.is_parametrized(f.module) else None
         only_biases = not isinstance(computed, nn.ModuleDict) or not set(computed) - {"bias"}
         if only_biases and len(left) < len(own) and all(own[name] == "bias" for name in left):
             continue
+        kept.append(Selected(f, left))
+    if not kept:
+        raise ValueError(
+            f"No layer with a weight matches layers={layers!r}, exclude={exclude!r}. Layers with weights are: "
+            f"{_listing(found)}."
+        )
+    return kept
+
+
+def find_operators(
+    model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None
+) -> list[LinearOperator]:
+    """Return the linear operators of the selected layers, in the order of ``model.named_modules()``.
+
+    A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
+    times, is one operator with that multiplicity. Frozen weights are included.
+
+    Args:
+        model: The model.
+        layers: What to select, as in :func:`select`.
+        exclude: What to leave out, as in :func:`select`.
+
+    Raises:
+        ValueError: If a name or pattern matches nothing, or no layer with a weight is left.
+        UnsupportedLayerError: If a selected module has weights but its operator is not known.
+    """
+    operators: dict[int, LinearOperator] = {}
+    refused: list[str] = []
+    to_exclude: list[str] = []
+    for selected in select(model, layers, exclude):
+        f, left = selected.found, list(selected.left)
         try:
             operator = operator_of(f.module, f.name)
         except UnsupportedLayerError as error:
@@ -180,11 +212,6 @@ def find_operators(
             + "\n  - ".join(refused)
             + f"\nLeave them out with exclude={names!r}, or select others with "
             "layers=...; the product then covers the selected layers only."
-        )
-    if not operators:
-        raise ValueError(
-            f"No layer with a weight matches layers={layers!r}, exclude={exclude!r}. Layers with weights are: "
-            f"{_listing(found)}."
         )
     return list(operators.values())
 

@@ -207,5 +207,16 @@ def test_largest_eigenvalue_reads_the_lower_triangle():
     assert certified_largest_eigenvalue(matrix, estimate=3.0, sufficient=2.5) == 2.5
 
 
+def test_the_factorisations_own_error_is_added():
+    # No matrix was found whose factor exists below its largest eigenvalue by that much, so the formula is tested.
+    matrix = torch.zeros(50, 50, dtype=torch.float64)
+    matrix[0, 0] = 1.0
+    attempt = 1.0 * (1 + matrix_norms.FIRST_TOLERANCE)
+    error = certified_largest_eigenvalue(matrix, estimate=1.0) - attempt
+    trace = 49
+    assert error >= (50 + 1) * 2**-53 * trace
+    assert error <= 2 * (50 + 1) * 2**-53 * trace
+
+
 def test_exported_by_certificates():
     assert certificates.certified_matrix_norm is certified_matrix_norm

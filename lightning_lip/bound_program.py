@@ -1,0 +1,130 @@
+"""The bound as a function of log sigma: a small program of sums, maxima and root sums of squares, in the log domain.
+
+It is built once from a traced graph and evaluated at each step; it knows L numbers and no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Combination = Literal["sum", "norm", "max"]
+"""``sum L``, ``sqrt(sum L^2)`` or ``max L`` of the constants of several branches."""
+
+START = -1
+"""The base of a term that starts at the network's input."""
+
+FLOOR = -1e30
+"""Stands for log 0 inside the program."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """The logarithm of a constant: ``result[base] + constant + sum log sigma[operators] + sum log live[lives]``.
+
+    Attributes:
+        base: Index of an instruction's result, or :data:`START` for the network's input, whose constant is 1.
+        constant: Logarithm of the product of the fixed constants; -inf for a map that does not depend on the input.
+        operators: Indices of the operators on the way, as often as they are applied.
+        lives: Indices of constants that are read again at each evaluation.
+    """
+
+    base: int = START
+    constant: float = 0.0
+    operators: tuple[int, ...] = ()
+    lives: tuple[int, ...] = ()
+
+    def times(self, constant: float = 1.0, operators: Sequence[int] = (), lives: Sequence[int] = ()) -> Term:
+        """Return the term of a map with these factors after this one's; the logarithm is rounded up."""
+        log = self.constant
+        if constant == 0:
+            log = -math.inf
+        elif constant != 1.0:
+            log = math.nextafter(log + log_up(constant), math.inf)
+        return Term(self.base, log, (*self.operators, *operators), (*self.lives, *lives))
+
+
+def log_up(value: float) -> float:
+    """Return an upper bound of log(value), value >= 0, two floats above the computed one; -inf for 0, 0 for 1."""
+    if value == 0:
+        return -math.inf
+    if value == 1:
+        return 0.0
+    return math.nextafter(math.nextafter(math.log(value), math.inf), math.inf)
+
+
+class BoundProgram:
+    """Instructions that combine terms; the last term is the network's bound."""
+
+    def __init__(self) -> None:
+        self.instructions: list[tuple[Combination, list[Term]]] = []
+        self.lives: list[Callable[[], float]] = []
+        self.result = Term()
+        self._cache: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def combine(self, kind: Combination, terms: Sequence[Term]) -> Term:
+        """Return the term of a combination of branches; one branch is itself."""
+        if len(terms) == 1:
+            return terms[0]
+        self.instructions.append((kind, list(terms)))
+        return Term(base=len(self.instructions) - 1)
+
+    def live(self, read: Callable[[], float]) -> int:
+        """Return the index of a constant that is read at each evaluation."""
+        self.lives.append(read)
+        return len(self.lives) - 1
+
+    def evaluate(self, log_sigma: Tensor) -> Tensor:
+        """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.
+
+        Args:
+            log_sigma: Logarithms of the operators' norms, shape (L,); -inf (a zero weight) is allowed and gives
+                finite gradients.
+        """
+        steps = [*self.instructions, ("sum", [self.result])]
+        constants, sources, targets = self._tables(steps, log_sigma)
+        # A gather, not a matrix of counts: 0 * -inf is NaN. And a floor in place of -inf: where all branches of a sum
+        # are -inf, the slope of torch.logsumexp is NaN.
+        affine = constants.index_add(0, targets, log_sigma[sources]).clamp(min=FLOOR).unbind()
+        results: list[Tensor] = []
+        position = 0
+        for kind, branch in steps:
+            values = []
+            for term in branch:
+                value = affine[position]
+                values.append(value if term.base == START else value + results[term.base])
+                position += 1
+            results.append(_combined(kind, values))
+        return torch.where(results[-1] <= FLOOR / 2, -math.inf, results[-1])
+
+    def _tables(
+        self, steps: Sequence[tuple[Combination, list[Term]]], log_sigma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the terms' constants, and the pairs (operator, term) of their factors as two index tensors."""
+        key = (log_sigma.device, log_sigma.dtype, len(steps))
+        table = self._cache.get(key)
+        if table is None:
+            terms = [term for _, branch in steps for term in branch]
+            fixed = torch.tensor([term.constant for term in terms], dtype=log_sigma.dtype, device=log_sigma.device)
+            pairs = [(source, target) for target, term in enumerate(terms) for source in term.operators]
+            indices = torch.tensor(pairs, dtype=torch.long, device=log_sigma.device).reshape(-1, 2)
+            table = self._cache[key] = (fixed, indices[:, 0].contiguous(), indices[:, 1].contiguous())
+        if not self.lives:
+            return table
+        read = [log_up(live()) for live in self.lives]
+        present = [math.fsum(read[i] for i in term.lives) for _, branch in steps for term in branch]
+        return table[0] + torch.tensor(present, dtype=log_sigma.dtype, device=log_sigma.device), table[1], table[2]
+
+
+def _combined(kind: Combination, values: Sequence[Tensor]) -> Tensor:
+    if len(values) == 1:
+        return values[0]
+    stacked = torch.stack(list(values))
+    if kind == "max":
+        return stacked.amax()
+    return torch.logsumexp(stacked, 0) if kind == "sum" else torch.logsumexp(2 * stacked, 0) / 2

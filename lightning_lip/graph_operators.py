@@ -1,0 +1,245 @@
+"""Operators that only a traced graph shows: weights used functionally, learned scales, batch normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lip.convolution_norms import certified_convolution_norm
+from lightning_lip.convolutions import ConvolutionOperator
+from lightning_lip.matrix_norms import certified_matrix_norm
+from lightning_lip.operators import LinearOperator, MatrixOperator
+from lightning_lip.rounding import multiply_up, up
+
+
+class ParameterMatrixOperator(MatrixOperator):
+    """A matrix that a module holds as a parameter of any name and hands to ``F.linear`` or ``matmul`` itself.
+
+    Args:
+        name: The module's name, with the parameter's unless that is ``weight``.
+        module: The module that owns the parameter.
+        key: The parameter's name in the module; its shape is (m, n).
+    """
+
+    def __init__(self, name: str, module: nn.Module, key: str) -> None:
+        super().__init__(name, module)
+        self._key = key
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter = self._slots.get(self._key)
+        if parameter is None:
+            raise RuntimeError(f"Parameter {self._key!r} of {self.name!r} is gone: trace the model again.")
+        return parameter
+
+
+class ComputedMatrixOperator(MatrixOperator):
+    """A matrix that the model's forward computes from its parameters; gradients are pulled back through that.
+
+    Args:
+        name: The name of the module in whose forward it is computed.
+        module: That module.
+        compute: Returns the matrix, shape (m, n), differentiable in the parameters.
+        parameters: What it is computed from.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, module)
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What the matrix is computed from."""
+        return self._parameters
+
+    @property
+    def direct_parameter(self) -> nn.Parameter | None:
+        """None: the matrix is computed."""
+        return None
+
+    def weight(self) -> Tensor:
+        """Return W, shape (m, n)."""
+        return self._compute()
+
+
+class DiagonalOperator(LinearOperator):
+    """``x -> s * x`` with the n entries of s: batch normalisation in eval mode, a norm's gamma, a learned scale.
+
+    Where s multiplies a larger input by broadcasting, each entry stands for all its copies: the norm, ``max|s|``, is
+    the same. :meth:`spectral_norm` gives it *exactly*, no iteration is needed.
+
+    Args:
+        name: The name of the module that owns s.
+        module: That module.
+        compute: Returns s, any shape, differentiable in the parameters.
+        parameters: What it is computed from.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, module)
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def domain_shape(self) -> tuple[int, ...]:
+        """Shape (n,)."""
+        return (self.weight().numel(),)
+
+    @property
+    def codomain_shape(self) -> tuple[int, ...]:
+        """Shape (n,)."""
+        return self.domain_shape
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the entries are computed from; none for a normalisation without gamma."""
+        return self._parameters
+
+    def weight(self) -> Tensor:
+        """Return s, shape (n,)."""
+        return self._compute().flatten()
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Map (r, n) to (r, n)."""
+        return inputs * self.weight().to(inputs.dtype)
+
+    def adjoint(self, outputs: Tensor) -> Tensor:
+        """Map (r, n) to (r, n)."""
+        return self.apply(outputs)
+
+    def norm(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``<u, s v>``, shape (), in the vectors' dtype."""
+        return left @ self.apply(right)
+
+    def spectral_norm(self) -> Tensor:
+        """Return ``max|s|``, *exact* up to the rounding of s, shape (), differentiable in the parameters."""
+        return self.weight().abs().max()
+
+    @torch.no_grad()
+    def certified_norm(self) -> float:
+        """Return a *certified upper bound* of the norm, provided s is formed with errors of a few roundings."""
+        largest = float(self.spectral_norm())
+        if not math.isfinite(largest):
+            raise ValueError(f"Expected finite entries in the scale of {self.name!r}, got NaN or an infinity.")
+        return multiply_up(largest, 1 + 16 * torch.finfo(self.weight().dtype).eps)
+
+
+class ScaledOperator(LinearOperator):
+    """``diag(s) W``: a linear or convolutional layer and the batch normalisation, in eval mode, that follows it.
+
+    Its norm is at most, and often far below, the product of the two norms.
+
+    Args:
+        base: W.
+        name: The name of both.
+        compute: Returns s, shape (c,): one entry for each output channel of W; fp64, differentiable in `parameters`.
+        parameters: What s is computed from.
+    """
+
+    def __init__(
+        self, base: LinearOperator, name: str, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, base.module)
+        self.base = base
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def domain_shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.domain_shape
+
+    @property
+    def codomain_shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.codomain_shape
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The base's and the normalisation's."""
+        return (*self.base.parameters, *self._parameters)
+
+    def scale(self) -> Tensor:
+        """Return s, shape (c,)."""
+        return self._compute()
+
+    def weight(self) -> Tensor:
+        """Return the base's weight with its output channels scaled, in the shape of the base's weight."""
+        weight = self.base.weight()
+        return self._scaled_weight(self.scale().to(weight.dtype))
+
+    def _scaled_weight(self, scale: Tensor) -> Tensor:
+        weight = self.base.weight().to(scale.dtype)
+        if not getattr(self.base.module, "transposed", False):
+            return scale.view(-1, *[1] * (weight.dim() - 1)) * weight
+        # (c_in, c_out / groups, ...): group g of the inputs feeds the g-th run of output channels.
+        runs = scale.view(scale.numel() // weight.shape[1], 1, weight.shape[1], *[1] * (weight.dim() - 2))
+        grouped = weight.view(runs.shape[0], -1, *weight.shape[1:])
+        return (grouped * runs).view(weight.shape)
+
+    def _broadcast(self, like: Tensor) -> Tensor:
+        return self.scale().to(like.dtype).view(-1, *[1] * (like.dim() - 2))
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Map (r, *domain_shape) to (r, *codomain_shape)."""
+        outputs = self.base.apply(inputs)
+        return outputs * self._broadcast(outputs)
+
+    def adjoint(self, outputs: Tensor) -> Tensor:
+        """Map (r, *codomain_shape) to (r, *domain_shape)."""
+        return self.base.adjoint(outputs * self._broadcast(outputs))
+
+    def norm(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``<u, diag(s) W v>``, shape (), in the vectors' dtype."""
+        return left @ self.apply(right.view(1, *self.domain_shape)).flatten()
+
+    @torch.no_grad()
+    def certified_norm(self) -> float:
+        """Return a *certified upper bound* of the norm.
+
+        s is rounded up to fp32, so that its product with fp32 weights is exact in fp64. With fp64 weights the bound is
+        the product of both norms.
+        """
+        scale = self.scale().double()
+        if not bool(scale.isfinite().all()):
+            raise ValueError(f"Expected a finite scale in {self.name!r}, got NaN or an infinity.")
+        raised = (scale.abs() * (1 + 1e-14)).float()
+        # The conversion rounds to nearest: one step up is at least the value.
+        raised = torch.nextafter(raised, torch.full_like(raised, math.inf)).double()
+        if self.base.weight().dtype == torch.float64:
+            return multiply_up(up(float(raised.max())), certified_norm(self.base))
+        weight = self._scaled_weight(raised)
+        return certified_norm(self.base, weight)
+
+
+def certified_norm(operator: LinearOperator, weight: Tensor | None = None) -> float:
+    """Return a *certified upper bound* of a matrix's or convolution's norm, or of one with another weight.
+
+    Args:
+        operator: The operator.
+        weight: A weight in place of the operator's own, of the same shape.
+    """
+    if isinstance(operator, ConvolutionOperator):
+        module = operator._convolution
+        return certified_convolution_norm(
+            (operator.weight() if weight is None else weight).detach(),
+            stride=tuple(module.stride),
+            dilation=tuple(module.dilation),
+            groups=module.groups,
+            padding=module.padding,
+            padding_mode=module.padding_mode,
+            transposed=module.transposed,
+            output_padding=tuple(module.output_padding),
+            spatial=operator.domain_shape[1:],
+        )
+    if isinstance(operator, (DiagonalOperator, ScaledOperator)) and weight is None:
+        return operator.certified_norm()
+    return certified_matrix_norm((operator.weight() if weight is None else weight).detach())
