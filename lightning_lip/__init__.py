@@ -1,12 +1,16 @@
 """See, penalise, bound and certify the Lipschitz constant of a network while it trains."""
 
 from lightning_lip.callbacks import LipschitzMonitor, LipschitzPenalty, MaxNorm, NoisyValidation
-from lightning_lip.metrics import NoisyMeanAbsoluteError
+from lightning_lip.certificates import Certificate, Uncertified, certify
+from lightning_lip.constants import register_constant
+from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.regularizer import LipschitzRegularizer
 
 __all__ = [
+    "Certificate",
+    "CertifiedAccuracy",
     "LipschitzMixin",
     "LipschitzMonitor",
     "LipschitzPenalty",
@@ -14,5 +18,8 @@ __all__ = [
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
+    "Uncertified",
     "UnsupportedLayerError",
+    "certify",
+    "register_constant",
 ]

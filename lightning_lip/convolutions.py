@@ -59,7 +59,7 @@ class ConvolutionOperator(LinearOperator):
 
     def __init__(self, name: str, module: nn.Module, domain_shape: Sequence[int]) -> None:
         super().__init__(name, module)
-        self._convolution = module = _known(module)
+        self._convolution = module = check_convolution(module)
         # Where the weight comes from is the same question for every layer.
         parametrized = parametrize.is_parametrized(module, "weight")
         self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
@@ -185,7 +185,7 @@ class ConvolutionOperator(LinearOperator):
         return outputs if symmetric else pad_adjoint(outputs, self._pairs, self._mode)
 
 
-def _known(module: nn.Module) -> Convolution:
+def check_convolution(module: nn.Module) -> Convolution:
     """Return the module, if its forward is known to be a convolution.
 
     Raises:

@@ -119,6 +119,13 @@ class DiagonalOperator(LinearOperator):
         """Return ``<u, s v>``, shape (), in the vectors' dtype."""
         return left @ self.apply(right)
 
+    @torch.no_grad()
+    def leading_vectors(self) -> tuple[Tensor, Tensor]:
+        """Return u and v, shape (n,) each: the unit vector at the largest entry, with the entry's sign in u."""
+        s = self.weight()
+        at = torch.nn.functional.one_hot(s.abs().argmax(), s.numel()).to(s.dtype)
+        return at * torch.sign(s), at
+
     def spectral_norm(self) -> Tensor:
         """Return ``max|s|``, *exact* up to the rounding of s, shape (), differentiable in the parameters."""
         return self.weight().abs().max()

@@ -72,6 +72,10 @@ class LinearOperator(ABC):
         domain, codomain = math.prod(self.domain_shape), math.prod(self.codomain_shape)
         return domain, min(domain, codomain)
 
+    def leading_vectors(self) -> tuple[Tensor, Tensor] | None:
+        """Return the leading singular vectors u, v (flat) where a closed form gives them exactly; None otherwise."""
+        return None
+
     @abstractmethod
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, W v>``, shape (), differentiable in :attr:`parameters`.
@@ -232,6 +236,20 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
         raise UnsupportedLayerError("it has a forward of its own, so it is not known to compute x W^T + b")
     if parametrize.is_parametrized(module, "weight"):
         return ParametrizedMatrixOperator(name, module)
+    weight = check_weight(module)
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise UnsupportedLayerError(
+            f"its weight has shape {tuple(weight.shape)} instead of (out_features, in_features), as FSDP1's shards do"
+        )
+    return MatrixOperator(name, module)
+
+
+def check_weight(module: nn.Module) -> nn.Parameter:
+    """Return a layer's own weight, if it is a tensor that can be worked with.
+
+    Raises:
+        UnsupportedLayerError: If it is computed by a hook, lazy, on the meta device, sharded, sparse or not floating.
+    """
     weight = module._parameters.get("weight")
     if weight is None:
         raise UnsupportedLayerError(
@@ -250,11 +268,7 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
         raise UnsupportedLayerError(
             f"its weight is a {kind} of {weight.dtype}, {weight.layout}, not a dense fp64, fp32, fp16 or bf16 tensor"
         )
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise UnsupportedLayerError(
-            f"its weight has shape {tuple(weight.shape)} instead of (out_features, in_features), as FSDP1's shards do"
-        )
-    return MatrixOperator(name, module)
+    return weight
 
 
 def _refuse(reason: str) -> Callable[[nn.Module, str], LinearOperator]:
@@ -267,9 +281,9 @@ def _refuse(reason: str) -> Callable[[nn.Module, str], LinearOperator]:
 for _types, _reason in (
     (
         (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm),
-        "normalisation is not supported",
+        "a normalisation is bounded in its place in the graph only: pass example_input=",
     ),
-    ((nn.modules.conv._ConvNd,), "convolutions are not supported"),
+    ((nn.modules.conv._ConvNd,), "a convolution needs the size of its input: pass example_input="),
     ((nn.MultiheadAttention,), "dot-product attention has no finite Lipschitz constant"),
     ((nn.Embedding, nn.EmbeddingBag), "an embedding is a look-up, not a linear map: start at its output"),
     ((nn.Bilinear,), "a product of two inputs has no finite Lipschitz constant"),

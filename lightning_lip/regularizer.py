@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_lip import kernels
+from lightning_lip.bound import NetworkBound
+from lightning_lip.graph_operators import DiagonalOperator
 from lightning_lip.kernels.reference import without_autocast
-from lightning_lip.operators import LinearOperator
+from lightning_lip.operators import LinearOperator, UnsupportedLayerError
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.selection import Selection, count_calls, find_operators
+from lightning_lip.selection import Selected, Selection, find_operators, select
 from lightning_lip.spectral_norms import SpectralNorms
 
 
@@ -23,8 +27,10 @@ class LipschitzRegularizer:
 
     The default penalises the product of the spectral norms (N. Couellan, "The coupling effect of Lipschitz
     regularization in deep neural networks", 2021). The norms are *estimates from below*, by block iteration with
-    vectors that persist from step to step. The product over the selected layers regularises; it is not a bound on the
-    network, whose activations, other layers and branches it does not know.
+    vectors that persist from step to step. Without an example input, S is the log of the product over the selected
+    layers: a regulariser, and not a bound on the network, whose activations, other layers and branches it does not
+    know. With one, S is the log of the bound over the network's traced graph: activations, residuals, pools and
+    unselected layers count, and the selected layers get the gradient. Convolutions act at their true input size.
 
     Args:
         model: The model; it is not changed, and keeps no reference to the regulariser. After replacing one of its
@@ -39,14 +45,17 @@ class LipschitzRegularizer:
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the vectors start from.
-        example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model. With it a layer
-            counts as often as one forward pass calls it; without it, as often as the model holds its weight.
+        example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model, with the batch along
+            the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
+            LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
+            weight, and the size of a convolution's input is that of the first forward pass in training mode.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
 
     Raises:
         ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
-        UnsupportedLayerError: If the operator of a selected layer is not known.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between the example
+            input and the output has no known finite Lipschitz constant.
 
     Example:
         >>> import torch
@@ -78,15 +87,20 @@ class LipschitzRegularizer:
     ) -> None:
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
-        self.operators: list[LinearOperator] = find_operators(model, layers, exclude)
-        if example_input is not None:
-            count_calls(model, self.operators, example_input)
+        self._model = model
+        self._network = _trace(model, example_input)
+        if self._network is None:
+            self.operators: list[LinearOperator] = find_operators(model, layers, exclude)
+            self.penalised = [True] * len(self.operators)
+        else:
+            self.operators = self._network.operators
+            self.penalised = _covered(self.operators, select(model, layers, exclude), must_cover=layers is not None)
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._repeats = [op.multiplicity for op in self.operators]
         # The penalty that the kernels know, if it is one of theirs, and the weights if all can be served directly.
         self._code = kernels.PENALTY_CODES.get(penalty) if isinstance(penalty, str) else None
         self._log_target = math.log(target)
-        direct = all(op.direct_parameter is not None for op in self.operators)
+        direct = self._network is None and all(op.direct_parameter is not None for op in self.operators)
         self._slots = [op.module._parameters for op in self.operators] if direct else None
         self._addresses: list[int] = []
         self._step: kernels.PowerStep | None = None
@@ -103,15 +117,19 @@ class LipschitzRegularizer:
         """
         version = self._version()
         step = self._step if version == self._step_version else None
-        if step is None and torch.is_grad_enabled() and any(op.module.training for op in self.operators):
+        if step is None and torch.is_grad_enabled() and self._model.training:
             # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
             step = _copied(self._norms.step())
             self._step, self._step_version = step, version
         elif step is None:
             step = _copied(self._norms.current())
-        sigma = torch.stack(
-            [op.norm(u, v).to(step.sigma) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
-        )
+        norms = [
+            op.norm(u, v) if penalised else sigma
+            for op, u, v, sigma, penalised in zip(
+                self.operators, step.left, step.right, step.sigma, self.penalised, strict=True
+            )
+        ]
+        sigma = torch.stack([norm.to(step.sigma) for norm in norms])
         # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
         zero = sigma == 0
         log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
@@ -186,7 +204,7 @@ class LipschitzRegularizer:
         """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
         step = self._norms.step() if advance else self._norms.current()
         sigma = _double(step.sigma)
-        if self._code is not None:
+        if self._code is not None and self._network is None:
             repeats = torch.tensor(self._repeats, device=sigma.device, dtype=sigma.dtype)
             value, slope = kernels.penalty_slope(self._code, sigma, repeats, self._log_target)
         else:
@@ -206,7 +224,7 @@ class LipschitzRegularizer:
         grads: list[Tensor | None] = [None] * len(self.operators)
         for index, op in enumerate(self.operators):
             trainable = [p for p in op.parameters if p.requires_grad and (allowed is None or id(p) in allowed)]
-            if not trainable:
+            if not trainable or not self.penalised[index]:
                 continue
             weight = op.direct_parameter
             if weight is not None:
@@ -238,8 +256,7 @@ class LipschitzRegularizer:
         Raises:
             ValueError: If a penalty of the user's own does not return a tensor of shape ().
         """
-        log_sigma = self._repeated(log_sigma)
-        value = self._penalty(log_sigma, log_sigma.sum())
+        value = self._penalty(self._repeated(log_sigma), self.log_bound_of(log_sigma))
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
@@ -278,7 +295,9 @@ class LipschitzRegularizer:
         return self.log_bound_of(self.log_sigma())
 
     def log_bound_of(self, log_sigma: Tensor) -> Tensor:
-        """Return S, shape (), for given log spectral norms, shape (L,)."""
+        """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
+        if self._network is not None:
+            return self._network.log_bound(log_sigma)
         return self._repeated(log_sigma).sum()
 
     def iterate(self) -> None:
@@ -286,12 +305,27 @@ class LipschitzRegularizer:
         self._step, self._step_version = _copied(self._norms.step()), self._version()
 
     def bound(self) -> Tensor:
-        """Return the product of the selected layers' spectral norms, shape (), fp64 where the device has it.
+        """Return the bound with the present estimates, shape (), fp64 where the device has it.
 
-        An *estimate from below* of that product. It bounds the network only if the network is the chain of the
-        selected layers and activations of Lipschitz constant 1. The vectors do not advance.
+        With a traced graph an *estimate* of a Lipschitz bound of the whole network: the rules are proven, the spectral
+        norms in it are estimates from below. Without one, an *estimate from below* of the product of the selected
+        layers' spectral norms, which bounds the network only if it is the chain of these layers and activations of
+        constant 1. The vectors do not advance.
+
+        Raises:
+            RuntimeError: If the input size of a convolution is not known yet.
         """
         return self.log_bound().exp()
+
+    @property
+    def bound_kind(self) -> str:
+        """What :meth:`bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        return "product" if self._network is None else "bound"
+
+    @property
+    def has_upper(self) -> bool:
+        """Whether :meth:`sigma_upper` is finite: every operator is a matrix, or has its norm in closed form."""
+        return all(op.is_matrix or isinstance(op, DiagonalOperator) for op in self.operators)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""
@@ -305,6 +339,60 @@ class LipschitzRegularizer:
     def _version(self) -> tuple[int, ...]:
         """Identify the state of the weights: changes with every in-place update, replacement and move."""
         return tuple(x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
+
+
+def _trace(model: nn.Module, example_input: Any) -> NetworkBound | None:
+    """Return the bound over the graph that an example input shows; None without one.
+
+    A LightningModule's own ``example_input_array`` serves if no input is given. It was not set for this purpose, so a
+    graph without a known bound is then no error: a warning says why, and the product of the layers remains.
+    """
+    if example_input is not None:
+        return NetworkBound.trace(model, example_input)
+    example_input = getattr(model, "example_input_array", None)
+    if example_input is None:
+        return None
+    try:
+        return NetworkBound.trace(model, example_input)
+    except UnsupportedLayerError as error:
+        warnings.warn(
+            f"The graph of example_input_array has no known Lipschitz bound; the product of the layers serves instead. "
+            f"{error}",
+            stacklevel=3,
+        )
+        return None
+
+
+def _covered(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> list[bool]:
+    """Return which operators of a traced graph belong to the selected layers.
+
+    Raises:
+        ValueError: If none does; or, where `must_cover`, if a selected layer is not in the graph.
+    """
+    in_graph = {id(p) for op in operators for p in op.parameters}
+    chosen: set[int] = set()
+    absent = []
+    for layer in selected:
+        module = layer.found.module
+        # Its own parameters, and those of its parametrizations; a layer inside it is selected for itself.
+        computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+        own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        ids = {id(p) for p in own if p is not None}
+        chosen |= ids
+        if ids and not ids & in_graph:
+            absent.append(layer.found.name)
+    if absent and must_cover:
+        names = absent[0] if len(absent) == 1 else absent
+        raise ValueError(
+            f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
+            f"exclude={names!r}, or give an input that reaches them."
+        )
+    covered = [any(id(p) in chosen for p in op.parameters) for op in operators]
+    if not any(covered):
+        raise ValueError(
+            f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
+        )
+    return covered
 
 
 def check_coefficient(coefficient: float) -> float:

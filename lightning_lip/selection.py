@@ -17,10 +17,10 @@ from lightning_lip.operators import (
     LinearOperator,
     UnsupportedLayerError,
     carries_weight,
-    eval_mode,
     is_lora,
     operator_of,
 )
+from lightning_lip.recorded import RecordedConvolution
 
 Selection = str | nn.Module | Sequence[str | nn.Module]
 """Module names, glob patterns (``*`` also crosses dots) or submodules; a container stands for all that is in it."""
@@ -172,13 +172,20 @@ def select(model: nn.Module, layers: Selection | None = None, exclude: Selection
     return kept
 
 
+def _operator_without_size(found: Found) -> LinearOperator:
+    if isinstance(found.module, nn.modules.conv._ConvNd):
+        return RecordedConvolution(found.name, found.module)
+    return operator_of(found.module, found.name)
+
+
 def find_operators(
     model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None
 ) -> list[LinearOperator]:
     """Return the linear operators of the selected layers, in the order of ``model.named_modules()``.
 
     A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
-    times, is one operator with that multiplicity. Frozen weights are included.
+    times, is one operator with that multiplicity. Frozen weights are included. A convolution's operator waits for the
+    first forward pass in training mode to learn the size of its input.
 
     Args:
         model: The model.
@@ -195,14 +202,15 @@ def find_operators(
     for selected in select(model, layers, exclude):
         f, left = selected.found, list(selected.left)
         try:
-            operator = operator_of(f.module, f.name)
+            operator = _operator_without_size(f)
         except UnsupportedLayerError as error:
             refused.append(f"{f.name or ', '.join(left)} ({type(f.module).__name__}): {error}")
             # Of a block that holds a parameter of its own, not its name: that would leave out all that is in it.
             is_block = any(f.module.children()) and operator_of.dispatch(type(f.module)) is operator_of.dispatch(object)
             to_exclude.extend(left if left and (not f.name or is_block) else [f.name])
             continue
-        weight = operator.direct_parameter
+        # One weight, one operator; a parametrised weight is its module's.
+        weight = f.module._parameters.get("weight")
         tied = operators.setdefault(id(f.module if weight is None else weight), operator)
         tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
     if refused:
@@ -214,49 +222,6 @@ def find_operators(
             "layers=...; the product then covers the selected layers only."
         )
     return list(operators.values())
-
-
-@torch.no_grad()
-def count_calls(model: nn.Module, operators: Sequence[LinearOperator], example_input: object) -> None:
-    """Set each operator's multiplicity to the number of calls in one forward pass in eval mode.
-
-    Modes and buffers of the model and the random number generators are left as they were.
-
-    Args:
-        model: The model.
-        operators: Operators of modules inside the model; a tied weight's other modules are counted too.
-        example_input: A tensor, a tuple of positional arguments, or a dict of keyword arguments.
-
-    Raises:
-        ValueError: If a selected layer is not called in that forward pass.
-    """
-    calls = {id(op): 0 for op in operators}
-    by_weight = {id(op.direct_parameter): op for op in operators if op.direct_parameter is not None}
-    by_module = {id(op.module): op for op in operators}
-    handles = []
-    for module in model.modules():
-        owner = by_weight.get(id(module._parameters.get("weight"))) or by_module.get(id(module))
-        if owner is not None:
-
-            def count(*_: object, operator: LinearOperator = owner) -> None:
-                calls[id(operator)] += 1
-
-            handles.append(module.register_forward_pre_hook(count))
-    args, kwargs = call_arguments(example_input)
-    # A compiled region was traced without these hooks and would skip them.
-    try:
-        with eval_mode(model), buffers_kept(model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for op in operators:
-        if not calls[id(op)]:
-            raise ValueError(
-                f"Layer {op.name!r} is not called in the forward pass of `example_input`: leave it out with "
-                f"exclude={op.name!r}, or give an input that reaches it."
-            )
-        op.multiplicity = calls[id(op)]
 
 
 def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:

@@ -187,7 +187,7 @@ class SpectralNorms:
         uppers = []
         for op, weight, block, sigma in zip(self.operators, self._weights(), step.vectors, step.sigma, strict=True):
             if not op.is_matrix:
-                uppers.append(torch.full_like(sigma, math.inf))
+                uppers.append(sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf))
                 continue
             matrix = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
             images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
@@ -228,8 +228,15 @@ class _OperatorIteration:
         self.vectors = vectors
 
     def power_step(self, n_iterations: int) -> kernels.PowerStep:
-        """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`."""
+        """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`.
+
+        Where the operator knows its singular vectors there is nothing to iterate.
+        """
         op = self._operator
+        exact = op.leading_vectors()
+        if exact is not None:
+            left, right = exact
+            return kernels.PowerStep(op.norm(left, right)[None], [left], [right], [self.vectors])
 
         def apply(rows: Tensor) -> Tensor:
             return op.apply(rows.view(len(rows), *op.domain_shape)).flatten(1)

@@ -728,7 +728,7 @@ def test_arguments_are_checked_at_construction():
     model = net()
     model.forward = lambda x: model[0](x)
     model.unused = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="Layer 'unused' is not called"):
+    with pytest.raises(ValueError, match=r"layers \['unused'\] do not act on the output"):
         LipschitzRegularizer(model, 1.0, layers=["0", "unused"], example_input=torch.ones(1, 7).double())
 
 

@@ -44,6 +44,11 @@ class _Source:
         """The layers' names; a model that is itself a layer has none of its own."""
         return [op.name or "model" for op in self.regularizer.operators]
 
+    @property
+    def bound_tag(self) -> str:
+        """Where the bound goes: the whole network's, if its graph is known, or the product's."""
+        return f"{self.tag}/{self.regularizer.bound_kind}"
+
     def remember(self, step: int, norms: list[float]) -> None:
         if self.seen % self.spacing == 0:
             self.steps.append(step)
@@ -60,14 +65,17 @@ class LipschitzMonitor(Callback):
     device, to every logger:
 
     - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
-    - ``lipschitz/log_share/<layer>``: the layer's part ``k log sigma`` of the log of the product; they sum to it;
+    - ``lipschitz/log_share/<layer>``: the layer's part of the log of the product, ``k log sigma``, which sum to it;
+      with a traced graph ``log sigma`` times the bound's elasticity ``d log bound / d log sigma``;
     - ``lipschitz/product``: the product over the selected layers, an *estimate from below* (no bound on the network:
-      activations, other layers and branches are not in it);
-    - ``lipschitz/product_upper``: an upper bound of that product in exact arithmetic (no certificate: rounding is not
-      accounted for), from the Frobenius norms less what the blocks of singular vectors hold;
+      activations, other layers and branches are not in it). With a traced graph (`example_input`, or the module's
+      ``example_input_array``) instead ``lipschitz/bound``: the bound of the whole network, with estimated norms;
+    - ``lipschitz/product_upper`` (``lipschitz/bound_upper``): the same with upper bounds of the norms that hold in
+      exact arithmetic (no certificate: rounding is not accounted for), from the Frobenius norms less what the blocks of
+      singular vectors hold; absent where there are convolutions;
     - ``lipschitz/penalty``: the penalty as a step adds it, coefficient and warm-up included; absent without a penalty.
 
-    ``lipschitz/product`` and ``lipschitz/penalty`` are also handed to Lightning, for ``EarlyStopping`` and
+    ``lipschitz/product`` (or ``bound``) and ``lipschitz/penalty`` are also handed to Lightning: ``EarlyStopping`` and
     ``ModelCheckpoint(monitor="lipschitz/product")``. TensorBoard gets a custom-scalars layout (all layers in one chart,
     the product between its estimate and its upper bound as a margin chart) and, where matplotlib is installed, a
     layer-by-step heat map ``lipschitz/spectral_norms`` at the end of each epoch (about a tenth of a second each).
@@ -82,6 +90,7 @@ class LipschitzMonitor(Callback):
         block_size: Singular vectors a layer, r, of the monitor's own iteration.
         n_iterations: Iterations of its own a logging step.
         seed: Seed of the private generator that its own vectors start from.
+        example_input: An input of the model, whose graph is then traced; for the monitor's own iteration.
         heat_map_every_n_epochs: Draw the heat map at the end of every n-th epoch only; 0 draws none.
 
     Raises:
@@ -97,6 +106,7 @@ class LipschitzMonitor(Callback):
         block_size: int = 8,
         n_iterations: int = 3,
         seed: int = 0,
+        example_input: Any = None,
         heat_map_every_n_epochs: int = 1,
     ) -> None:
         for argument, value, least in (
@@ -108,7 +118,12 @@ class LipschitzMonitor(Callback):
                 raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
         self._heat_map_every_n_epochs = heat_map_every_n_epochs
         self._layers, self._exclude = layers, exclude
-        self._own_arguments: dict[str, Any] = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed}
+        self._own_arguments: dict[str, Any] = {
+            "block_size": block_size,
+            "n_iterations": n_iterations,
+            "seed": seed,
+            "example_input": example_input,
+        }
         self._own: LipschitzRegularizer | None = None
         self._sources: list[_Source] = []
         self._loaded: dict[str, Any] | None = None
@@ -149,9 +164,7 @@ class LipschitzMonitor(Callback):
             if logging:
                 source.remember(logging_step(trainer), norms)
                 log_to_loggers(trainer, metrics)
-            kept |= {
-                name: metrics[name] for name in (f"{source.tag}/product", f"{source.tag}/penalty") if name in metrics
-            }
+            kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
         pl_module.log_dict(kept, logger=False)
 
     @override
@@ -198,34 +211,39 @@ def _lent_sources(trainer: Any, pl_module: LightningModule) -> list[_Source]:
     return []
 
 
-@torch.no_grad()
 def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:
     """Return what a source logs, by name, and its spectral norms, with one copy from the device."""
     regularizer = source.regularizer
-    log_sigma = regularizer.log_sigma()
-    log_upper = regularizer.sigma_upper().to(log_sigma).log()
-    scalars = [regularizer.log_bound_of(log).exp() for log in (log_sigma, log_upper)]
-    if source.penalty is not None:
-        scalars.append(source.penalty(log_sigma))
-    shares = log_sigma * torch.tensor([op.multiplicity for op in regularizer.operators], device=log_sigma.device)
-    values = torch.cat([log_sigma.exp(), shares, torch.stack(scalars)]).tolist()
-    names = source.names
-    tags = [f"{source.tag}/spectral_norm/{name}" for name in names]
-    tags += [f"{source.tag}/log_share/{name}" for name in names]
-    tags += [f"{source.tag}/{name}" for name in ("product", "product_upper", "penalty")[: len(scalars)]]
-    return dict(zip(tags, values, strict=True)), values[: len(names)]
+    with torch.inference_mode(False), torch.enable_grad():
+        log_sigma = regularizer.log_sigma().requires_grad_()
+        log_bound = regularizer.log_bound_of(log_sigma)
+        (elasticity,) = torch.autograd.grad(log_bound, log_sigma)
+    with torch.no_grad():
+        log_sigma = log_sigma.detach()
+        scalars = {source.bound_tag: log_bound.detach().exp()}
+        if regularizer.has_upper:
+            log_upper = regularizer.sigma_upper().to(log_sigma).log()
+            scalars[f"{source.bound_tag}_upper"] = regularizer.log_bound_of(log_upper).exp()
+        if source.penalty is not None:
+            scalars[f"{source.tag}/penalty"] = source.penalty(log_sigma)
+        values = torch.cat([log_sigma.exp(), elasticity * log_sigma, torch.stack(list(scalars.values()))]).tolist()
+    tags = [f"{source.tag}/spectral_norm/{name}" for name in source.names]
+    tags += [f"{source.tag}/log_share/{name}" for name in source.names]
+    return dict(zip([*tags, *scalars], values, strict=True)), values[: len(source.names)]
 
 
 def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:
     """Return TensorBoard's custom-scalars layout: one category a source."""
     layout: dict[str, dict[str, list[Any]]] = {}
     for source in sources:
-        names = source.names
-        product = f"{source.tag}/product"
-        layout[source.tag] = {
+        names, bound, kind = source.names, source.bound_tag, source.regularizer.bound_kind
+        layout[source.tag] = charts = {
             "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],
-            "parts of log product": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
-            # A margin chart wants value, lower, upper; the estimate is from below, so it is both of the first.
-            "product, with its upper bound": ["Margin", [product, product, f"{source.tag}/product_upper"]],
+            f"parts of log {kind}": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
         }
+        if source.regularizer.has_upper:
+            # A margin chart wants value, lower, upper; the estimate is from below, so it is both of the first.
+            charts[f"{kind}, with its upper bound"] = ["Margin", [bound, bound, f"{bound}_upper"]]
+        else:
+            charts[kind] = ["Multiline", [bound]]
     return layout

@@ -26,7 +26,8 @@ class LipschitzPenalty(Callback):
 
     The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` the callback logs
     ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
-    selected layers' spectral norms) on logging steps, to every logger and for ``ModelCheckpoint(monitor=...)``.
+    selected layers' spectral norms; with a traced graph ``lipschitz/bound``, the whole network's) on logging steps, to
+    every logger and for ``ModelCheckpoint(monitor=...)``.
 
     Args:
         coefficient: lambda, the factor of the penalty; at least 0.
@@ -40,7 +41,9 @@ class LipschitzPenalty(Callback):
         every_n_steps: Act on every n-th optimiser step only, with n times the coefficient.
         warmup_steps: Raise the coefficient linearly over this many optimiser steps; 0 starts with all of it.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
-        example_input: An input of the model; with it, layers count as often as one forward pass calls them.
+        example_input: An input of the model: its graph is traced, and the bound that is penalised is that of the whole
+            network, with activations, residuals and unselected layers. None takes the module's
+            ``example_input_array``; without either, the bound is the product over the selected layers.
         name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
             the logged names, ``lipschitz/<name>/penalty``.
 
@@ -216,7 +219,7 @@ class LipschitzPenalty(Callback):
         log_sigma = self.regularizer.log_sigma()
         log_bound = self.regularizer.log_bound_of(log_sigma)
         bound, value = torch.stack([log_bound.exp(), self.penalty_of(log_sigma)]).tolist()
-        metrics = {f"{self.tag}/product": bound, f"{self.tag}/penalty": value}
+        metrics = {f"{self.tag}/{self.regularizer.bound_kind}": bound, f"{self.tag}/penalty": value}
         if is_logging_step(trainer):
             log_to_loggers(trainer, metrics)
         pl_module.log_dict(metrics, logger=False)

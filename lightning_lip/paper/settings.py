@@ -83,12 +83,11 @@ Lambdas = dict[str, dict[str, float]]
 
 LAMBDAS: Lambdas = {
     "raw/3/clean": {"layer": 0.1778, "product": 0.0562},
-    "standardised/4/noise": {"layer": 17.7828, "product": 5.6234},
+    "raw/3/noise": {"layer": 0.5623, "product": 0.5623},
 }
-"""The coefficients in use, by setting and regime, in units of the MSE loss.
+"""The coefficients in use, by setting and regime, in units of the MSE loss: what `lightning-lip reproduce --tune` found.
 
-The best of `GRID` on 20 seeds that are not reported, by the study in plain PyTorch that preceded this code;
-`lightning-lip reproduce --tune` finds the entry of the paper's setting anew, `--full` those of all settings.
+They are the best of `GRID` on 20 seeds that are not reported; `--full` finds those of all settings.
 """
 
 

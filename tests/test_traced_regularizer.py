@@ -1,0 +1,286 @@
+"""The regulariser over a traced graph, and with convolutions whose size is recorded in training."""
+
+import copy
+import math
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer
+
+
+def exact(weight):
+    return torch.linalg.matrix_norm(weight, 2)
+
+
+class Residual(nn.Module):
+    """x -> b gelu(a x) + x, then a head; `spare` is not called."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2)
+        self.spare = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.b(nn.functional.gelu(self.a(x))) + x)
+
+
+GELU = 1.1289041452  # its Lipschitz constant, to ten digits
+
+
+def residual_bound(model):
+    return exact(model.head.weight) * (1 + GELU * exact(model.b.weight) * exact(model.a.weight))
+
+
+class ConvNet(nn.Module):
+    """Convolutions with a batch norm each, a residual, pooling and a head, on (2, 6, 6) images."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(2, 3, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        self.second = nn.Conv2d(3, 3, 3, padding=1)
+        self.pool = nn.AvgPool2d(2)
+        self.head = nn.Linear(27, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.first(x)))
+        x = x + torch.tanh(self.second(x))
+        return self.head(self.pool(x).flatten(1))
+
+
+IMAGE = torch.zeros(2, 2, 6, 6)
+
+
+def dense_norms(regularizer):
+    """Return the operators' norms by SVD of their dense matrices, differentiable in the weights."""
+    norms = []
+    for op in regularizer.operators:
+        n = math.prod(op.domain_shape)
+        columns = op.apply(torch.eye(n, dtype=torch.float64).view(n, *op.domain_shape)).flatten(1)
+        norms.append(exact(columns.T))
+    return torch.stack(norms)
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_bound_of_a_residual_network_is_the_hand_derived_one():
+    model = Residual().double()
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 4).double())
+    assert regularizer.bound_kind == "bound"
+    assert [op.name for op in regularizer.operators] == ["a", "b", "head"]
+    assert float(regularizer.bound()) == pytest.approx(float(residual_bound(model)), rel=1e-9)
+
+
+@pytest.mark.parametrize("penalty", ["product", "softplus_log", "log"])
+@pytest.mark.parametrize("how", ["add_grad_", "value"])
+def test_gradient_of_a_residual_network_is_the_formulas(penalty, how):
+    model = Residual().double()
+    regularizer = LipschitzRegularizer(model, 0.5, penalty, example_input=torch.zeros(1, 4).double())
+    if how == "value":
+        regularizer.value().backward()
+    else:
+        regularizer.add_grad_()
+    got = gradients(model)
+    model.zero_grad()
+    bound = residual_bound(model)
+    (0.5 * {"product": bound, "softplus_log": torch.log1p(bound), "log": bound.log()}[penalty]).backward()
+    for name in ("a.weight", "b.weight", "head.weight"):
+        torch.testing.assert_close(got[name], dict(model.named_parameters())[name].grad, rtol=1e-8, atol=1e-10)
+    assert got["spare.weight"] is None
+
+
+def test_unselected_layers_count_without_gradient():
+    model = Residual().double()
+    regularizer = LipschitzRegularizer(model, 1.0, layers="b", example_input=torch.zeros(1, 4).double())
+    assert float(regularizer.bound()) == pytest.approx(float(residual_bound(model)), rel=1e-9)
+    for add in (regularizer.add_grad_, lambda: regularizer.value().backward()):
+        model.zero_grad()
+        add()
+        got = gradients(model)
+        assert got["a.weight"] is None
+        assert got["head.weight"] is None
+        model.zero_grad()
+        residual_bound(model).backward()
+        torch.testing.assert_close(got["b.weight"], model.b.weight.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_through_convolutions_and_batch_norm_is_exact():
+    model = ConvNet().double()
+    model.norm.running_var.uniform_(0.5, 2.0)
+    model.norm.weight.data.uniform_(0.5, 1.5)
+    regularizer = LipschitzRegularizer(model, 1.0, n_iterations=200, example_input=IMAGE.double())
+    names = [op.name for op in regularizer.operators]
+    assert names == ["first+norm", "second", "head"]
+    regularizer.add_grad_()
+    got = gradients(model)
+    model.zero_grad()
+    model.eval()
+    regularizer.log_bound_of(dense_norms(regularizer).log()).exp().backward()
+    for name, p in model.named_parameters():
+        if not name.endswith("bias"):
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_eval_semantics_change_no_mode_and_no_buffer():
+    model = ConvNet()
+    before = copy.deepcopy(model.state_dict())
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=IMAGE)
+    regularizer.add_grad_()
+    bound = float(regularizer.bound())
+    assert all(m.training for m in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # The running statistics are read anew at each evaluation.
+    model.norm.running_var.mul_(100.0)
+    assert float(regularizer.bound()) < bound / 2
+
+
+def test_a_selected_layer_outside_the_graph_is_an_error():
+    with pytest.raises(ValueError, match=r"layers \['spare'\] do not act on the output.*exclude='spare'"):
+        LipschitzRegularizer(Residual(), 1.0, layers=["a", "spare"], example_input=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="No selected layer acts"):
+        LipschitzRegularizer(Residual(), 1.0, exclude=["a", "b", "head"], example_input=torch.zeros(1, 4))
+
+
+def test_state_of_convolutions_survives():
+    model = ConvNet()
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=IMAGE)
+    regularizer.add_grad_()
+    other = LipschitzRegularizer(model, 1.0, example_input=IMAGE)
+    other.load_state_dict(regularizer.state_dict())
+    assert torch.equal(other.sigma(), regularizer.sigma())
+
+
+def test_convolutions_without_a_size_wait_for_the_first_training_batch():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3))
+    regularizer = LipschitzRegularizer(model, 1.0)
+    with pytest.raises(RuntimeError, match="input size of convolution '0' is not known yet"):
+        regularizer.bound()
+    model.eval()
+    model(torch.zeros(1, 2, 50))  # a validation batch tells nothing
+    with pytest.raises(RuntimeError, match="not known yet"):
+        regularizer.add_grad_()
+    model.train()
+    model(torch.zeros(1, 2, 9))
+    regularizer.iterate()
+    expected = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 2, 9))
+    assert [op.domain_shape for op in regularizer.operators] == [(2, 9), (3, 7)]
+    assert float(regularizer.bound()) == pytest.approx(float(expected.bound()), rel=1e-4)
+    longer = torch.zeros(1, 2, 11)
+    with pytest.warns(UserWarning, match=r"'0' now sees inputs of shape \(2, 11\)") as caught:
+        [model(longer) for _ in range(3)]
+    assert len([w for w in caught if "now sees" in str(w.message)]) == 2  # one a layer
+    assert regularizer.operators[0].domain_shape == (2, 9)
+
+
+class Images(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = ConvNet()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(32, 2, 6, 6, generator=generator), torch.randint(3, (32,), generator=generator)
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
+
+
+@pytest.mark.parametrize("source", ["argument", "example_input_array", "first batch"])
+def test_callbacks_on_a_convolutional_network(make_trainer, images, tmp_path, source):
+    module = Images()
+    arguments = {"exclude": "net.norm"} if source == "first batch" else {}
+    if source == "argument":
+        arguments["example_input"] = IMAGE
+    elif source == "example_input_array":
+        module.example_input_array = IMAGE
+    penalty = LipschitzPenalty(0.1, **arguments)
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = make_trainer(
+        lightning, callbacks=[LipschitzMonitor(), penalty], logger=logger, log_every_n_steps=2, max_epochs=3
+    )
+    trainer.fit(module, images)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    kind = "product" if source == "first batch" else "bound"
+    tags = set(events.Tags()["scalars"])
+    assert {f"lipschitz/{kind}", "lipschitz/penalty", "lipschitz/spectral_norm/net.second"} <= tags
+    assert f"lipschitz/{kind}_upper" not in tags  # no upper bound of a convolution without a certificate
+    norms = penalty.regularizer.spectral_norms()
+    assert list(norms) == (
+        ["net.first", "net.second", "net.head"]
+        if kind == "product"
+        else ["net.first+net.norm", "net.second", "net.head"]
+    )
+    # The batch norm's running statistics move until the last batch: compare with the present state.
+    assert float(penalty.regularizer.bound()) == pytest.approx(events.Scalars(f"lipschitz/{kind}")[-1].value, rel=0.05)
+
+
+def test_resumed_equals_uninterrupted_on_a_convolutional_network(make_trainer, images, tmp_path):
+    def trainer(epochs):
+        return make_trainer(lightning, callbacks=[LipschitzPenalty(0.1, example_input=IMAGE)], max_epochs=epochs)
+
+    whole = Images()
+    trainer(4).fit(whole, images)
+    first = trainer(2)
+    first.fit(Images(), images)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Images()
+    trainer(4).fit(resumed, images, ckpt_path=tmp_path / "half.ckpt")
+    # Images() draws its own initialisation from a fixed seed, so both start alike.
+    for (name, a), (_, b) in zip(whole.state_dict().items(), resumed.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_graph_without_a_bound_falls_back_with_a_warning_only_if_the_example_was_implicit():
+    class Attention(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+            self.example_input_array = torch.zeros(2, 3, 4)
+
+        def forward(self, x):
+            return self.mlp(self.attention(x, x, x)[0])
+
+    with pytest.warns(UserWarning, match=r"(?s)example_input_array has no known Lipschitz bound.*attention"):
+        regularizer = LipschitzRegularizer(Attention(), 1.0, layers="mlp")
+    assert regularizer.bound_kind == "product"
+    assert list(regularizer.spectral_norms()) == ["mlp.0", "mlp.2"]
+    with pytest.raises(ValueError, match="attention"):
+        LipschitzRegularizer(Attention(), 1.0, layers="mlp", example_input=torch.zeros(2, 3, 4))
+
+
+def test_the_mixin_takes_the_example_input_array(make_trainer, images):
+    class Mixed(LipschitzMixin, Images):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array = IMAGE
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0.1 * self.lipschitz_penalty()
+
+    module = Mixed()
+    make_trainer(lightning, max_epochs=2).fit(module, images)
+    assert module.lipschitz_regularizer().bound_kind == "bound"
+    plain = Images()
+    make_trainer(lightning, max_epochs=2).fit(plain, images)
+    bound_of = LipschitzRegularizer(plain, 1.0, example_input=IMAGE).bound()
+    assert float(module.lipschitz_bound()) < float(bound_of)
