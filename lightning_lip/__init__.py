@@ -1,6 +1,12 @@
 """See, penalise, bound and certify the Lipschitz constant of a network while it trains."""
 
-from lightning_lip.callbacks import LipschitzMonitor, LipschitzPenalty, MaxNorm, NoisyValidation
+from lightning_lip.callbacks import (
+    CertifiedValidation,
+    LipschitzMonitor,
+    LipschitzPenalty,
+    MaxNorm,
+    NoisyValidation,
+)
 from lightning_lip.certificates import Certificate, Uncertified, certify
 from lightning_lip.constants import register_constant
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
@@ -11,6 +17,7 @@ from lightning_lip.regularizer import LipschitzRegularizer
 __all__ = [
     "Certificate",
     "CertifiedAccuracy",
+    "CertifiedValidation",
     "LipschitzMixin",
     "LipschitzMonitor",
     "LipschitzPenalty",

@@ -1,8 +1,9 @@
 """Lightning callbacks: thin shells over the framework-free core, for `lightning.pytorch` and `pytorch_lightning`."""
 
+from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.max_norm import MaxNorm
 from lightning_lip.callbacks.monitor import LipschitzMonitor
 from lightning_lip.callbacks.noisy_validation import NoisyValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 
-__all__ = ["LipschitzMonitor", "LipschitzPenalty", "MaxNorm", "NoisyValidation"]
+__all__ = ["CertifiedValidation", "LipschitzMonitor", "LipschitzPenalty", "MaxNorm", "NoisyValidation"]

@@ -19,6 +19,7 @@ from lightning_lip.callbacks._trainer import (
     refuse_strategy,
     tensorboard_writers,
 )
+from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.regularizer import LipschitzRegularizer
@@ -92,6 +93,8 @@ class LipschitzMonitor(Callback):
         seed: Seed of the private generator that its own vectors start from.
         example_input: An input of the model, whose graph is then traced; for the monitor's own iteration.
         heat_map_every_n_epochs: Draw the heat map at the end of every n-th epoch only; 0 draws none.
+        certified: A :class:`CertifiedValidation` that this monitor runs at every validation: the certified bound, and
+            the certified accuracy of a classifier or the certified worst-case MAE of a regression.
 
     Raises:
         ValueError: If `block_size` or `n_iterations` is below 1, or `heat_map_every_n_epochs` below 0. At the start of
@@ -108,6 +111,7 @@ class LipschitzMonitor(Callback):
         seed: int = 0,
         example_input: Any = None,
         heat_map_every_n_epochs: int = 1,
+        certified: CertifiedValidation | None = None,
     ) -> None:
         for argument, value, least in (
             ("block_size", block_size, 1),
@@ -117,6 +121,7 @@ class LipschitzMonitor(Callback):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
         self._heat_map_every_n_epochs = heat_map_every_n_epochs
+        self._certified = certified
         self._layers, self._exclude = layers, exclude
         self._own_arguments: dict[str, Any] = {
             "block_size": block_size,
@@ -179,6 +184,23 @@ class LipschitzMonitor(Callback):
                 if figure is not None:
                     # The epoch's last step, as Lightning gives it to epoch-end metrics.
                     writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer) - 1)
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._certified is not None:
+            self._certified.on_validation_epoch_start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._certified is not None:
+            self._certified.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._certified is not None:
+            self._certified.on_validation_epoch_end(trainer, pl_module)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_lip.callbacks._batches import BatchToXY, unpack
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
 from lightning_lip.metrics.noisy_mae import Range
 
@@ -74,7 +75,7 @@ class NoisyValidation(pl.Callback):
         feature_max: Range | None = None,
         symmetric: bool = False,
         seed: int = 0,
-        batch_to_xy: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
+        batch_to_xy: BatchToXY | None = None,
         prefix: str = "val/noisy_mae",
     ) -> None:
         self._ranges_given = feature_min is not None or feature_max is not None
@@ -120,7 +121,7 @@ class NoisyValidation(pl.Callback):
             return
         with isolate_rng():
             batches = _training_batches(trainer)
-            low, high = feature_ranges(self._unpack(batch)[0] for batch in batches)
+            low, high = feature_ranges(unpack(batch, self.batch_to_xy)[0] for batch in batches)
         if trainer.world_size > 1:
             # One reduction for both ends: max(-x) = -min(x).
             ends = torch.stack([-low, high]).to(trainer.strategy.root_device)
@@ -162,7 +163,7 @@ class NoisyValidation(pl.Callback):
                 predictions: Tensor = pl_module(inputs)
             return predictions
 
-        self._metrics[dataloader_idx].update(predict, *self._unpack(batch))
+        self._metrics[dataloader_idx].update(predict, *unpack(batch, self.batch_to_xy))
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -178,18 +179,6 @@ class NoisyValidation(pl.Callback):
                 # All ranks hold the same value. The maximum over ranks keeps it exactly; without sync_dist, Lightning
                 # warns that values may differ.
                 pl_module.log(name + suffix, value, sync_dist=True, reduce_fx="max", add_dataloader_idx=False)
-
-    def _unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
-        pair = batch if self.batch_to_xy is None else self.batch_to_xy(batch)
-        if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair):
-            inputs, target = pair
-            return inputs, target
-        what = "a batch" if self.batch_to_xy is None else "what batch_to_xy returns"
-        parts = f" of {[type(part).__name__ for part in pair]}" if isinstance(pair, tuple | list) else ""
-        raise TypeError(
-            f"expected {what} to be (inputs, target), two tensors, got a {type(pair).__name__}{parts}: pass "
-            "batch_to_xy=, a callable from a batch to such a pair"
-        )
 
 
 def _training_batches(trainer: pl.Trainer) -> Iterator[Any]:

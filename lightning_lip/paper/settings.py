@@ -85,7 +85,7 @@ LAMBDAS: Lambdas = {
     "raw/3/clean": {"layer": 0.1778, "product": 0.0562},
     "raw/3/noise": {"layer": 0.5623, "product": 0.5623},
 }
-"""The coefficients in use, by setting and regime, in units of the MSE loss: what `lightning-lip reproduce --tune` found.
+"""The coefficients in use, by setting and regime, in units of the MSE loss: what `lightning-lip reproduce --tune` gave.
 
 They are the best of `GRID` on 20 seeds that are not reported; `--full` finds those of all settings.
 """

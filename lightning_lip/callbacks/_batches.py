@@ -1,0 +1,32 @@
+"""What validation callbacks need of a batch: inputs and target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+BatchToXY = Callable[[Any], tuple[Tensor, Tensor]]
+
+
+def unpack(batch: Any, batch_to_xy: BatchToXY | None) -> tuple[Tensor, Tensor]:
+    """Return the inputs and the target of a batch.
+
+    Args:
+        batch: What the data loader gave; without `batch_to_xy` a pair of tensors.
+        batch_to_xy: A callable from a batch to such a pair.
+
+    Raises:
+        TypeError: If the batch, or what `batch_to_xy` returns, is no pair of tensors.
+    """
+    pair = batch if batch_to_xy is None else batch_to_xy(batch)
+    if isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair):
+        inputs, target = pair
+        return inputs, target
+    what = "a batch" if batch_to_xy is None else "what batch_to_xy returns"
+    parts = f" of {[type(part).__name__ for part in pair]}" if isinstance(pair, tuple | list) else ""
+    raise TypeError(
+        f"expected {what} to be (inputs, target), two tensors, got a {type(pair).__name__}{parts}: pass "
+        "batch_to_xy=, a callable from a batch to such a pair"
+    )

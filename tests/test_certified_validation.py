@@ -1,0 +1,147 @@
+"""CertifiedValidation, and training to a certificate on real images."""
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lightning_lip import CertifiedValidation, LipschitzMonitor, LipschitzPenalty, certify
+from lightning_lip.metrics import certified_accuracy
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.second(torch.relu(self.norm(self.first(x)))))
+
+
+class ResNet(lightning.LightningModule):
+    """Two residual blocks on the 8 x 8 digits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.ReLU(),
+            Block(8),
+            nn.AvgPool2d(2),
+            Block(8),
+            nn.Flatten(),
+            nn.Linear(128, 10),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    y = torch.tensor(labels)
+    parts = torch.utils.data.TensorDataset(x[:1400], y[:1400]), torch.utils.data.TensorDataset(x[1400:], y[1400:])
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.utils.data.DataLoader(parts[0], batch_size=64, shuffle=True, generator=generator),
+        torch.utils.data.DataLoader(parts[1], batch_size=397),
+    )
+
+
+EPS = 0.1
+IMAGE = torch.zeros(1, 1, 8, 8)
+
+
+def test_penalty_over_the_graph_gives_certified_accuracy_on_real_images(make_trainer, digits):
+    # Train without a penalty, then go on with one: the certified bound falls, and certified accuracy appears.
+    train, validation = digits
+    module = ResNet()
+    results = []
+    for penalties in ([], [LipschitzPenalty(0.5, "softplus_log", example_input=IMAGE)]):
+        monitor = LipschitzMonitor(example_input=IMAGE, certified=CertifiedValidation((0.0, EPS)))
+        trainer = make_trainer(
+            lightning,
+            callbacks=[*penalties, monitor],
+            max_epochs=12,
+            check_val_every_n_epoch=12,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(module, train, validation)
+        tags = ("lipschitz/certified", "val/certified_accuracy/eps=0", f"val/certified_accuracy/eps={EPS:g}")
+        results.append([float(trainer.callback_metrics[tag]) for tag in tags])
+    (plain_bound, plain_accuracy, plain_certified), (bound, accuracy, certified) = results
+    assert plain_accuracy > 0.9
+    assert plain_certified == 0.0
+    assert bound < plain_bound / 20
+    assert accuracy > 0.8
+    assert certified > 0.4
+
+
+def test_values_are_those_of_the_certificate(make_trainer, digits):
+    module = ResNet()
+    callback = CertifiedValidation((0.0, 1e-3))
+    trainer = make_trainer(lightning, callbacks=[callback])
+    trainer.validate(module, digits[1], verbose=False)
+    upper = certify(module, torch.zeros(2, 1, 8, 8)).upper
+    x, y = digits[1].dataset.tensors
+    module.eval()
+    expected = certified_accuracy(module(x), y, upper, [0.0, 1e-3])
+    assert float(trainer.callback_metrics["lipschitz/certified"]) == pytest.approx(upper, rel=1e-6)
+    assert float(trainer.callback_metrics["val/certified_accuracy/eps=0.001"]) == pytest.approx(float(expected[1]))
+
+
+def test_regression(make_module, make_trainer, regression_data):
+    module = make_module(lightning)
+    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((0.0, 0.5), task="regression")])
+    trainer.validate(module, regression_data, verbose=False)
+    upper = certify(module, torch.zeros(2, 4)).upper
+    x, y = regression_data.dataset.tensors
+    mae = float((module(x) - y).abs().mean())
+    assert float(trainer.callback_metrics["val/certified_worst_case_mae/eps=0"]) == pytest.approx(mae, rel=1e-5)
+    worst = float(trainer.callback_metrics["val/certified_worst_case_mae/eps=0.5"])
+    assert worst == pytest.approx(mae + 0.5 * upper, rel=1e-5)
+    # No perturbation of that norm does worse.
+    shift = torch.randn(200, *x.shape)
+    shift = 0.5 * shift / shift.norm(dim=-1, keepdim=True)
+    assert max(float((module(x + s) - y).abs().mean()) for s in shift) <= worst
+
+
+def test_without_a_certificate_nothing_is_logged_and_the_reason_is_told(make_trainer, digits):
+    class Odd(ResNet):
+        def forward(self, x):
+            return self.net(x) ** 2
+
+    trainer = make_trainer(lightning, callbacks=[CertifiedValidation()])
+    with pytest.warns(UserWarning, match=r"(?s)no certificate:.*pow"):
+        trainer.validate(Odd(), digits[1], verbose=False)
+    assert "lipschitz/certified" not in trainer.callback_metrics
+
+
+def test_outputs_that_would_broadcast_are_an_error(make_module, make_trainer, regression_data):
+    callback = CertifiedValidation(task="regression", batch_to_xy=lambda batch: (batch[0], batch[1][:, 0]))
+    with pytest.raises(ValueError, match=r"target's shape \(4,\), got \(4, 1\)"):
+        make_trainer(lightning, callbacks=[callback]).validate(make_module(lightning), regression_data, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [({"eps": ()}, "`eps`"), ({"eps": (0.1, 0.1)}, "distinct"), ({"eps": (-1.0,)}, "`eps`"), ({"task": "x"}, "`task`")],
+)
+def test_bad_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        CertifiedValidation(**arguments)
