@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lightning_lip.kernels.cpu import CpuIteration
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer, kernels
+from lightning_lip.kernels.cpu import CpuIteration
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
