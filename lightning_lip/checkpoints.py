@@ -6,9 +6,13 @@ import importlib
 import inspect
 import io
 import os
+import pickle
 import pickletools
 import sys
 import textwrap
+import warnings
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -24,8 +28,14 @@ RECORDED_KEY = "lightning_lip_module"
 RECORDED_CLASSES = frozenset({"lightning_lip.paper:PaperRegressor"})
 """The classes that a file may name: importing any name that stands in a file would let the file choose what runs."""
 
+HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters")
+"""Where Lightning keeps hyper-parameters; a later key counts more. The first two are of its versions before 1.0."""
+
 SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 """What makes a target a file although there is none."""
+
+LONGEST_PICKLE = 2**26
+"""Bytes of a refused file that are searched for what it would import."""
 
 UNSAFE = "--unsafe-load-pickle"
 
@@ -89,7 +99,8 @@ def read_tensors(path: Path) -> Any:
 
 def described(error: Exception) -> str:
     """Return an error's type and its message, at most 800 characters, in one line."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 800, placeholder=" ...")
+    name, message = type(error).__name__, str(error)
+    return textwrap.shorten(f"{name}: {message}" if message else name, 800, placeholder=" ...")
 
 
 def _is_file(target: str) -> bool:
@@ -103,7 +114,10 @@ def _read(path: Path, unsafe: bool) -> Any:
     if path.is_dir():
         raise AuditError(f"{path} is a folder, as sharded checkpoints are: consolidate it into one file first.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=not unsafe)
+        with warnings.catch_warnings():
+            # Of the pickle's protocol, before it refuses the file for what is in it.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=not unsafe)
     # A damaged file makes the reader fail in any way; a file with code, if that is wanted, in that code's ways.
     except Exception as error:
         names = [] if unsafe else _names_in(path)
@@ -113,39 +127,58 @@ def _read(path: Path, unsafe: bool) -> Any:
                 f"of it was run. Save a state_dict instead; or, if you trust whoever made the file, {UNSAFE} loads it "
                 "and runs the code in it."
             ) from error
-        reason = described(error) if unsafe or not isinstance(error, pickle_errors()) else "its data cannot be decoded"
-        raise AuditError(f"{path} is damaged, or no file that torch.save wrote ({reason}).") from error
-
-
-def pickle_errors() -> tuple[type[Exception], ...]:
-    """Return the errors whose messages advise to load without weights_only, whatever is wrong."""
-    from pickle import UnpicklingError
-
-    return (UnpicklingError,)
+        # PyTorch's message advises to load without weights_only, whatever is wrong.
+        is_advice = isinstance(error, pickle.UnpicklingError) and not unsafe
+        reason = "it cannot be decoded" if is_advice else described(error)
+        raise AuditError(f"{path} is damaged, or no file that torch.save wrote: {reason}.") from error
 
 
 def _names_in(path: Path) -> list[str]:
     """Return what a file's pickle imports beyond tensors, by reading it without running it."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (ValueError, RuntimeError, OSError):
+    # It knows the files of torch.save only, and fails in any way on others.
+    except Exception:
         pass
     names: set[str] = set()
     strings: list[str] = []
-    with path.open("rb") as file:
-        try:
-            while True:
-                for opcode, argument, _ in pickletools.genops(file):
-                    if opcode.name == "GLOBAL":
-                        names.add(str(argument).replace(" ", "."))
-                    elif opcode.name == "STACK_GLOBAL":
-                        names.add(".".join(strings[-2:]))
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-        # The end of the pickles: the file's, or where tensors follow or damage begins.
-        except (ValueError, LookupError):
-            pass
+    try:
+        file = _pickle_in(path)
+        while True:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    names.add(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.add(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    # The end of the pickles: the file's, or where tensors follow or damage begins.
+    except (
+        ValueError,
+        LookupError,
+        OSError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+        RuntimeError,
+    ):
+        pass
     return sorted(name for name in names if not _is_harmless(name))
+
+
+def _pickle_in(path: Path) -> io.BytesIO:
+    """Return the start of the pickle inside a file of torch.save, or of a file that is a pickle itself.
+
+    It is in memory because a damaged length would make a file's reader ask for that much.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            return io.BytesIO(file.read(LONGEST_PICKLE))
+    with zipfile.ZipFile(path) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("data.pkl")), "data.pkl")
+        with archive.open(name) as record:
+            return io.BytesIO(record.read(LONGEST_PICKLE))
 
 
 def _is_harmless(name: str) -> bool:
@@ -166,13 +199,14 @@ def _recorded(contents: Mapping[Any, Any]) -> str | None:
 def _working_folder() -> Iterator[None]:
     """Search the working folder after everything else: a console command's path does not have it."""
     folder = os.getcwd()
-    sys.path.append(folder)
+    is_new = folder not in sys.path
+    if is_new:
+        sys.path.append(folder)
     try:
         yield
     finally:
-        sys.path.reverse()
-        sys.path.remove(folder)
-        sys.path.reverse()
+        if is_new and folder in sys.path:
+            sys.path.remove(folder)
 
 
 def _import(name: str) -> Any:
@@ -216,30 +250,35 @@ def _is_lightning_class(found: Any) -> bool:
 
 
 def _from_lightning(class_: Any, contents: dict[str, Any], path: Path, unsafe: bool) -> nn.Module:
-    key = class_.CHECKPOINT_HYPER_PARAMS_KEY
-    hyper_parameters = dict(contents.get(key) or {})
+    hyper_parameters: dict[str, Any] = {}
+    for key in HYPER_PARAMETERS:
+        kept = contents.pop(key, None) or {}
+        if not isinstance(kept, Mapping):
+            raise AuditError(f"Expected the entry {key!r} of {path} to be a dict, got a {type(kept).__name__}.")
+        hyper_parameters.update(kept)
     if not unsafe:
         hyper_parameters = _plain(hyper_parameters, class_, path)
-    contents = contents | {key: hyper_parameters, "optimizer_states": []}
-    # Lightning reads files itself, before 2.6 without weights_only: it gets what was read here.
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    buffer.seek(0)
+    contents |= {HYPER_PARAMETERS[-1]: hyper_parameters, "optimizer_states": []}
     load: Callable[..., nn.Module] = class_.load_from_checkpoint
     # Where there is no such argument, the module's constructor would get it.
     options = {"weights_only": not unsafe} if "weights_only" in inspect.signature(load).parameters else {}
+    # Lightning reads files itself, before 2.6 without weights_only: it gets what was read here.
+    buffer = io.BytesIO()
     try:
+        torch.save(contents, buffer)
+        buffer.seek(0)
         with _working_folder():
             model = load(buffer, map_location="cpu", **options)
     # The user's constructor may raise anything.
     except Exception as error:
-        names = ", ".join(map(str, hyper_parameters)) or "none: without save_hyperparameters() they are not saved"
+        names = ", ".join(map(str, hyper_parameters)) or "none, as without save_hyperparameters()"
         raise AuditError(
             f"{class_.__name__} cannot be built from {path} (hyper-parameters in the file: {names}): "
             f"{described(error)}. Name the class that the file was made from, or a function that returns the network."
         ) from error
     missing = sorted(set(model.state_dict()) - set(_state_dict(contents, path)))
-    if missing:
+    # A strict class has loaded all of its weights, from keys that it may have renamed.
+    if missing and not getattr(model, "strict_loading", True):
         raise AuditError(
             f"{path} lacks weights of {class_.__name__}, which would be audited as they were initialised: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}."
@@ -283,4 +322,6 @@ def _fill(model: nn.Module, state: Mapping[str, Any], path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise AuditError(f"The weights in {path} are not those of {type(model).__name__}: {described(error)}") from error
+        raise AuditError(
+            f"The weights in {path} are not those of {type(model).__name__}: {described(error)}"
+        ) from error

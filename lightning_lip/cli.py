@@ -7,18 +7,26 @@ from typing import Any
 
 from jsonargparse import CLI, ArgumentParser  # type: ignore[attr-defined]
 
+from lightning_lip.audit import BoundError, audit
+from lightning_lip.checkpoints import AuditError
 from lightning_lip.paper.command import reproduce
 from lightning_lip.paper.extras import MissingExtraError
 from lightning_lip.paper.settings import UsageError
 
-COMMANDS = {"reproduce": reproduce}
+COMMANDS = {"audit": audit, "reproduce": reproduce}
 DESCRIPTION = "See, penalise, bound and certify the Lipschitz constant of a network while it trains."
 
 
 class _Parser(ArgumentParser):
-    """Makes a switch of every option that is False by default: `--quick`, not `--quick true`."""
+    """Makes a switch of every option that is False by default, and writes options with dashes.
+
+    `--quick`, not `--quick true`; `--max-bound`, not `--max_bound`.
+    """
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        # jsonargparse finds its own option, --print_config, by that name.
+        if args and args[0].startswith("--") and not args[0].startswith("--print"):
+            args = (args[0].replace("_", "-"), *args[1:])
         if kwargs.get("type") is bool and kwargs.get("default") is False:
             del kwargs["type"]
             kwargs["action"] = "store_true"
@@ -32,12 +40,16 @@ def main(args: list[str] | None = None) -> None:
         args: The arguments, by default those of the process.
 
     Raises:
-        SystemExit: With status 2 and a message for options that make no sense or a missing extra, 130 for an
-            interrupt from the keyboard.
+        SystemExit: With a message and status 1 if `audit` finds no certified bound within --max-bound, 2 for
+            options that make no sense, files that cannot be audited or a missing extra, 130 for an interrupt from the
+            keyboard.
     """
     try:
         CLI(COMMANDS, args=args, parser_class=_Parser, description=DESCRIPTION)  # type: ignore[no-untyped-call]
-    except (UsageError, MissingExtraError) as error:
+    except BoundError as error:
+        print(f"lightning-lip: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except (AuditError, UsageError, MissingExtraError) as error:
         print(f"lightning-lip: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -4,6 +4,8 @@ from importlib.metadata import entry_points
 import pytest
 
 from lightning_lip import cli
+from lightning_lip.audit import BoundError, audit
+from lightning_lip.checkpoints import AuditError
 from lightning_lip.paper import command, extras, reproduce
 
 
@@ -22,13 +24,19 @@ def test_help_names_the_command_and_its_purpose(capsys):
     shown = capsys.readouterr().out
     assert "reproduce" in shown
     assert "state which of its claims hold" in " ".join(shown.split())
+    assert "audit" in shown
+    assert "show what each layer adds to it" in " ".join(shown.split())
 
 
-def test_help_explains_every_option(capsys):
+@pytest.mark.parametrize("function", [audit, reproduce])
+def test_help_explains_every_option(capsys, function):
     with pytest.raises(SystemExit):
-        cli.main(["reproduce", "--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for option in inspect.signature(reproduce).parameters:
+        cli.main([function.__name__, "--help"])
+    # The usage line names the options too, without explaining them.
+    shown = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    options = [p for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
+    assert options
+    for option in (p.name.replace("_", "-") for p in options):
         explanation = shown.partition(f" --{option} ")[2].partition(" --")[0]
         # An option without an entry under `Args:` would show its type and default alone.
         assert len(explanation.split("(type")[0]) > 20, option
@@ -47,6 +55,39 @@ def test_switches_take_no_value(called):
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["reproduce", "--quick", "true"])
     assert exit_info.value.code == 2
+
+
+def test_options_have_dashes_and_reach_the_audit(monkeypatch):
+    seen = {}
+
+    def record(target: str, max_bound: float | None = None, unsafe_load_pickle: bool = False):
+        seen.update(target=target, max_bound=max_bound, unsafe=unsafe_load_pickle)
+
+    monkeypatch.setitem(cli.COMMANDS, "audit", record)
+    cli.main(["audit", "model.ckpt", "--max-bound", "1e1", "--unsafe-load-pickle"])
+    assert seen == {"target": "model.ckpt", "max_bound": 10.0, "unsafe": True}
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["audit", "model.ckpt", "--max_bound", "1"])
+    assert exit_info.value.code == 2
+
+
+def test_the_options_can_be_printed_as_a_configuration(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["audit", "model.ckpt", "--max-bound", "3", "--print_config"])
+    assert exit_info.value.code == 0
+    assert "max_bound: 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("error", "status"), [(BoundError, 1), (AuditError, 2)])
+def test_the_audits_errors_are_one_message_and_a_status(capsys, monkeypatch, error, status):
+    def fail(target: str):
+        raise error(f"about {target}")
+
+    monkeypatch.setitem(cli.COMMANDS, "audit", fail)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["audit", "model.ckpt"])
+    assert exit_info.value.code == status
+    assert capsys.readouterr().err == "lightning-lip: about model.ckpt\n"
 
 
 @pytest.mark.parametrize(

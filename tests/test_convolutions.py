@@ -8,7 +8,6 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from lightning_lip.kernels.reference import iterate
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
@@ -17,6 +16,7 @@ import lightning_lip.hermitian_norms as hermitian_norms
 from lightning_lip.convolution_norms import PHASE_ERROR, _axis, _half_grid, _phases
 from lightning_lip.convolutions import ConvolutionOperator, certified_convolution_norm
 from lightning_lip.hermitian_norms import LargestEigenvalue, complex_gram
+from lightning_lip.kernels.reference import iterate
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.paddings import most_copies, pad, pad_adjoint, padding_pairs
 

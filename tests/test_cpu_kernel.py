@@ -14,9 +14,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
+
 from lightning_lip.kernels import cpu, cpu_blas, cpu_compiled, reference
 from lightning_lip.kernels.cpu import CpuIteration
-
 from lightning_lip.penalties import get_penalty
 
 # What is compared            bound   why

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from lightning_lip.kernels.reference import without_autocast
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import MatrixOperator, ParametrizedMatrixOperator, UnsupportedLayerError, eval_mode
 from lightning_lip.selection import find_operators
 
@@ -382,7 +382,9 @@ def test_dtensor_is_refused():
 
 def test_all_refusals_are_told_at_once():
     model = nn.Sequential(nn.Embedding(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
-    with pytest.raises(UnsupportedLayerError, match=r"(?s)- 0 \(Embedding\).*- 2 \(BatchNorm1d\).*exclude=\['0', '2'\]"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"(?s)- 0 \(Embedding\).*- 2 \(BatchNorm1d\).*exclude=\['0', '2'\]"
+    ):
         find_operators(model)
 
 

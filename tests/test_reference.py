@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from lightning_lip.kernels.reference import (
     compute_dtype,
     orthonormalise,

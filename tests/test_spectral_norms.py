@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
-from lightning_lip.kernels.reference import power_step
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from lightning_lip.kernels.reference import power_step
 from lightning_lip.selection import find_operators
 from lightning_lip.spectral_norms import SpectralNorms
 
