@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
-from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
 from torch import Tensor
+
+from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
 
 __all__ = [
     "PENALTY_CODES",
