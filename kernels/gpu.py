@@ -1,9 +1,10 @@
 """The GPU backend: persistent blocks of all weights of one device and dtype, iterated by Triton kernels.
 
 The kernels are in :mod:`lightning_lip.kernels.gpu_kernels`, the tables they read in
-:mod:`lightning_lip.kernels.gpu_tables`; this module owns the buffers and launches. An iteration is five launches for all
-layers together (four at R = 1; one more where some weights can be read 128 bits at a time and others cannot),
-the penalty's derivative one, the rank-one update one for each dtype and alignment of gradients.
+:mod:`lightning_lip.kernels.gpu_tables`, what torch.compile sees in :mod:`lightning_lip.kernels.gpu_operators`; this
+module owns the buffers and launches. An iteration is five launches for all layers together (four at R = 1; one more
+where some weights can be read 128 bits at a time and others cannot), the penalty's derivative one, the rank-one update
+one for each dtype and alignment of gradients.
 
 Nothing waits for the GPU, no sum depends on the order of execution (results repeat bit for bit on one GPU), nothing is
 tuned at run time. What has been proven without a GPU, and how, is in tests/test_gpu_*.py; no speed has been measured.
@@ -14,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lip.kernels import gpu_operators
 from lightning_lip.kernels.gpu_tables import (
     DEFAULT_PROCESSORS,
     LONG_TASK,
@@ -42,9 +43,9 @@ from lightning_lip.kernels.reference import PowerStep
 __all__ = ["GpuIteration", "Traffic", "predicted_traffic"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WARPS = 8
-"""Of all launches but the rank-one update. In the sweep two groups of 64 registers a thread hold the sums and the tile: few warps with many registers spill less."""
-RANK_ONE_WARPS = 8
+WARPS = 4 if torch.version.hip else 8
+"""256 threads, on AMD too, whose warps are twice as wide. In the sweep 128 registers a thread hold the sums and the
+tile; more threads with fewer registers each would spill."""
 
 
 def interpreted() -> bool:
@@ -55,6 +56,11 @@ def interpreted() -> bool:
 def columns_at_a_time(block: int) -> int:
     """Return the columns of Z that a program keeps r x r products of: R * R * columns numbers in fp64."""
     return min(256, 2048 // (block * block))
+
+
+def capturing(device: torch.device) -> bool:
+    """Return whether the current stream of a device records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class GpuIteration:
@@ -70,9 +76,6 @@ class GpuIteration:
     Raises:
         ValueError: If a weight cannot be served (:meth:`why_not` says why), or the weights differ in dtype or device.
     """
-
-    _by_handle: weakref.WeakValueDictionary[int, GpuIteration] = weakref.WeakValueDictionary()
-    _next_handle = 0
 
     def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         for weight, block in zip(weights, vectors, strict=True):
@@ -99,9 +102,7 @@ class GpuIteration:
         self._gradient_plans: dict[Any, tuple[GradientPlan, Tensor, Tensor]] = {}
         self._gradient_key: Any = None
         self._multiplicities: tuple[int, ...] | None = None
-        self._handle = GpuIteration._next_handle
-        GpuIteration._next_handle += 1
-        GpuIteration._by_handle[self._handle] = self
+        self._handle = gpu_operators.register(self)
 
     @staticmethod
     def why_not(weight: Tensor, block_size: int) -> str | None:
@@ -210,7 +211,7 @@ class GpuIteration:
         processors = (
             torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else DEFAULT_PROCESSORS
         )
-        self._plan = plan = Plan(layers, self._block, self.dtype.itemsize, processors)
+        self._plan = plan = Plan(layers, self._block_sizes, self.dtype.itemsize, processors)
         self._table, self._strips, self._tasks = (x.to(self.device) for x in (plan.table, plan.strips, plan.tasks))
         self._partials = torch.empty(plan.n_partial, device=self.device)
         self._scales = torch.empty(plan.n_strips * self._block, device=self.device)
@@ -257,7 +258,7 @@ class GpuIteration:
         self.n_refreshes += 1
 
     def _refuse_in_capture(self, name: str) -> None:
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(self.device):
             raise RuntimeError(
                 f"The addresses of the {name} changed while a CUDA graph is being captured. Run one step on the same "
                 "tensors before the capture, and keep the gradients' memory (zero_grad(set_to_none=False))."
@@ -315,8 +316,8 @@ class GpuIteration:
             if len(strips):
                 kernels.sweep[(len(strips),)](
                     self._addresses["weights"], self._table, strips, self._vectors, self._images, self._partials,
-                    self._scales, **sweep_constants(self.dtype, block, plan.configs[0 if aligned else 1], aligned, only_t),
-                    num_warps=WARPS,
+                    self._scales, num_warps=WARPS,
+                    **sweep_constants(self.dtype, block, plan.configs[0 if aligned else 1], aligned, only_t),
                 )  # fmt: skip
         sizes = {"R": block, "BC": columns_at_a_time(block), "SHORT": SHORT_TASK}
         long_vectors, short_vectors = self._singular[: plan.n_long], self._singular[plan.n_long :]
@@ -375,7 +376,7 @@ class GpuIteration:
                 kernels.rank_one[(end - begin,)](
                     self._addresses["grads"], table, tiles[begin:end], self._singular, self._factors,
                     DTYPE=triton_dtype(dtype), VEC=16 // dtype.itemsize, BM=height, BN=width, ALIGNED=aligned,
-                    num_warps=RANK_ONE_WARPS,
+                    num_warps=WARPS,
                 )  # fmt: skip
 
 
@@ -392,7 +393,9 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
-def sweep_constants(dtype: torch.dtype, block: int, tiles: Sequence[Tile], aligned: bool, only_t: bool) -> dict[str, Any]:
+def sweep_constants(
+    dtype: torch.dtype, block: int, tiles: Sequence[Tile], aligned: bool, only_t: bool
+) -> dict[str, Any]:
     """Return the compile-time arguments of the sweep kernel."""
     return {
         "DTYPE": triton_dtype(dtype),
@@ -402,56 +405,3 @@ def sweep_constants(dtype: torch.dtype, block: int, tiles: Sequence[Tile], align
         "ALIGNED": aligned,
         "ONLY_T": only_t,
     }
-
-
-@contextlib.contextmanager
-def _with_state(handle: int, state: Sequence[Tensor]) -> Any:
-    """Give the object behind a handle; torch.compile may pass clones of its buffers, which are then kept in step."""
-    iteration = GpuIteration._by_handle.get(handle)
-    if iteration is None:
-        raise RuntimeError("The GpuIteration of a compiled graph no longer exists: compile again with the new one.")
-    pairs = [(own, given) for own, given in zip(iteration._state(), state, strict=True) if own is not given]
-    for own, given in pairs:
-        own.copy_(given)
-    yield iteration
-    for own, given in pairs:
-        given.copy_(own)
-
-
-def _spread(grads: Sequence[Tensor], present: Sequence[int], n_layers: int) -> list[Tensor | None]:
-    spread: list[Tensor | None] = [None] * n_layers
-    for index, grad in zip(present, grads, strict=True):
-        spread[index] = grad
-    return spread
-
-
-@torch.library.custom_op("lightning_lip::gpu_power_step", mutates_args={"state"})
-def _gpu_power_step(weights: list[Tensor], state: list[Tensor], handle: int, n_iterations: int) -> None:
-    with _with_state(handle, state) as iteration:
-        iteration._iterate(weights, n_iterations)
-
-
-@torch.library.custom_op("lightning_lip::gpu_rank_one_update_", mutates_args={"grads", "state"})
-def _gpu_rank_one_update(
-    grads: list[Tensor], coefficients: Tensor, state: list[Tensor], handle: int, present: list[int]
-) -> None:
-    with _with_state(handle, state) as iteration:
-        iteration._factors.copy_(coefficients)
-        iteration._update(_spread(grads, present, len(iteration._shapes)))
-
-
-@torch.library.custom_op("lightning_lip::gpu_penalise_", mutates_args={"grads", "state"})
-def _gpu_penalise(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    state: list[Tensor],
-    handle: int,
-    present: list[int],
-    n_iterations: int,
-    code: int,
-    numbers: list[float],
-    multiplicities: list[int],
-) -> None:
-    with _with_state(handle, state) as iteration:
-        spread = _spread(grads, present, len(iteration._shapes))
-        iteration._penalise(weights, spread, n_iterations, code, numbers[0], numbers[1], multiplicities)

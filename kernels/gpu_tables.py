@@ -14,7 +14,7 @@ from torch import Tensor
 
 MAX_BLOCK_SIZE = 16
 LIMIT = 16384
-"""One pass holds R sums of the next power of two of p in registers: at most this many numbers (256 threads, 64 each)."""
+"""Numbers that the sums of one pass may take in registers, R times the next power of two of p: 64 for 256 threads."""
 TWO_PASS_ROWS = 8
 TWO_PASS_COLUMNS = 1024
 SHORT_TASK = 256
@@ -123,20 +123,26 @@ def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
     if not wide:
         small = block >= 4 and width <= 1024
         area = max(width, min(8192, (LIMIT // 2 if small else LIMIT) // block))
-        rows = min(2 if small and narrow else 4, max(1, 8192 // area))
-        return Tile(width, rows, rows, area // width, vectors, orientation, width < LIMIT, two_pass=False)
+        # 16 vectors leave tiles so small that half precision needs 4 rows for 16 bytes a thread.
+        tiny = narrow and block == MAX_BLOCK_SIZE and itemsize == 2
+        rows = min(2 if small and narrow and not tiny else 4, max(1, 8192 // area))
+        prefetch = width < LIMIT and not tiny
+        vectors = 1 if tiny else vectors
+        return Tile(width, rows, rows, area // width, vectors, orientation, prefetch, two_pass=False)
     width = max(width, 64) if block == MAX_BLOCK_SIZE else width
     area = max(width, min(1024, LIMIT // 2 // block) if narrow else min(2048, LIMIT // block))
     if itemsize == 4:
         return Tile(width, vector, vector, area // width, vectors, orientation, prefetch=False, two_pass=False)
-    # In half precision 16 bytes are 8 rows of A. From a width of 4096 on (beyond it at R = 1) they exceed the
-    # registers: 4 rows, 64 bits a load.
-    if width > 4096 or (width == 4096 and block > 1):
-        return Tile(width, 4, 4, 1, vectors, orientation, prefetch=False, two_pass=False)
+    # In half precision 16 bytes are 8 rows of A. From a width of 4096 on (beyond it at R = 1), and for 16 vectors
+    # below 512, they exceed the registers: 4 rows, 64 bits a load.
+    if width > 4096 or (width == 4096 and block > 1) or (width < 512 and block == MAX_BLOCK_SIZE):
+        groups = max(1, 512 // width)
+        return Tile(width, 4, 4, groups, vectors, orientation, prefetch=False, two_pass=False)
     if block >= 4:
-        area = max(width, min(area, 512 if narrow else 1024))
+        area = max(width, min(area, 512 if width < 512 else 1024))
     if block >= 8:
-        return Tile(width, vector, vector // 2, area // width, 1, orientation, prefetch=False, two_pass=False)
+        slices = 2 if narrow else vector // 2
+        return Tile(width, vector, slices, area // width, 1, orientation, prefetch=False, two_pass=False)
     return Tile(width, vector, vector, area // width, vectors, orientation, prefetch=False, two_pass=False)
 
 
@@ -171,9 +177,9 @@ class Plan:
         n_long, n_short, n_partial: Elements of the buffers (for R = 1; times R for blocks; partial sums in all).
     """
 
-    def __init__(self, layers: Sequence[Layer], block: int, itemsize: int, processors: int) -> None:
+    def __init__(self, layers: Sequence[Layer], block_sizes: Sequence[int], itemsize: int, processors: int) -> None:
         self.layers = list(layers)
-        self.block = block
+        self.block = block = block_class(block_sizes)
         self.itemsize = itemsize
         self.configs: tuple[list[Tile], list[Tile]] = ([], [])
         self.long_offsets: list[int] = []
@@ -193,10 +199,8 @@ class Plan:
             for begin in range(0, layer.q, height):
                 strips[0 if layer.aligned else 1].append([number, begin, min(layer.q, begin + height), index])
                 index += 1
-            rows.append(
-                [layer.q, layer.p, layer.q_stride, layer.p_stride, configs.index(layer.tile)]
-                + [self.n_long, self.n_short, ld, self.n_partial, first, index]
-            )
+            matrix = [layer.q, layer.p, layer.q_stride, layer.p_stride, configs.index(layer.tile)]
+            rows.append([*matrix, self.n_long, self.n_short, ld, self.n_partial, first, index])
             self.long_offsets.append(self.n_long)
             self.short_offsets.append(self.n_short)
             self.n_long += round_up(layer.q, 16)
@@ -209,7 +213,9 @@ class Plan:
         self.n_short_tasks = len(tasks)
         tasks += self._tasks(rows, [layer.q for layer in layers], LONG_TASK, 1, len(tasks))
         self.tasks = torch.tensor(tasks, dtype=torch.int32).reshape(-1, 4)
-        self.table = torch.tensor([row + [0] * (16 - len(row)) for row in rows], dtype=torch.int64)
+        self.table = torch.tensor(
+            [[*row, size] for row, size in zip(rows, block_sizes, strict=True)], dtype=torch.int64
+        )
 
     def _strip_height(self, layer: Layer, budget: int) -> int:
         """Rows of one strip: an equal share of all weights for each processor, but no strip of few rows.
@@ -271,8 +277,9 @@ def predicted_traffic(weights: Sequence[Tensor], block_size: int, processors: in
         raise ValueError(
             f"Expected weights of one dtype, got {sorted({str(w.dtype) for w in weights})}: predict each group."
         )
-    block = block_class([min(block_size, *weight.shape) for weight in weights])
-    return Plan([describe(w, block) for w in weights], block, weights[0].element_size(), processors).traffic()
+    sizes = [min(block_size, *weight.shape) for weight in weights]
+    layers = [describe(weight, block_class(sizes)) for weight in weights]
+    return Plan(layers, sizes, weights[0].element_size(), processors).traffic()
 
 
 class GradientPlan:

@@ -1,0 +1,392 @@
+"""The kernels and GpuIteration under Triton's interpreter; run by tests/test_gpu_interpreter.py in its own process.
+
+With TRITON_INTERPRET=1 the kernels run in NumPy on CPU tensors. It is set before Triton is imported, and then nothing
+can be compiled ahead of time: hence the process.
+"""
+
+import gc
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_lip import penalties
+from lightning_lip.kernels import gpu, reference
+
+spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
+planted = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(planted)
+
+# Relative to the largest entry. fp32 sums over at most a few thousand products, taken twice: 2e-6 holds sigma, its
+# vectors are as exact as the gap allows (the matrices here have ratios of at most 0.9 in sigma).
+SIGMA = 2e-6
+VECTORS = 5e-6
+ORTHONORMAL = 1e-6
+# A row of the block is as exact as fp32 sums of the size of the largest Ritz value, 1/50 of which is the smallest.
+SPAN = 5e-5
+SHAPES = [(1, 1), (1, 17), (23, 1), (20, 13), (20, 20), (63, 65), (257, 100)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = {
+    "contiguous": lambda w: w.clone(),
+    "transposed": lambda w: w.t().contiguous().t(),
+    "row_strided": lambda w: w.new_zeros(2 * w.shape[0], w.shape[1] + 16)[::2, 8 : 8 + w.shape[1]].copy_(w),
+    "unaligned": lambda w: w.new_zeros(w.numel() + 1)[1:].view(w.shape).copy_(w),
+    "strided_both": lambda w: w.new_zeros(2 * w.shape[0], 3 * w.shape[1])[::2, ::3].copy_(w),
+}
+
+
+def matrix(m, n, top=1.0, ratio=0.9, seed=0):
+    """A matrix with singular values top, top * ratio, .. (at least top / 7), so that every gap is known."""
+    generator = torch.Generator().manual_seed(seed + 1000 * m + n)
+    r = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, r, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(n, r, generator=generator, dtype=torch.float64)).Q
+    s = top * torch.maximum(torch.tensor(ratio, dtype=torch.float64) ** torch.arange(r), torch.tensor(1 / 7))
+    return (u * s) @ v.mT
+
+
+def blocks(weights, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(min(w.shape), min(size, *w.shape), generator=generator) for w in weights]
+    return [torch.linalg.qr(x).Q.mT.contiguous() for x in drawn]
+
+
+def poisoned(weights, vectors):
+    """An object whose buffers hold NaN wherever a step must write before it reads."""
+    iteration = gpu.GpuIteration(weights, vectors)
+    for buffer in ("_partials", "_scales", "_layer_scales", "_sigma", "_grams", "_rotations", "_scalars", "_factors"):
+        getattr(iteration, buffer).fill_(math.nan)
+    for name in ("_images", "_rows_z", "_rows_y", "_singular"):
+        getattr(iteration, name).fill_(math.nan)
+    return iteration
+
+
+def expected(weights, vectors, n_iterations):
+    return reference.power_step([w.double() for w in weights], [v.double() for v in vectors], n_iterations)
+
+
+def assert_same(got, want, span=SPAN):
+    assert got.sigma.dtype == torch.float32
+    torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=SIGMA, atol=0)
+    for index in range(len(want.left)):
+        have = torch.outer(got.left[index], got.right[index]).double()
+        should = torch.outer(want.left[index], want.right[index])
+        assert (have - should).norm() <= VECTORS, index
+        block, other = got.vectors[index].double(), want.vectors[index]
+        assert (block @ block.mT - torch.eye(len(block))).abs().max() <= ORTHONORMAL, index
+        assert (block.mT @ block - other.mT @ other).norm() <= span, index
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 8, 16])
+def test_one_step_equals_the_reference_in_float64(block):
+    weights = [matrix(*shape).float() for shape in SHAPES]
+    vectors = blocks(weights, block)
+    got = poisoned(weights, vectors).power_step(weights, 1)
+    assert_same(got, expected(weights, vectors, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "block"), [*((d, 8) for d in DTYPES), (torch.float32, 1)], ids=str)
+def test_every_dtype_and_layout(layout, dtype, block):
+    # 24 x 32 is a multiple of all vector widths, so its contiguous and row-strided forms go the aligned way.
+    weights = [LAYOUTS[layout](matrix(*shape).to(dtype)) for shape in [(24, 32), (32, 24), (20, 13), (1, 9)]]
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    got = iteration.power_step(weights, 1)
+    assert_same(got, expected(weights, vectors, 1))
+    assert (iteration._plan.n_aligned_strips > 0) == (layout not in ("unaligned", "strided_both"))
+
+
+@pytest.mark.parametrize("block", [1, 8])
+def test_no_iteration_gives_ritz_values_and_keeps_the_block(block):
+    weights = [matrix(*shape).float() for shape in SHAPES]
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    got = iteration.power_step(weights, 0)
+    want = expected(weights, vectors, 0)
+    assert_same(got, want, span=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(iteration.vectors, vectors, strict=True))
+
+
+def test_ten_steps_reach_the_spectral_norm():
+    weights = [matrix(40, 30, top=3.0).float(), matrix(17, 90, top=0.2).float()]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 4))
+    for _ in range(10):
+        got = iteration.power_step(weights, 1)
+    truth = torch.stack([torch.linalg.matrix_norm(w.double(), 2) for w in weights])
+    torch.testing.assert_close(got.sigma.double(), truth, rtol=SIGMA, atol=0)
+
+
+@pytest.mark.parametrize("orientation", ["rows", "columns"])
+@pytest.mark.parametrize("block", [1, 8])
+def test_wide_layers_in_two_passes(monkeypatch, orientation, block):
+    # The limit is lowered so that a small layer goes this way, with several column tiles and row blocks.
+    monkeypatch.setattr("lightning_lip.kernels.gpu_tables.LIMIT", 64)
+    monkeypatch.setattr("lightning_lip.kernels.gpu_tables.TWO_PASS_COLUMNS", 64)
+    weights = [matrix(170, 150).float() if orientation == "rows" else matrix(150, 172).float()]
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    assert iteration._plan.layers[0].tile.two_pass
+    assert_same(iteration.power_step(weights, 1), expected(weights, vectors, 1))
+
+
+@pytest.mark.parametrize("block", [1, 8])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales(scale, block):
+    weights = [matrix(60, 40, top=scale).float(), matrix(30, 33, top=scale).float()]
+    vectors = blocks(weights, block)
+    got = poisoned(weights, vectors).power_step(weights, 2)
+    assert_same(got, expected(weights, vectors, 2))
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_zero_weights_keep_their_block(block):
+    weights = [torch.zeros(12, 20), matrix(12, 20).float(), torch.zeros(1, 1)]
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    got = iteration.power_step(weights, 1)
+    want = expected(weights, vectors, 1)
+    assert got.sigma[0] == 0
+    assert got.sigma[2] == 0
+    torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=SIGMA, atol=0)
+    assert torch.equal(got.right[0], torch.zeros(20))
+    assert torch.equal(got.left[0], vectors[0][0])
+    assert torch.equal(iteration.vectors[0], vectors[0])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("block", [2, 8, 16])
+def test_rank_deficient_weights_keep_the_block_orthonormal(rank, block):
+    weights = [(matrix(m, n)[:, :rank] @ torch.randn(rank, n).double()).float() for m, n in [(50, 40), (20, 70)]]
+    # Exactly rank one, without the noise that rounding adds: only one column, and only one entry.
+    weights += [torch.zeros(20, 18), torch.zeros(17, 40)]
+    weights[2][:, 3], weights[3][5, 7] = torch.randn(20), 3.0
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    for step in (1, 2):
+        got = iteration.power_step(weights, 1)
+        for rows in got.vectors:
+            assert (rows @ rows.mT - torch.eye(len(rows))).abs().max() <= ORTHONORMAL, step
+    truth = torch.stack([torch.linalg.matrix_norm(w.double(), 2) for w in weights])
+    torch.testing.assert_close(got.sigma.double(), truth, rtol=SIGMA, atol=0)
+
+
+def test_repeated_top_singular_value():
+    weights = [torch.linalg.qr(torch.randn(30, 30)).Q * 2.5, torch.eye(8)]
+    got = poisoned(weights, blocks(weights, 8)).power_step(weights, 1)
+    torch.testing.assert_close(got.sigma, torch.tensor([2.5, 1.0]), rtol=SIGMA, atol=0)
+    for w, u, v, s in zip(weights, got.left, got.right, got.sigma, strict=True):
+        torch.testing.assert_close(w @ v, u * s, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("block", [1, 8])
+def test_weights_that_are_not_finite_give_nan_and_keep_their_block(bad, block):
+    weights = [matrix(24, 16).float(), matrix(20, 30).float()]
+    weights[0][3, 5] = bad
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    got = iteration.power_step(weights, 1)
+    assert got.sigma[0].isnan()
+    assert torch.equal(iteration.vectors[0], vectors[0])
+    assert got.sigma[1].isfinite()
+
+
+def test_repeats_bit_for_bit():
+    weights = [matrix(*shape).float() for shape in [(20, 13), (257, 100)]]
+    runs = [poisoned(weights, blocks(weights, 8)) for _ in range(2)]
+    first, second = (run.power_step(weights, 3) for run in runs)
+    assert torch.equal(first.sigma, second.sigma)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0].vectors, runs[1].vectors, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rank_one_update(layout, dtype):
+    weights = [matrix(*shape).float() for shape in [(24, 32), (40, 24), (20, 13), (1, 9)]]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 2))
+    got = iteration.power_step(weights, 1)
+    before = [torch.randn(w.shape, generator=torch.Generator().manual_seed(3)).to(dtype) for w in weights]
+    grads = [LAYOUTS[layout](g) for g in before]
+    grads[2] = None
+    c = torch.tensor([2.0, 0.0, 1.0, math.nan])
+    iteration.rank_one_update_(grads, c)
+    should = before[0].double() + 2 * torch.outer(got.left[0], got.right[0]).double()
+    # One rounding to the gradient's dtype, after a sum in fp32.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grads[0].double(), should, rtol=eps, atol=1e-6)
+    assert torch.equal(grads[1], before[1])
+    assert torch.equal(grads[3], before[3])
+
+
+PENALTIES = ["product", "softplus_log", "hinge_log", "log", "layer_sum", "layer_sum_squares"]
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("top", [2.0, 40.0])
+def test_penalties_equal_autograd(name, top):
+    # 40 for each of 12 uses is S = 44: beyond the cap of the product.
+    weights = [matrix(16, 12, top=top).float(), matrix(9, 20, top=top / 3).float()]
+    times = [3, 9]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 4))
+    grads = [torch.zeros_like(w) for w in weights]
+    value = iteration.penalise_(
+        weights, grads, n_iterations=3, code=PENALTIES.index(name), target_log=math.log(5.0), scale=0.01,
+        multiplicities=times,
+    )  # fmt: skip
+    sigma = iteration._sigma.double().requires_grad_()
+    # Written out once per use: the penalties take a sum over layers.
+    repeated = torch.cat([s.expand(k) for s, k in zip(sigma.log(), times, strict=True)])
+    want = 0.01 * penalties.get_penalty(name, 5.0)(repeated, repeated.sum())
+    (slope,) = torch.autograd.grad(want, sigma)
+    torch.testing.assert_close(value.double(), want.detach(), rtol=5e-6, atol=0)
+    torch.testing.assert_close(iteration._factors.double(), slope, rtol=5e-6, atol=0)
+    for grad, u, v, c in zip(grads, iteration._sides(True), iteration._sides(False), slope, strict=True):
+        torch.testing.assert_close(grad.double(), c * torch.outer(u, v).double(), rtol=1e-5, atol=float(c.abs()) * 1e-7)
+
+
+@pytest.mark.parametrize("code", range(6))
+def test_zero_and_bad_layers_have_coefficient_zero(code):
+    weights = [torch.zeros(4, 6), matrix(6, 5).float(), matrix(8, 8).float()]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 2))
+    grads = [torch.ones_like(w) for w in weights]
+    options = {"n_iterations": 1, "code": code, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1, 1]}
+    value = iteration.penalise_(weights, grads, **options).clone()
+    assert torch.equal(grads[0], torch.ones(4, 6))
+    sigma = iteration._sigma.double()
+    want = [0.0, 0.0, 0.0, -math.inf, float(sigma.sum()), float(sigma.square().sum())][code]
+    torch.testing.assert_close(float(value), want, rtol=1e-6, atol=0)
+    weights[1][0, 0] = math.nan
+    assert iteration.penalise_(weights, grads, **options).isnan()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_tables_are_refreshed_only_where_an_address_changed():
+    weights = [matrix(24, 32).float(), matrix(20, 13).float()]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 2))
+    grads = [torch.zeros_like(w) for w in weights]
+    options = {"n_iterations": 1, "code": 0, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1]}
+    iteration.penalise_(weights, grads, **options)
+    assert iteration.n_refreshes == 2
+    for _ in range(3):
+        iteration.penalise_(weights, grads, **options)
+    assert iteration.n_refreshes == 2
+    # set_to_none: new gradients each step, the weights stay.
+    kept = []
+    for _ in range(3):
+        kept.append([torch.zeros_like(w) for w in weights])
+        iteration.penalise_(weights, kept[-1], **options)
+    assert iteration.n_refreshes == 5
+    assert torch.equal(kept[0][0], kept[2][0]) or kept[2][0].abs().sum() > 0
+    iteration.penalise_(weights, [kept[-1][0], None], **options)
+    assert iteration.n_refreshes == 6
+
+
+def test_weights_that_change_their_layout_get_new_tables():
+    weights = [matrix(24, 32).float()]
+    vectors = blocks(weights, 4)
+    iteration = gpu.GpuIteration(weights, vectors)
+    iteration.power_step(weights, 1)
+    moved = [LAYOUTS["unaligned"](w) for w in weights]
+    got = iteration.power_step(moved, 1)
+    assert iteration._plan.n_aligned_strips == 0
+    assert_same(got, expected(weights, vectors, 2))
+    with pytest.raises(ValueError, match="make a new object"):
+        iteration.power_step([torch.ones(3, 3)], 1)
+
+
+def test_torch_compile_takes_it_without_a_break():
+    weights = [torch.nn.Parameter(matrix(24, 32).float()), torch.nn.Parameter(matrix(20, 13).float())]
+    vectors = blocks(weights, 4)
+    eager, compiled = (gpu.GpuIteration([w.detach() for w in weights], vectors) for _ in range(2))
+    options = {"n_iterations": 1, "code": 1, "target_log": 0.0, "scale": 0.5, "multiplicities": [1, 1]}
+    grads = [[torch.ones_like(w) for w in weights] for _ in range(2)]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(first, second, one, two):
+        value = compiled.penalise_([first, second], [one, two], **options)
+        result = compiled.power_step([first, second], 1)
+        compiled.rank_one_update_([one, None], result.sigma)
+        return value * 1.0, result.sigma * 1.0
+
+    for _ in range(2):
+        want = eager.penalise_(weights, grads[0], **options).clone()
+        sigma = eager.power_step(weights, 1).sigma
+        eager.rank_one_update_([grads[0][0], None], sigma)
+        value, compiled_sigma = step(*weights, *grads[1])
+        torch.testing.assert_close(value, want, rtol=0, atol=0)
+        torch.testing.assert_close(compiled_sigma, sigma, rtol=0, atol=0)
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(eager.vectors, compiled.vectors, strict=True))
+
+
+def test_a_compiled_graph_outlives_its_object():
+    weights = [matrix(6, 5).float()]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 1))
+    state, handle = iteration._state(), iteration._handle
+    del iteration
+    gc.collect()
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        torch.ops.lightning_lip.gpu_power_step(weights, state, handle, 1)
+
+
+def test_a_capture_refuses_new_addresses(monkeypatch):
+    weights = [matrix(6, 5).float()]
+    iteration = gpu.GpuIteration(weights, blocks(weights, 1))
+    grads = [torch.zeros(6, 5)]
+    iteration.power_step(weights, 1)
+    iteration.rank_one_update_(grads, torch.ones(1))
+    monkeypatch.setattr(gpu, "capturing", lambda device: True)
+    # The same addresses are no reason to refuse.
+    iteration.power_step(weights, 1)
+    iteration.rank_one_update_(grads, torch.ones(1))
+    with pytest.raises(RuntimeError, match="set_to_none=False"):
+        iteration.rank_one_update_([torch.zeros(6, 5)], torch.ones(1))
+    with pytest.raises(RuntimeError, match="addresses of the weights"):
+        iteration.power_step([w.clone() for w in weights], 1)
+
+
+def test_unknown_penalty_code():
+    iteration = gpu.GpuIteration([torch.eye(3)], [torch.eye(3)[:1]])
+    with pytest.raises(ValueError, match="from 0 to 5"):
+        iteration.penalise_(
+            [torch.eye(3)], [None], n_iterations=1, code=6, target_log=0.0, scale=1.0, multiplicities=[1]
+        )
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        # A wrong mask: the first row of the next strip is taken too, or the last column is lost.
+        ("mask = (rows < i1)[:, :, None]", "mask = (rows <= i1)[:, :, None]"),
+        ("& (cols < p)[None, None, :]", "& (cols < p - 1)[None, None, :]"),
+        # A partial sum that is not rescaled when the running maximum grows.
+        ("z *= _as_float(top) / _as_float(raised)", "z *= 1.0"),
+        # No shift: the block of a rank-one weight is no longer orthonormal.
+        ("RELATIVE_SHIFT: tl.constexpr = tl.constexpr(2.0**-15)", "RELATIVE_SHIFT: tl.constexpr = tl.constexpr(0.0)"),
+    ],
+    ids=["row_mask", "column_mask", "rescaling", "shift"],
+)  # fmt: skip
+def test_planted_faults_are_caught(tmp_path, monkeypatch, old, new):
+    # One strip of many tiles, each larger than the one before, so the scale has to grow within it.
+    monkeypatch.setattr(gpu, "DEFAULT_PROCESSORS", 1)
+    grown = matrix(400, 12).float() * torch.linspace(0, 12, 400).exp2()[:, None]
+    rank_one = torch.zeros(30, 20)
+    rank_one[:, 3] = 1.0
+    weights = [grown, rank_one, matrix(257, 100).float()]
+    vectors = blocks(weights, 4)
+
+    def check():
+        got = poisoned(weights, vectors).power_step(weights, 1)
+        want = expected(weights, vectors, 1)
+        torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=SIGMA, atol=0)
+        for rows in got.vectors:
+            assert (rows @ rows.mT - torch.eye(len(rows))).abs().max() <= ORTHONORMAL
+
+    check()
+    kernels = planted.kernels_with(tmp_path, old, new)
+    monkeypatch.setattr(gpu.GpuIteration, "_kernels", lambda self: kernels)
+    with pytest.raises(AssertionError):
+        check()
