@@ -55,7 +55,7 @@ def interpreted() -> bool:
 
 def columns_at_a_time(block: int) -> int:
     """Return the columns of Z that a program keeps r x r products of: R * R * columns numbers in fp64."""
-    return min(256, 2048 // (block * block))
+    return min(256 // block, 2048 // (block * block))
 
 
 def capturing(device: torch.device) -> bool:

@@ -98,7 +98,10 @@ def block_class(block_sizes: Sequence[int]) -> int:
 
 
 def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
-    """Return the tile for a short side of `p`, by what was compiled without spills (the ahead-of-time gate).
+    """Return the tile for a short side of `p`.
+
+    The exceptions for single widths are where a compiler spilled; tests/test_gpu_aot.py compiles every tile for every
+    target (LIGHTNING_LIP_FULL_GATE=1).
 
     Args:
         p: The shorter side.
@@ -117,11 +120,12 @@ def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
         groups = max(1, TWO_PASS_ROWS // rows)
         if block == MAX_BLOCK_SIZE:
             rows, groups = min(rows, 4), 1
+        vectors = 1 if block == 2 else vectors
         return Tile(TWO_PASS_COLUMNS, rows, rows, groups, vectors, orientation, False, two_pass=True)
     # Narrow layers have many groups of rows, whose dot products lie in more lanes each: smaller tiles make room.
     narrow = block > 1 and width < 1024
     if not wide:
-        small = block >= 4 and width <= 1024
+        small = (block >= 4 and width <= 1024) or (block == 2 and width == 32)
         area = max(width, min(8192, (LIMIT // 2 if small else LIMIT) // block))
         # 16 vectors leave tiles so small that half precision needs 4 rows for 16 bytes a thread.
         tiny = narrow and block == MAX_BLOCK_SIZE and itemsize == 2
@@ -132,11 +136,13 @@ def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
     width = max(width, 64) if block == MAX_BLOCK_SIZE else width
     area = max(width, min(1024, LIMIT // 2 // block) if narrow else min(2048, LIMIT // block))
     if itemsize == 4:
+        vectors = 2 if block == 8 and width == 128 else vectors
         return Tile(width, vector, vector, area // width, vectors, orientation, prefetch=False, two_pass=False)
     # In half precision 16 bytes are 8 rows of A. From a width of 4096 on (beyond it at R = 1), and for 16 vectors
     # below 512, they exceed the registers: 4 rows, 64 bits a load.
     if width > 4096 or (width == 4096 and block > 1) or (width < 512 and block == MAX_BLOCK_SIZE):
         groups = max(1, 512 // width)
+        vectors = 2 if width == 4096 else vectors
         return Tile(width, 4, 4, groups, vectors, orientation, prefetch=False, two_pass=False)
     if block >= 4:
         area = max(width, min(area, 512 if width < 512 else 1024))

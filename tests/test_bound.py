@@ -894,7 +894,9 @@ def prepared(model):
 
 
 @pytest.mark.parametrize(
-    ("make", "size"), [(ResNet18, 16), (DenseNet, 8), (vgg, 8), (UNet, 8), (Mixer, 8)], ids=lambda v: str(v)
+    ("make", "size"),
+    [(ResNet18, 16), (DenseNet, 8), (vgg, 8), (UNet, 8), (Mixer, 8)],
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_whole_networks(make, size):
     # With some seeds all ReLUs of a narrow network are off, and its Jacobian is zero.
