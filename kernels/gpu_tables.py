@@ -120,7 +120,7 @@ def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
         groups = max(1, TWO_PASS_ROWS // rows)
         if block == MAX_BLOCK_SIZE:
             rows, groups = min(rows, 4), 1
-        vectors = 1 if block == 2 else vectors
+        vectors = 1 if block == 2 and not wide else vectors
         return Tile(TWO_PASS_COLUMNS, rows, rows, groups, vectors, orientation, False, two_pass=True)
     # Narrow layers have many groups of rows, whose dot products lie in more lanes each: smaller tiles make room.
     narrow = block > 1 and width < 1024

@@ -110,15 +110,21 @@ class BoundProgram:
         table = self._cache.get(key)
         if table is None:
             terms = [term for _, branch in steps for term in branch]
-            fixed = torch.tensor([term.constant for term in terms], dtype=log_sigma.dtype, device=log_sigma.device)
-            pairs = [(source, target) for target, term in enumerate(terms) for source in term.operators]
-            indices = torch.tensor(pairs, dtype=torch.long, device=log_sigma.device).reshape(-1, 2)
-            table = self._cache[key] = (fixed, indices[:, 0].contiguous(), indices[:, 1].contiguous())
+            # Kept for later: tensors made in inference mode could not take part in a backward pass.
+            with torch.inference_mode(False):
+                table = self._cache[key] = self._make_table(terms, log_sigma)
         if not self.lives:
             return table
         read = [log_up(live()) for live in self.lives]
         present = [math.fsum(read[i] for i in term.lives) for _, branch in steps for term in branch]
         return table[0] + torch.tensor(present, dtype=log_sigma.dtype, device=log_sigma.device), table[1], table[2]
+
+    @staticmethod
+    def _make_table(terms: Sequence[Term], log_sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fixed = torch.tensor([term.constant for term in terms], dtype=log_sigma.dtype, device=log_sigma.device)
+        pairs = [(source, target) for target, term in enumerate(terms) for source in term.operators]
+        indices = torch.tensor(pairs, dtype=torch.long, device=log_sigma.device).reshape(-1, 2)
+        return fixed, indices[:, 0].contiguous(), indices[:, 1].contiguous()
 
 
 def _combined(kind: Combination, values: Sequence[Tensor]) -> Tensor:

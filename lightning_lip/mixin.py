@@ -79,6 +79,22 @@ class LipschitzMixin(_Base):
         """Return the estimates (from below) of the spectral norms, shape () each, by layer name."""
         return self.lipschitz_regularizer().spectral_norms()
 
+    def on_fit_start(self) -> None:
+        """Select the layers before the first forward pass, which shows convolutions their size.
+
+        An override must call ``super()``.
+        """
+        super().on_fit_start()
+        self.lipschitz_regularizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the regulariser behind, keep its vectors: a copy of the module makes its own."""
+        state: dict[str, Any] = super().__getstate__()
+        regularizer = state.pop("_lipschitz_regularizer", None)
+        if regularizer is not None:
+            state["_lipschitz_state"] = regularizer.state_dict()
+        return state
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the singular vectors; an override must call ``super()``."""
         super().on_save_checkpoint(checkpoint)

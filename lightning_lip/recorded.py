@@ -1,10 +1,12 @@
-"""Convolutions whose input size is not told: it is recorded in the first training forward pass."""
+"""Convolutions whose input size is not told: it is recorded in the first forward pass of training."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -12,10 +14,39 @@ from lightning_lip.convolutions import ConvolutionOperator, check_convolution
 from lightning_lip.operators import LinearOperator, check_weight
 
 
-class RecordedConvolution(LinearOperator):
-    """A :class:`ConvolutionOperator` at the size of the first input that the module sees in training mode.
+class _Recorder:
+    """Keeps the shape of the first input that a module sees with gradients enabled; one a module."""
 
-    A forward pre-hook on the module records it. A later change of size keeps the first one, with one warning.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.shape: tuple[int, ...] | None = None
+        self._warned = False
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Gradients, not the module's mode: a frozen backbone trains in eval mode, a validation has no gradients.
+        if not torch.is_grad_enabled() or not inputs or not isinstance(inputs[0], Tensor):
+            return
+        # The last dimensions: a convolution also takes one sample without a batch dimension.
+        shape = tuple(inputs[0].shape[-(len(module.kernel_size) + 1) :])  # type: ignore[arg-type]
+        if self.shape is None:
+            self.shape = shape
+        elif shape != self.shape and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Layer {self.name!r} now sees inputs of shape {shape}; its spectral norm stays that at the first one, "
+                f"{self.shape}. Pass example_input= to choose another.",
+                stacklevel=2,
+            )
+
+
+_recorders: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
+
+
+class RecordedConvolution(LinearOperator):
+    """A :class:`ConvolutionOperator` at the size of the first input that the module sees with gradients enabled.
+
+    A forward pre-hook records it: one for each module, however many operators are made of it, and it stays. A later
+    change of size keeps the first one, with one warning.
 
     Args:
         name: The module's name in the model.
@@ -30,37 +61,22 @@ class RecordedConvolution(LinearOperator):
         check_convolution(module)
         if not parametrize.is_parametrized(module, "weight"):
             check_weight(module)
+        if module not in _recorders:
+            _recorders[module] = _Recorder(name)
+            module.register_forward_pre_hook(_recorders[module])
+        self._recorder = _recorders[module]
         self._known: ConvolutionOperator | None = None
-        self._warned = False
-        module.register_forward_pre_hook(self._record)
-
-    def _record(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if not module.training or not inputs or not isinstance(inputs[0], Tensor):
-            return
-        # The last dimensions: a convolution also takes one sample without a batch dimension.
-        shape = tuple(inputs[0].shape[-(len(module.kernel_size) + 1) :])  # type: ignore[arg-type]
-        if self._known is None:
-            self._known = ConvolutionOperator(self.name, module, shape)
-        elif shape != self._known.domain_shape and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"Layer {self.name!r} now sees inputs of shape {shape}; its spectral norm stays that at the first one, "
-                f"{self._known.domain_shape}. Pass example_input= to choose another.",
-                stacklevel=2,
-            )
-
-    @property
-    def is_known(self) -> bool:
-        """Whether a forward pass in training mode has shown the size."""
-        return self._known is not None
 
     @property
     def _operator(self) -> ConvolutionOperator:
         if self._known is None:
-            raise RuntimeError(
-                f"The input size of convolution {self.name!r} is not known yet: run one forward pass in training mode "
-                "first, or pass example_input=."
-            )
+            if self._recorder.shape is None:
+                raise RuntimeError(
+                    f"The input size of convolution {self.name!r} is not known yet: run one forward pass of training "
+                    f"first, or pass example_input=; a layer that training never calls is left out with "
+                    f"exclude={self.name!r}."
+                )
+            self._known = ConvolutionOperator(self.name, self.module, self._recorder.shape)
         return self._known
 
     @property

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lip import kernels
 from lightning_lip.bound import NetworkBound
 from lightning_lip.graph_operators import DiagonalOperator
 from lightning_lip.kernels.reference import without_autocast
-from lightning_lip.operators import LinearOperator, UnsupportedLayerError
+from lightning_lip.operators import LinearOperator
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.selection import Selected, Selection, find_operators, select
 from lightning_lip.spectral_norms import SpectralNorms
@@ -33,8 +34,8 @@ class LipschitzRegularizer:
     unselected layers count, and the selected layers get the gradient. Convolutions act at their true input size.
 
     Args:
-        model: The model; it is not changed, and keeps no reference to the regulariser. After replacing one of its
-            modules, construct a new regulariser.
+        model: The model. It is not changed, but for a forward pre-hook on each convolution whose input size is still
+            unknown. After replacing one of its modules, construct a new regulariser.
         coefficient: lambda, the factor of the penalty; at least 0.
         penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
@@ -88,13 +89,10 @@ class LipschitzRegularizer:
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
-        self._network = _trace(model, example_input)
-        if self._network is None:
-            self.operators: list[LinearOperator] = find_operators(model, layers, exclude)
-            self.penalised = [True] * len(self.operators)
-        else:
-            self.operators = self._network.operators
-            self.penalised = _covered(self.operators, select(model, layers, exclude), must_cover=layers is not None)
+        self._network, self._penalised = _trace(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = (
+            find_operators(model, layers, exclude) if self._network is None else self._network.operators
+        )
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._repeats = [op.multiplicity for op in self.operators]
         # The penalty that the kernels know, if it is one of theirs, and the weights if all can be served directly.
@@ -123,12 +121,7 @@ class LipschitzRegularizer:
             self._step, self._step_version = step, version
         elif step is None:
             step = _copied(self._norms.current())
-        norms = [
-            op.norm(u, v) if penalised else sigma
-            for op, u, v, sigma, penalised in zip(
-                self.operators, step.left, step.right, step.sigma, self.penalised, strict=True
-            )
-        ]
+        norms = [self._norm(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
         sigma = torch.stack([norm.to(step.sigma) for norm in norms])
         # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
         zero = sigma == 0
@@ -223,8 +216,8 @@ class LipschitzRegularizer:
         """Add ``c_l`` times the gradient of the norm of each trainable layer."""
         grads: list[Tensor | None] = [None] * len(self.operators)
         for index, op in enumerate(self.operators):
-            trainable = [p for p in op.parameters if p.requires_grad and (allowed is None or id(p) in allowed)]
-            if not trainable or not self.penalised[index]:
+            trainable = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
+            if not trainable:
                 continue
             weight = op.direct_parameter
             if weight is not None:
@@ -243,6 +236,16 @@ class LipschitzRegularizer:
                 gradient = torch.where(coefficient == 0, torch.zeros_like(gradient), gradient * coefficient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._norms.rank_one_update_(grads, coefficients)
+
+    def penalised(self, op: LinearOperator) -> list[nn.Parameter]:
+        """Return those of an operator's parameters that belong to the selected layers."""
+        return [p for p in op.parameters if self._penalised is None or id(p) in self._penalised]
+
+    def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
+        """Return the operator's norm, differentiable in its penalised parameters only."""
+        if self._penalised is None or len(self.penalised(op)) == len(op.parameters):
+            return op.norm(left, right)
+        return _Partial.apply(op, tuple(self.penalised(op)), left, right, *self.penalised(op))  # type: ignore[no-any-return, no-untyped-call]
 
     def penalty_of(self, log_sigma: Tensor) -> Tensor:
         """Return the penalty without its coefficient for given log spectral norms.
@@ -302,7 +305,8 @@ class LipschitzRegularizer:
 
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
-        self._step, self._step_version = _copied(self._norms.step()), self._version()
+        with torch.inference_mode(False):
+            self._step, self._step_version = _copied(self._norms.step()), self._version()
 
     def bound(self) -> Tensor:
         """Return the bound with the present estimates, shape (), fp64 where the device has it.
@@ -337,37 +341,92 @@ class LipschitzRegularizer:
         self._step = self._step_version = None
 
     def _version(self) -> tuple[int, ...]:
-        """Identify the state of the weights: changes with every in-place update, replacement and move."""
-        return tuple(x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
+        """Identify the state of the weights: changes with in-place updates, replacements, moves and optimiser steps."""
+        versions = (x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
+        # Fused optimisers do not count their updates in `_version`.
+        return (_optimizer_steps.count, *versions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to copy a traced graph, whose rules read the modules that they were traced from.
+
+        Raises:
+            TypeError: If the regulariser is traced.
+        """
+        if self._network is not None:
+            raise TypeError(
+                "A LipschitzRegularizer over a traced graph cannot be copied or pickled: construct one for the copied "
+                "model, and carry the vectors over with state_dict() and load_state_dict()."
+            )
+        return self.__dict__
 
 
-def _trace(model: nn.Module, example_input: Any) -> NetworkBound | None:
-    """Return the bound over the graph that an example input shows; None without one.
+class _OptimizerSteps:
+    """Counts the steps of all optimisers of the process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.count += 1
+
+
+_optimizer_steps = _OptimizerSteps()
+
+
+class _Partial(torch.autograd.Function):
+    """The norm of an operator, with a gradient for some of its parameters only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: LinearOperator, chosen: tuple[Tensor, ...], left: Tensor, right: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.op, ctx.chosen = op, chosen
+        ctx.save_for_backward(left, right)
+        return op.norm(left, right).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        needed = [p for p in ctx.chosen if p.requires_grad]
+        with torch.enable_grad(), without_autocast():
+            pulled = torch.autograd.grad(ctx.op.norm(left, right), needed, allow_unused=True) if needed else ()
+        by_id = {id(p): g for p, g in zip(needed, pulled, strict=True)}
+        found = (by_id.get(id(p)) for p in ctx.chosen)
+        return (None, None, None, None, *(None if g is None else grads[0].to(g) * g for g in found))
+
+
+def _trace(
+    model: nn.Module, example_input: Any, layers: Selection | None, exclude: Selection | None
+) -> tuple[NetworkBound | None, set[int] | None]:
+    """Return the bound over the graph that an example input shows, and the ids of the selected parameters in it.
 
     A LightningModule's own ``example_input_array`` serves if no input is given. It was not set for this purpose, so a
     graph without a known bound is then no error: a warning says why, and the product of the layers remains.
     """
     if example_input is not None:
-        return NetworkBound.trace(model, example_input)
+        network = NetworkBound.trace(model, example_input)
+        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
     example_input = getattr(model, "example_input_array", None)
     if example_input is None:
-        return None
+        return None, None
     try:
-        return NetworkBound.trace(model, example_input)
-    except UnsupportedLayerError as error:
+        network = NetworkBound.trace(model, example_input)
+        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
+    except ValueError as error:  # UnsupportedLayerError is one
         warnings.warn(
-            f"The graph of example_input_array has no known Lipschitz bound; the product of the layers serves instead. "
-            f"{error}",
+            f"The bound over the graph of the module's example_input_array cannot serve; the product of the layers "
+            f"does instead. {error}",
             stacklevel=3,
         )
-        return None
+        return None, None
 
 
-def _covered(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> list[bool]:
-    """Return which operators of a traced graph belong to the selected layers.
+def _chosen(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
+    """Return the ids of the selected layers' parameters in a traced graph's operators.
 
     Raises:
-        ValueError: If none does; or, where `must_cover`, if a selected layer is not in the graph.
+        ValueError: If there is none; or, where `must_cover`, if a selected layer is not in the graph.
     """
     in_graph = {id(p) for op in operators for p in op.parameters}
     chosen: set[int] = set()
@@ -378,7 +437,7 @@ def _covered(operators: Sequence[LinearOperator], selected: Sequence[Selected], 
         computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
         own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
         ids = {id(p) for p in own if p is not None}
-        chosen |= ids
+        chosen |= ids & in_graph
         if ids and not ids & in_graph:
             absent.append(layer.found.name)
     if absent and must_cover:
@@ -387,12 +446,11 @@ def _covered(operators: Sequence[LinearOperator], selected: Sequence[Selected], 
             f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
             f"exclude={names!r}, or give an input that reaches them."
         )
-    covered = [any(id(p) in chosen for p in op.parameters) for op in operators]
-    if not any(covered):
+    if not chosen:
         raise ValueError(
             f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
         )
-    return covered
+    return chosen
 
 
 def check_coefficient(coefficient: float) -> float:

@@ -81,7 +81,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     """
     while is_wrapper(model):
         model = next(iter(model.children()))
-    args, kwargs = call_arguments(_batch_of_two(example_input))
+    args, kwargs = call_arguments(_batch_of_two(example_input, _floating_dtype(model)))
     modules: list[nn.Module] = []
     with (
         eval_mode(model),
@@ -121,8 +121,13 @@ def _mutates(node: torch.fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
 
 
-def _batch_of_two(example_input: object) -> object:
-    """Return the example with every tensor's first dimension at two."""
+def _floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the model's first floating-point parameter, or None if there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
+    """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
     tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
     if not tensors:
         raise ValueError("Expected `example_input` to hold at least one tensor, got none.")
@@ -136,6 +141,9 @@ def _batch_of_two(example_input: object) -> object:
         if not isinstance(leaf, Tensor):
             return leaf
         leaf = leaf.detach()
+        if dtype is not None and leaf.is_floating_point():
+            # The example tells shapes; under 64-true or bf16-true it is still the fp32 that the user wrote.
+            leaf = leaf.to(dtype)
         return torch.cat([leaf, leaf])[:BATCH].clone() if leaf.shape[0] < BATCH else leaf[:BATCH].clone()
 
     if isinstance(example_input, Mapping):

@@ -145,3 +145,27 @@ def test_outputs_that_would_broadcast_are_an_error(make_module, make_trainer, re
 def test_bad_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         CertifiedValidation(**arguments)
+
+
+def test_every_size_of_input_is_certified_for_itself(make_trainer):
+    class Pooled(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1))
+            self.example_input_array = torch.zeros(1, 1, 32, 32)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    sizes = [torch.randn(8, 1, 32, 32), torch.randn(8, 1, 2, 2)]
+    loader = torch.utils.data.DataLoader([(x, torch.zeros(8, 1)) for x in sizes], batch_size=None)
+    module = Pooled()
+    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((0.5,), task="regression")])
+    trainer.validate(module, loader, verbose=False)
+    # A mean over 4 pixels has norm 1/2, one over 1024 pixels 1/32.
+    weight = abs(float(module.net[2].weight.detach()))
+    assert float(trainer.callback_metrics["lipschitz/certified"]) == pytest.approx(weight / 2, rel=1e-5)

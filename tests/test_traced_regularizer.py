@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import lightning.pytorch as lightning
 import pytest
@@ -164,11 +165,10 @@ def test_convolutions_without_a_size_wait_for_the_first_training_batch():
     regularizer = LipschitzRegularizer(model, 1.0)
     with pytest.raises(RuntimeError, match="input size of convolution '0' is not known yet"):
         regularizer.bound()
-    model.eval()
-    model(torch.zeros(1, 2, 50))  # a validation batch tells nothing
+    with torch.no_grad():
+        model(torch.zeros(1, 2, 50))  # a validation batch tells nothing
     with pytest.raises(RuntimeError, match="not known yet"):
         regularizer.add_grad_()
-    model.train()
     model(torch.zeros(1, 2, 9))
     regularizer.iterate()
     expected = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 2, 9))
@@ -260,7 +260,7 @@ def test_a_graph_without_a_bound_falls_back_with_a_warning_only_if_the_example_w
         def forward(self, x):
             return self.mlp(self.attention(x, x, x)[0])
 
-    with pytest.warns(UserWarning, match=r"(?s)example_input_array has no known Lipschitz bound.*attention"):
+    with pytest.warns(UserWarning, match=r"(?s)example_input_array cannot serve.*attention"):
         regularizer = LipschitzRegularizer(Attention(), 1.0, layers="mlp")
     assert regularizer.bound_kind == "product"
     assert list(regularizer.spectral_norms()) == ["mlp.0", "mlp.2"]
@@ -284,3 +284,111 @@ def test_the_mixin_takes_the_example_input_array(make_trainer, images):
     make_trainer(lightning, max_epochs=2).fit(plain, images)
     bound_of = LipschitzRegularizer(plain, 1.0, example_input=IMAGE).bound()
     assert float(module.lipschitz_bound()) < float(bound_of)
+
+
+def test_the_batch_norm_fused_with_a_selected_convolution_gets_no_gradient():
+    model = ConvNet().double()
+    model.norm.weight.data.uniform_(0.5, 1.5)
+    regularizer = LipschitzRegularizer(model, 1.0, layers="first", n_iterations=50, example_input=IMAGE.double())
+    wanted = LipschitzRegularizer(model, 1.0, n_iterations=50, example_input=IMAGE.double())
+    wanted.add_grad_()
+    expected = gradients(model)["first.weight"]
+    for add in (regularizer.add_grad_, lambda: regularizer.value().backward()):
+        model.zero_grad()
+        add()
+        got = gradients(model)
+        assert {name for name, g in got.items() if g is not None} == {"first.weight"}
+        torch.testing.assert_close(got["first.weight"], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_frozen_selected_layer_is_no_trainable_layer(make_trainer, images):
+    module = Images()
+    module.net.second.requires_grad_(False)
+    trainer = make_trainer(lightning, callbacks=[LipschitzPenalty(layers="net.second", example_input=IMAGE)])
+    with pytest.raises(ValueError, match="no trainable layer"):
+        trainer.fit(module, images)
+
+
+def test_fused_optimisers_are_seen_by_value():
+    # They do not count their updates in `_version`.
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.05, fused=True)
+    regularizer = LipschitzRegularizer(layer, 1.0, block_size=1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (layer(torch.ones(2, 6)).square().mean() + 1e-3 * regularizer.value()).backward()
+        optimizer.step()
+    assert float(regularizer.value()) == pytest.approx(float(exact(layer.weight.detach())), rel=1e-3)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_callbacks_and_modules_can_be_copied_and_pickled(make_trainer, images, fitted):
+    class Mixed(LipschitzMixin, Images):
+        pass
+
+    penalty, monitor, module = LipschitzPenalty(0.1, example_input=IMAGE), LipschitzMonitor(), Mixed()
+    module.example_input_array = IMAGE
+    if fitted:
+        make_trainer(lightning, callbacks=[penalty, monitor]).fit(module, images)
+        module.lipschitz_bound()
+    for callback in (penalty, monitor):
+        copied = pickle.loads(pickle.dumps(callback))
+        assert copied.state_dict().keys() == callback.state_dict().keys()
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.net.norm.weight.mul_(4.0)
+    assert float(other.lipschitz_bound()) > 1.5 * float(module.lipschitz_bound())
+    other.lipschitz_penalty().backward()
+    assert other.net.norm.weight.grad is not None
+    regularizer = LipschitzRegularizer(module, 1.0)
+    with pytest.raises(TypeError, match="traced graph cannot be copied or pickled"):
+        copy.deepcopy(regularizer)
+
+
+def test_the_mixin_with_convolutions_and_no_example(make_trainer, images):
+    class Mixed(LipschitzMixin, Images):
+        def configure_lipschitz(self):
+            return LipschitzRegularizer(self, 0.1, exclude="net.norm")
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.lipschitz_penalty()
+
+    module = Mixed()
+    make_trainer(lightning).fit(module, images)
+    assert float(module.lipschitz_bound()) > 0
+
+
+def test_frozen_convolutions_in_eval_mode_are_recorded():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3).eval().requires_grad_(False), nn.Flatten(), nn.Linear(21, 1))
+    regularizer = LipschitzRegularizer(model, 1.0)
+    model(torch.zeros(1, 2, 9))
+    assert float(regularizer.add_grad_()) > 0
+    # A second regulariser shares the hook and the size.
+    assert float(LipschitzRegularizer(model, 1.0).bound()) > 0
+    assert len(model[0]._forward_pre_hooks) == 1
+
+
+def test_an_example_of_another_precision():
+    model = ConvNet().double()
+    assert float(LipschitzRegularizer(model, 1.0, example_input=IMAGE.float()).bound()) > 0
+
+
+def test_bound_in_inference_mode_first():
+    model = ConvNet()
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=IMAGE)
+    with torch.inference_mode():
+        regularizer.bound()
+        regularizer.iterate()
+    regularizer.value().backward()
+    regularizer.add_grad_()
+    assert model.first.weight.grad.isfinite().all()
+
+
+def test_layers_outside_the_implicit_example_fall_back_to_the_product():
+    module = Images()
+    module.auxiliary = nn.Linear(3, 3)
+    module.example_input_array = IMAGE
+    with pytest.warns(UserWarning, match=r"example_input_array cannot serve.*'auxiliary'"):
+        regularizer = LipschitzRegularizer(module, 1.0, layers="auxiliary")
+    assert regularizer.bound_kind == "product"

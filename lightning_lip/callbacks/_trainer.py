@@ -29,6 +29,11 @@ def refuse_strategy(trainer: Any, callback: object) -> None:
         )
 
 
+def own_state(callback: object) -> dict[str, Any]:
+    """Return a callback's attributes less those that Lightning attaches, which are bound to the module."""
+    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+
+
 def has_callback(trainer: Any, name: str) -> bool:
     """Whether one of the trainer's callbacks is of the class of this name."""
     return any(name in class_names(callback) for callback in trainer.callbacks)

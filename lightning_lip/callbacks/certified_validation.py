@@ -29,13 +29,12 @@ class CertifiedValidation(Callback):
 
     The statements hold for the network in exact arithmetic, in eval mode. Certifying costs fp64 work on the CPU, from
     milliseconds (an MLP) to seconds (a small ResNet) and more; use ``check_val_every_n_epoch`` where it is too much.
-    Where something has no certificate a warning names it once, and nothing is logged. The sanity check is left out.
+    Each size of the inputs is certified for itself; the largest bound is logged. Where something has no certificate a
+    warning names it once, and nothing is logged. The sanity check is left out.
 
     Args:
         eps: The norms of the perturbations, distinct, at least 0.
         task: ``"classification"`` (logits and integer targets) or ``"regression"`` (outputs shaped like the target).
-        example_input: An input of the model to trace its graph with; None takes the module's ``example_input_array``,
-            or else the inputs of the first validation batch.
         batch_to_xy: A callable from a batch to ``(inputs, target)``; needed where batches are no such pair.
         prefix: First part of the logged names.
 
@@ -48,7 +47,6 @@ class CertifiedValidation(Callback):
         self,
         eps: Sequence[float] = (0.1,),
         task: Literal["classification", "regression"] = "classification",
-        example_input: Any = None,
         batch_to_xy: BatchToXY | None = None,
         prefix: str = "val",
     ) -> None:
@@ -59,16 +57,15 @@ class CertifiedValidation(Callback):
             raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
         self.task = task
         self.prefix = prefix
-        self._example_input = example_input
         self._batch_to_xy = batch_to_xy
-        self._lipschitz: float | None = None
-        self._asked = self._warned = False
+        self._certified: dict[torch.Size, float | None] = {}
+        self._warned = False
         self._metric: Metric | None = None
         self._n_outputs = 1
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._lipschitz, self._asked = None, trainer.sanity_checking
+        self._certified = {}
         metric: Metric = CertifiedAccuracy(list(self.eps)) if self.task == "classification" else MeanAbsoluteError()
         self._metric = metric.to(pl_module.device)
 
@@ -76,16 +73,20 @@ class CertifiedValidation(Callback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        if trainer.sanity_checking or self._metric is None:
+            return
         inputs, target = unpack(batch, self._batch_to_xy)
-        if not self._asked:
-            self._asked = True
-            self._certify(pl_module, inputs)
-        if self._lipschitz is None or self._metric is None:
+        # A certificate holds at the size of its input: one for each size.
+        size = inputs.shape[1:]
+        if size not in self._certified:
+            self._certified[size] = self._certify(pl_module, inputs)
+        lipschitz = self._certified[size]
+        if lipschitz is None:
             return
         with trainer.precision_plugin.forward_context(), isolate_rng(), torch.no_grad():
             outputs = pl_module(inputs)
         if self.task == "classification":
-            self._metric.update(outputs, target, self._lipschitz)
+            self._metric.update(outputs, target, lipschitz)
             return
         if outputs.shape != target.shape:
             raise ValueError(
@@ -95,12 +96,8 @@ class CertifiedValidation(Callback):
         self._n_outputs = max(1, target[0].numel())
         self._metric.update(outputs.flatten(), target.flatten())
 
-    def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
-        example = self._example_input
-        if example is None:
-            example = getattr(pl_module, "example_input_array", None)
-        result = certify(pl_module, inputs[:2] if example is None else example)
-        self._lipschitz = result.upper
+    def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> float | None:
+        result = certify(pl_module, inputs[:2])
         if not result.certified and not self._warned:
             self._warned = True
             warnings.warn(
@@ -108,19 +105,21 @@ class CertifiedValidation(Callback):
                 + "\n  - ".join(result.refused),
                 stacklevel=2,
             )
+        return result.upper
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
-        if self._lipschitz is None or metric is None:
+        if metric is None or not self._certified or None in self._certified.values():
             return
+        lipschitz = max(bound for bound in self._certified.values() if bound is not None)
         value = metric.compute()
         if self.task == "classification":
             name, values = "certified_accuracy", value.tolist()
         else:
             name = "certified_worst_case_mae"
             mae = float(value)
-            values = [certified_worst_case_mae(mae, self._lipschitz, e, self._n_outputs) for e in self.eps]
+            values = [certified_worst_case_mae(mae, lipschitz, e, self._n_outputs) for e in self.eps]
         metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(self.eps, values, strict=True)}
         # Every rank holds the same values: compute() has summed over them.
-        pl_module.log_dict({"lipschitz/certified": self._lipschitz, **metrics}, sync_dist=True, reduce_fx="max")
+        pl_module.log_dict({"lipschitz/certified": lipschitz, **metrics}, sync_dist=True, reduce_fx="max")

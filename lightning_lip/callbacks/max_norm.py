@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lip.callbacks._trainer import refuse_strategy
+from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.selection import find_operators
 
 
@@ -61,6 +62,11 @@ class MaxNorm(Callback):
         self._weights = []
         for op in find_operators(pl_module, self._layers, self._exclude):
             weight = op.direct_parameter
+            if not op.is_matrix:
+                raise UnsupportedLayerError(
+                    f"MaxNorm takes linear layers only, not {op.name!r} ({type(op.module).__name__}): leave it out "
+                    "with `exclude`."
+                )
             if weight is None:
                 raise ValueError(
                     f"MaxNorm cannot rescale the parametrised weight of layer {op.name!r}: leave it out with `exclude`."

@@ -16,6 +16,7 @@ from lightning_lip.callbacks._trainer import (
     is_logging_step,
     log_to_loggers,
     logging_step,
+    own_state,
     refuse_strategy,
     tensorboard_writers,
 )
@@ -213,6 +214,10 @@ class LipschitzMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Kept until training starts: the layers are not selected yet.
         self._loaded = dict(state_dict) or None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model behind: a copy selects the layers of its own run, and takes vectors and history over."""
+        return own_state(self) | {"_loaded": self.state_dict() or None, "_sources": [], "_own": None}
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self._own is not None and state["own"] is not None:

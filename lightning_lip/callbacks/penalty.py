@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks._trainer import class_names, has_callback, is_logging_step, log_to_loggers, refuse_strategy
+from lightning_lip.callbacks._trainer import (
+    class_names,
+    has_callback,
+    is_logging_step,
+    log_to_loggers,
+    own_state,
+    refuse_strategy,
+)
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
@@ -160,7 +167,7 @@ class LipschitzPenalty(Callback):
         if self._selected and self._regularizer is not None:
             return self._regularizer
         regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self._arguments)
-        if not any(op.trainable for op in regularizer.operators):
+        if not any(p.requires_grad for op in regularizer.operators for p in regularizer.penalised(op)):
             raise ValueError(
                 f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
                 "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
@@ -169,6 +176,8 @@ class LipschitzPenalty(Callback):
             regularizer.load_state_dict(self._loaded)
         elif self._regularizer is not None and self._model is pl_module:
             regularizer.load_state_dict(self._regularizer.state_dict())
+        else:
+            self._n_steps = 0  # another model warms up anew
         self._regularizer, self._loaded, self._model = regularizer, None, pl_module
         self._selected, self._in_optimizer, self._stepped_batch = True, {}, None
         return regularizer
@@ -255,7 +264,7 @@ class LipschitzPenalty(Callback):
         if cached is not None and cached[0] == size:
             return cached[1]
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own: list[Tensor] = [p for op in self.regularizer.operators for p in op.parameters]
+        own: list[Tensor] = [p for op in self.regularizer.operators for p in self.regularizer.penalised(op)]
         parameters = None if all(id(p) in ids for p in own) else [p for p in own if id(p) in ids]
         self._in_optimizer[id(optimizer)] = size, parameters
         return parameters
@@ -278,6 +287,11 @@ class LipschitzPenalty(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._n_steps = state_dict["n_steps"]
         self._loaded = state_dict["regularizer"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
+        kept = {"_loaded": self.state_dict()["regularizer"], "_regularizer": None, "_model": None, "_selected": False}
+        return own_state(self) | kept | {"_in_optimizer": {}, "_iterated_by": None}
 
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
