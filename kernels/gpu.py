@@ -13,6 +13,7 @@ tuned at run time. What has been proven without a GPU, and how, is in tests/test
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ from lightning_lip.kernels.gpu_tables import (
 from lightning_lip.kernels.reference import PowerStep
 
 __all__ = ["GpuIteration", "Traffic", "predicted_traffic"]
+
+OLDEST_TRITON = (3, 3)
+"""The kernels keep tiles in tuples, which Triton knows since then."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WARPS = 4 if torch.version.hip else 8
@@ -109,6 +113,9 @@ class GpuIteration:
         """Return why this weight cannot be served with this block size, or None if it can."""
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (it comes with PyTorch for CUDA, on Linux)"
+        found = importlib.metadata.version("triton")
+        if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
+            return f"Triton {'.'.join(map(str, OLDEST_TRITON))} is needed (it comes with PyTorch 2.7), found {found}"
         if weight.device.type != "cuda" and not interpreted():
             return f"it lies on {weight.device}, not on a CUDA device"
         if weight.layout != torch.strided or weight.dim() != 2 or weight.numel() == 0:

@@ -100,3 +100,9 @@ def test_importing_the_backend_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import lightning_lip.kernels.gpu as g; print(g.predicted_traffic)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_an_old_triton_is_a_reason(monkeypatch):
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "3.2.0")
+    reason = gpu.GpuIteration.why_not(torch.ones(3, 3), 1)
+    assert reason == "Triton 3.3 is needed (it comes with PyTorch 2.7), found 3.2.0"

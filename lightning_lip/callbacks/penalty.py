@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -21,6 +22,7 @@ from lightning_lip.callbacks._trainer import (
     refuse_strategy,
 )
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
 
@@ -58,8 +60,8 @@ class LipschitzPenalty(Callback):
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
             selected layer is trainable.
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
-        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, or with an LBFGS that
-            searches along lines.
+        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, with an LBFGS that searches
+            along lines, or on several ranks with a traced bound that reads unsynchronised batch normalisation.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -107,7 +109,7 @@ class LipschitzPenalty(Callback):
         }
         self._regularizer: LipschitzRegularizer | None = None
         self._model: nn.Module | None = None
-        self._selected = False
+        self._selected = self._sizes_are_shared = False
         self._loaded: dict[str, Any] | None = None
         self._n_steps = 0
         self._batch = 0
@@ -157,6 +159,46 @@ class LipschitzPenalty(Callback):
                     "line_search_fn=None."
                 )
         self.select_layers(pl_module)
+        if trainer.world_size > 1:
+            self._refuse_statistics_of_one_rank(pl_module)
+
+    def _refuse_statistics_of_one_rank(self, pl_module: LightningModule) -> None:
+        """Refuse a bound that reads running statistics which each rank forms of its own batches.
+
+        Raises:
+            RuntimeError: If there are such; the ranks' weights would drift apart.
+        """
+        own = [
+            name
+            for name, module in pl_module.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.track_running_stats
+            and not isinstance(module, nn.SyncBatchNorm)
+        ]
+        if own and self.regularizer.bound_kind == "bound":
+            raise RuntimeError(
+                f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: "
+                "their weights would drift apart. Use Trainer(sync_batchnorm=True), or LipschitzMixin, whose gradients "
+                "are averaged over ranks, or the product of the layers, without an example input."
+            )
+
+    def _check_sizes_over_ranks(self) -> None:
+        """Check once that every rank recorded the same input sizes.
+
+        Raises:
+            RuntimeError: If they differ; the ranks' weights would drift apart.
+        """
+        self._sizes_are_shared = True
+        sizes = {op.name: op.domain_shape for op in self.regularizer.operators if isinstance(op, RecordedConvolution)}
+        if not sizes:
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, sizes)
+        if any(other != gathered[0] for other in gathered):
+            raise RuntimeError(
+                f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
+                "pass example_input= to choose one."
+            )
 
     def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
         """Return the regulariser for this training run; made once a run, at its start.
@@ -179,7 +221,7 @@ class LipschitzPenalty(Callback):
         else:
             self._n_steps = 0  # another model warms up anew
         self._regularizer, self._loaded, self._model = regularizer, None, pl_module
-        self._selected, self._in_optimizer, self._stepped_batch = True, {}, None
+        self._selected, self._in_optimizer, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
 
     @override
@@ -209,6 +251,8 @@ class LipschitzPenalty(Callback):
             self._n_steps += 1
         if (self._n_steps - 1) % self.every_n_steps:
             return
+        if trainer.world_size > 1 and not self._sizes_are_shared:
+            self._check_sizes_over_ranks()
         # One iteration a training batch. A second optimiser of the same batch takes the present vectors; the same
         # optimiser again is LBFGS, whose every closure sees other weights.
         advance = self._iterated_by is None or self._iterated_by is optimizer
