@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
-from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty
+from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty, NoisyValidation
 from lightning_lip.callbacks._heat_map import heat_map
 from lightning_lip.callbacks.monitor import MAX_HISTORY, _Source
 
@@ -231,3 +231,14 @@ def test_heat_map_every_n_epochs(train, every, steps):
         assert not events.Tags()["images"]
     else:
         assert [e.step for e in events.Images("lipschitz/spectral_norms")] == steps
+
+
+def test_the_other_tags_that_the_readme_names(make_module, make_trainer, regression_data, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    certified = CertifiedValidation((0.1,), task="regression")
+    callbacks = [LipschitzMonitor(certified=certified), NoisyValidation(noise_levels=(0.0, 0.2))]
+    trainer = make_trainer(lightning, callbacks=callbacks, logger=logger, max_epochs=1, log_every_n_steps=4)
+    trainer.fit(make_module(lightning), regression_data, regression_data)
+    tags = set(read_events(logger.log_dir).Tags()["scalars"])
+    assert {"lipschitz/certified", "val/certified_worst_case_mae/eps=0.1"} <= tags
+    assert {"val/noisy_mae/eta=0", "val/noisy_mae/eta=0.2"} <= tags
