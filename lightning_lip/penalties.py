@@ -37,9 +37,11 @@ def product(log_sigma: Tensor, log_bound: Tensor) -> Tensor:
         The penalty, shape (). Exact up to the cap, continuous with its slope at the cap. Source: N. Couellan, "The
         coupling effect of Lipschitz regularization in deep neural networks" (2021).
     """
-    below = torch.exp(log_bound.clamp(max=PRODUCT_CAP))
+    beyond = log_bound > PRODUCT_CAP
+    # Not clamp: whether it passes a gradient at the cap itself differs between versions of torch.
+    below = torch.exp(torch.where(beyond, torch.full_like(log_bound, PRODUCT_CAP), log_bound))
     above = math.exp(PRODUCT_CAP) * (1.0 + (log_bound - PRODUCT_CAP))
-    return torch.where(log_bound > PRODUCT_CAP, above, below)
+    return torch.where(beyond, above, below)
 
 
 def softplus_log(log_sigma: Tensor, log_bound: Tensor, target: float = 1.0) -> Tensor:
