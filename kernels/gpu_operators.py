@@ -1,7 +1,8 @@
 """The GPU backend as custom operators, which torch.compile takes whole instead of breaking its graph at an address.
 
 They run the methods of a :class:`lightning_lip.kernels.gpu.GpuIteration`, found by its handle. The buffers that outlive
-a call are arguments too, so that the compiler knows that they change.
+a call are arguments too, so that the compiler knows that they change. The schemas are written out, because torch 2.6
+does not infer them from ``list[Tensor]``.
 """
 
 from __future__ import annotations
@@ -47,13 +48,21 @@ def _spread(grads: Sequence[Tensor], present: Sequence[int], n_layers: int) -> l
     return spread
 
 
-@torch.library.custom_op("lightning_lip::gpu_power_step", mutates_args={"state"})
+@torch.library.custom_op(
+    "lightning_lip::gpu_power_step",
+    mutates_args={"state"},
+    schema="(Tensor[] weights, Tensor(a1!)[] state, SymInt handle, SymInt n_iterations) -> ()",
+)
 def _gpu_power_step(weights: list[Tensor], state: list[Tensor], handle: int, n_iterations: int) -> None:
     with _with_state(handle, state) as iteration:
         iteration._iterate(weights, n_iterations)
 
 
-@torch.library.custom_op("lightning_lip::gpu_rank_one_update_", mutates_args={"grads", "state"})
+@torch.library.custom_op(
+    "lightning_lip::gpu_rank_one_update_",
+    mutates_args={"grads", "state"},
+    schema=("(Tensor(a0!)[] grads, Tensor coefficients, Tensor(a2!)[] state, SymInt handle, SymInt[] present) -> ()"),
+)
 def _gpu_rank_one_update(
     grads: list[Tensor], coefficients: Tensor, state: list[Tensor], handle: int, present: list[int]
 ) -> None:
@@ -62,7 +71,15 @@ def _gpu_rank_one_update(
         iteration._update(_spread(grads, present, len(iteration._shapes)))
 
 
-@torch.library.custom_op("lightning_lip::gpu_penalise_", mutates_args={"grads", "state"})
+@torch.library.custom_op(
+    "lightning_lip::gpu_penalise_",
+    mutates_args={"grads", "state"},
+    schema=(
+        "(Tensor[] weights, Tensor(a1!)[] grads, Tensor(a2!)[] state, SymInt handle, "
+        "SymInt[] present, SymInt n_iterations, SymInt code, float[] numbers, "
+        "SymInt[] multiplicities) -> ()"
+    ),
+)
 def _gpu_penalise(
     weights: list[Tensor],
     grads: list[Tensor],

@@ -149,6 +149,8 @@ def test_forward_merge_and_inference_mode():
     np.testing.assert_allclose(value.numpy(), numpy_truth(batches[:1], 1.5), rtol=1e-6)
     update_all(metric, batches[1:2])
     update_all(other, batches[2:])
+    if not hasattr(metric, "merge_state"):
+        pytest.skip("torchmetrics before 1.5")
     metric.merge_state(other)
     np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches, 1.5), rtol=1e-6)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 if "gpu_tools" not in sys.modules:
     folder = Path(__file__).parent / "gpu_tools"

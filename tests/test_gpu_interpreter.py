@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 CASES = Path(__file__).parent / "gpu_tools" / "interpreter_cases.py"
 NAMES = [
