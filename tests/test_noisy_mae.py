@@ -6,8 +6,8 @@ from datetime import timedelta
 import numpy as np
 import pytest
 import torch
-import torchmetrics
 import torch.distributed as dist
+import torchmetrics
 from torch import nn
 
 from lightning_lip.metrics import (
