@@ -49,7 +49,7 @@ class LipschitzRegularizer:
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model, with the batch along
             the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
             LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
-            weight, and the size of a convolution's input is that of the first forward pass in training mode.
+            weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
 
@@ -108,7 +108,7 @@ class LipschitzRegularizer:
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
 
-        The vectors advance only with grad enabled and a layer in training mode, and at most once for each state of
+        The vectors advance only with grad enabled and the model in training mode, and at most once for each state of
         the weights: several micro-batches of an accumulated gradient share one iteration. The gradient takes the
         singular vectors as constants, which is exact for the exact vectors. What changes weights through ``.data`` is
         not seen; :meth:`iterate` then advances the vectors.

@@ -185,7 +185,7 @@ def find_operators(
 
     A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
     times, is one operator with that multiplicity. Frozen weights are included. A convolution's operator waits for the
-    first forward pass in training mode to learn the size of its input.
+    first forward pass with gradients enabled to learn the size of its input.
 
     Args:
         model: The model.
