@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,10 +9,7 @@ from lightning_lip.least_product import LARGEST_LOG_FACTOR, evened, least_produc
 
 def matrices(*sizes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-        for columns, rows in zip(sizes, sizes[1:], strict=False)
-    ]
+    return [torch.randn(rows, columns, generator=generator, dtype=torch.float64) for columns, rows in pairwise(sizes)]
 
 
 def rescaled(weights, logs):
@@ -30,7 +28,9 @@ def zeros(weights):
     return [torch.zeros(len(weight), dtype=torch.float64) for weight in weights[:-1]]
 
 
-@pytest.mark.parametrize("sizes", [(5, 7, 3), (13, 20, 20, 20, 1), (1, 6, 1), (4, 1, 4), (2, 9, 1, 9, 2), (3, 40, 4, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 7, 3), (13, 20, 20, 20, 1), (1, 6, 1), (4, 1, 4), (2, 9, 1, 9, 2), (3, 40, 4, 3)]
+)
 def test_of_positive_weights_the_least_product_is_the_norm_of_the_matrix_product(sizes):
     # With u, v the leading singular vectors of W_n .. W_1, the factors sqrt(backward / forward) reach it.
     weights = [w.abs() for w in matrices(*sizes)]
@@ -50,7 +50,7 @@ def test_the_slopes_vanish_at_a_smooth_minimum(seed):
     weights = [w.abs() for w in matrices(4, 6, 5, 3, seed=seed)]
     found = rescaled(weights, least_product(weights))
     bases = [torch.linalg.svd(w) for w in found]
-    for before, after in zip(bases, bases[1:], strict=False):
+    for before, after in pairwise(bases):
         assert before.S[0] > 1.2 * before.S[1]
         assert (before.U[:, 0].square() - after.Vh[0].square()).abs().max() < 1e-2
 

@@ -176,7 +176,9 @@ def _layers(traced: TracedModel) -> list[_Layer]:
     while current is not None and current is not linear[-1]:
         users = list(current.users)
         if len(users) != 1:
-            refused[current] = f"its output is used {len(users)} times, as in a residual network"
+            found = (builder.module_of(user) for user in users)
+            names = dict.fromkeys(f"{name or '(the model itself)'} ({type(module).__name__})" for name, module in found)
+            refused[current] = f"its output is used {len(users)} times, as in a residual network, by {', '.join(names)}"
             break
         node = users[0]
         if node.op != "call_function":
@@ -185,7 +187,7 @@ def _layers(traced: TracedModel) -> list[_Layer]:
         reason = _inner_refusal(node, current, traced)
         if reason is not None:
             refused[node] = reason
-            if node.args[0] is not current:
+            if node.args[:1] != (current,):
                 break
         if _operation(node) == "linear":
             chain.append(node)
@@ -204,11 +206,9 @@ def _layers(traced: TracedModel) -> list[_Layer]:
             refused[node] = "its weight or bias lies in another layer's memory"
         addresses |= own
         layers.append(replace(layer, name=builder.module_of(node)[0]))
-    # Where the chain ended early, the layers behind that point are not what is wrong.
-    checked = inner if current is (linear or [None])[-1] else inner.union(linear)
-    for node in nodes:
-        if node not in checked and any(_parameter(argument, traced) is not None for argument in node.all_input_nodes):
-            refused.setdefault(node, "it has parameters, but stands before, behind or beside the chain")
+    for node in nodes if not refused else ():
+        if node not in inner and any(_parameter(argument, traced) is not None for argument in node.all_input_nodes):
+            refused[node] = "it has parameters, but stands before, behind or beside the chain"
     if refused:
         raise UnsupportedLayerError(
             "Only chains of linear layers and positively homogeneous activations can be rescaled:\n  - "
@@ -222,10 +222,13 @@ def _layers(traced: TracedModel) -> list[_Layer]:
 
 def _inner_refusal(node: torch.fx.Node, current: torch.fx.Node, traced: TracedModel) -> str | None:
     """Return why an operation behind `current` may not stand between two layers, or None."""
+    operation = _operation(node)
+    if operation == "linear" and node.args[:1] == (current,):
+        # Its weight and bias are looked at with those of the first layer.
+        return None
     if any(argument is not current and argument.name not in traced.stored for argument in node.all_input_nodes):
         return "it also takes another value, as a residual or a branch does"
-    operation = _operation(node)
-    if node.args[:1] == (current,) and (operation == "linear" or operation in _HOMOGENEOUS):
+    if operation in _HOMOGENEOUS and node.args[:1] == (current,):
         return None
     if operation in _RESHAPES:
         kept = node.meta["val"].shape[-1:] == current.meta["val"].shape[-1:]
