@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -201,11 +201,11 @@ def _layers(traced: TracedModel) -> list[_Layer]:
         if isinstance(layer, str):
             refused.setdefault(node, layer)
             continue
-        own = {parameter.data_ptr() for parameter in (layer.weight, layer.bias) if parameter is not None}
+        own = {p.data_ptr() for p in (layer.weight, layer.bias) if p is not None and p.numel()}
         if own & addresses:
             refused[node] = "its weight or bias lies in another layer's memory"
         addresses |= own
-        layers.append(replace(layer, name=builder.module_of(node)[0]))
+        layers.append(layer)
     for node in nodes if not refused else ():
         if node not in inner and any(_parameter(argument, traced) is not None for argument in node.all_input_nodes):
             refused[node] = "it has parameters, but stands before, behind or beside the chain"
@@ -235,7 +235,7 @@ def _inner_refusal(node: torch.fx.Node, current: torch.fx.Node, traced: TracedMo
         return None if kept else "it reshapes the dimension of the hidden units"
     if "batch_norm" in operation:
         return "fuse it into the layer before it: torch.nn.utils.fuse_linear_bn_eval"
-    return "it is not known to be positively homogeneous, f(d x) = d f(x) for d > 0"
+    return "it is not known to be positively homogeneous unit by unit, f(d x) = d f(x) for d > 0"
 
 
 def _layer(node: torch.fx.Node, traced: TracedModel, holders: Counter[int]) -> _Layer | str:
@@ -263,7 +263,9 @@ def _layer(node: torch.fx.Node, traced: TracedModel, holders: Counter[int]) -> _
     bias = found[1] if len(found) > 1 else None
     if bias is not None and bias.shape != weight.shape[:1]:
         return f"its bias has shape {tuple(bias.shape)}, not ({len(weight)},)"
-    return _Layer("", weight, bias)
+    _, name, key = traced.owners[arguments[0].name]
+    full = name if key == "weight" else f"{name}.{key}" if name else key
+    return _Layer(full, weight, bias)
 
 
 def _parameter(argument: torch.fx.Node, traced: TracedModel) -> nn.Parameter | None:

@@ -208,6 +208,7 @@ def test_a_zero_layer_and_a_single_layer_are_left():
     result = check(model, torch.zeros(1, 6), 6)
     assert not result.changed
     assert result.product_after == 0
+    assert not rebalance(mlp(6, 0, 0, 2), torch.zeros(1, 6)).changed
     result = check(mlp(6, 2), torch.zeros(1, 6), 6)
     assert not result.changed
     assert [layer.name for layer in result.layers] == ["0"]
@@ -366,6 +367,15 @@ def test_branches_are_refused():
     refused(Calls(separate, **layers()), example, "it is an output of the network, but not the last layer's")
     refused(nn.Sequential(nn.Flatten(), nn.ReLU()), example, "Sequential has no linear layer")
     refused(Calls(lambda m, x: x @ m.a.weight, **layers()), example, "it has parameters, but stands before")
+
+
+def test_layers_of_the_model_itself_are_named_by_their_parameters():
+    model = Calls(lambda m, x: F.linear(F.relu(F.linear(x, m.inner)), m.outer))
+    torch.manual_seed(0)
+    model.inner, model.outer = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(2, 8))
+    result = rebalance(model, torch.zeros(1, 4))
+    assert result.changed
+    assert [layer.name for layer in result.layers] == ["inner", "outer"]
 
 
 def test_a_residual_around_the_whole_chain_is_no_obstacle():
