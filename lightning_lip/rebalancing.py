@@ -84,10 +84,11 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
     after the last layer (flatten, softmax). Anything else is refused by name, and no weight is written then.
 
     The function is the same in exact arithmetic. Each weight and bias is rounded once, so that in fp32 outputs move by
-    about 1e-7 of their size. What holds for the result: the product, certified before and after, is not larger, and
-    :func:`~lightning_lip.certify` gives bounds of the rescaled network as it is stored. The product is minimised
-    numerically, in fp64 on the CPU by L-BFGS (*heuristic*: close to the least product, with no proof of how close).
-    The time goes into some 250 eigenvalue decompositions of each layer: a second at 128 units, minutes at 1,024.
+    about 1e-7 of their size. Guaranteed: the product, certified before and after, is not larger. The bounds of
+    :func:`~lightning_lip.certify` are then those of the rescaled network as it is stored; Combettes-Pesquet and
+    ECLipsE-Fast mostly fall with the product, but need not. The product is minimised numerically, in fp64 on the CPU by
+    L-BFGS (*heuristic*: close to the least product, with no proof of how close). The time goes into some 250
+    eigenvalue decompositions of each layer: a second at 128 units, minutes at 1,024.
 
     Call it after training. An optimiser's state, and averaged or saved copies of the weights, belong to the old
     scaling: make the optimiser anew if training goes on. Hidden activations are rescaled too, by up to 2^32 for units
