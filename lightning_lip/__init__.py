@@ -12,6 +12,7 @@ from lightning_lip.constants import register_constant
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators import UnsupportedLayerError
+from lightning_lip.rebalancing import Rebalanced, rebalance
 from lightning_lip.regularizer import LipschitzRegularizer
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
+    "Rebalanced",
     "Uncertified",
     "UnsupportedLayerError",
     "certify",
+    "rebalance",
     "register_constant",
 ]
