@@ -58,7 +58,7 @@ class ClippingProblem:
         depths = np.minimum(2.0 * (E + m) / (k + E + root), 0.5)
         # The slope is infinite at the end of the box where all values are equal; there any large number does.
         slopes = np.where(pressures < self._largest, 1.0 / ((1.0 - depths) * np.maximum(root, 1e-12)), 0.0)
-        return -np.log1p(-depths), slopes
+        return np.negative(np.log1p(-depths)), slopes
 
     def distances(self, u: FloatArray) -> FloatArray:
         """Return ``q_l phi_l(u_l)`` for every layer, shape (L,), the q_l scaled so that the largest is 1."""

@@ -14,18 +14,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_lip.clipping import LOG_2, ClippingProblem, FloatArray
-
-Metric = Literal["relative", "euclidean"]
-"""Weights w_l of the squared distance ``sum_l w_l ||W_l - V_l||_F^2``: ``1 / sigma_l1^2``, or 1."""
+from lightning_lip.clipping import LOG_2, FloatArray
+from lightning_lip.spectra import Metric, Spectra, per_layer
 
 LogBound = Callable[[FloatArray], tuple[float, FloatArray]]
-"""``log_bound(log_sigma) -> (value, elasticities)``, shapes (L,) -> (), (L,): the bound's logarithm and its gradient."""
+"""``log_bound(log_sigma) -> (value, elasticities)``, (L,) -> (), (L,): the logarithm of the bound, and its gradient."""
+
+_MAX_CUTS = 100
+
+_SMALLEST_SHIFT = 1000.0
+"""Beyond the range of float64: norms lowered by e^-1000 stand for zero."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,21 +82,86 @@ def joint_caps(
     Raises:
         ValueError: If an argument has another shape or range than stated, or the caps underflow.
     """
-    layers = _Layers(spectra, metric, frobenius)
+    layers = Spectra(spectra, metric, frobenius)
     k = _multiplicities(multiplicities, len(layers.norms))
     excess = _excess(layers.norms, k, _finite(log_target))
     if excess <= 0.0:
-        return layers.result(layers.norms, rounds=0, exact=True)
+        return _result(layers, layers.norms, rounds=0, exact=True)
     full_rounds = int(excess / (LOG_2 * k.sum()))
     start = np.ldexp(layers.norms, -full_rounds)
     _refuse_underflow(start, log_target)
     rest = _excess(start, k, log_target)
     if rest <= 0.0:
-        return layers.result(start, rounds=full_rounds, exact=False)
+        return _result(layers, start, rounds=full_rounds, exact=False)
     problem = layers.problem(start)
     u, _ = problem.solve(k, rest)
     caps = _lowered(_clip(start, u), k, log_target, int(u.argmax()))
-    return layers.result(caps, rounds=full_rounds + 1, exact=full_rounds == 0 and problem.is_global(u))
+    return _result(layers, caps, rounds=full_rounds + 1, exact=full_rounds == 0 and problem.is_global(u))
+
+
+def bound_caps(
+    spectra: Sequence[ArrayLike],
+    log_bound: LogBound,
+    log_target: float,
+    *,
+    metric: Metric | Sequence[float] = "relative",
+    frobenius: Sequence[float | None] | None = None,
+) -> Caps:
+    """Return the caps of the joint projection onto ``{log_bound(log c) <= log M}``, for a bound that is no product.
+
+    *Exact* (to a relative 1e-9 of the squared distance) where ``Caps.exact`` says so: a sequence of half-spaces that
+    contain the feasible set (its tangents) gives nearest points from below, until one of them is feasible to rounding.
+    Beyond, as in :func:`joint_caps`, the *non-collapsing* projection: while halving everything does not reach M, a
+    round halves every layer whose elasticity is positive. For a linear `log_bound` this is :func:`joint_caps`.
+
+    Guaranteed for the floats returned: ``log_bound(np.log(caps))[0] <= log_target``; so what was projected is not
+    changed again.
+
+    Args:
+        spectra: As in :func:`joint_caps`.
+        log_bound: Takes the logarithms of the norms, shape (L,), -inf for a zero layer; returns the bound's logarithm
+            and its gradient, the elasticities, shape (L,). Must be convex and nondecreasing, as sums, maxima, products
+            and ``1 + sigma`` are (in logarithms); float64, or the result is as coarse as its rounding.
+        log_target: log M, finite.
+        metric: As in :func:`joint_caps`.
+        frobenius: As in :func:`joint_caps`.
+
+    Raises:
+        ValueError: If no caps reach the target (the message has the smallest bound that can be reached), if
+            `log_bound` returns something else than stated, or as in :func:`joint_caps`.
+    """
+    layers = Spectra(spectra, metric, frobenius)
+    evaluate = partial(_evaluate, log_bound)
+    log_target = _finite(log_target)
+    start = layers.norms
+    value, a = evaluate(start)
+    rounds = 0
+    # Aim below the target by more than the rounding of the bound, so that the last tangent's solution is feasible.
+    logs = np.log(start, out=np.zeros_like(start), where=start > 0.0)
+    aim = log_target - 2.0**-46 * (1.0 + abs(log_target) + float(a @ np.abs(logs)))
+    while value > log_target and evaluate(0.5 * start)[0] > aim:
+        if rounds == 0:
+            _refuse_unreachable(log_bound, layers.norms, log_target)
+        start = np.where(a > 0.0, 0.5 * start, start)
+        _refuse_underflow(start[layers.norms > 0.0], log_target)
+        rounds += 1
+        value, a = evaluate(start)
+    if value <= log_target:
+        return _result(layers, start, rounds, exact=rounds == 0)
+
+    problem = layers.problem(start)
+    u = np.zeros_like(start)
+    A, d, multipliers = np.empty((0, len(start))), np.empty(0), np.empty(0)
+    for _ in range(_MAX_CUTS):
+        A, d = np.vstack([A, a]), np.append(d, value - aim + float(a @ u))
+        u, multipliers = problem.solve_all(A, d, np.append(multipliers, 0.0))
+        used = multipliers > 0.0
+        A, d, multipliers = A[used], d[used], multipliers[used]
+        caps = _clip(start, u)
+        value, a = evaluate(caps)
+        if value <= log_target:
+            return _result(layers, caps, rounds + 1, exact=rounds == 0 and problem.is_global(u))
+    return _result(layers, _retreat(evaluate, start, u, log_target), rounds + 1, exact=False)
 
 
 def log_clip_caps(
@@ -108,11 +176,11 @@ def log_clip_caps(
 
     *Heuristic*: feasible as in :func:`joint_caps`, whose arguments and errors it shares, but not the nearest point.
     """
-    layers = _Layers(spectra, metric, frobenius)
+    layers = Spectra(spectra, metric, frobenius)
     k = _multiplicities(multiplicities, len(layers.norms))
     caps = layers.norms * _factor(layers.norms, k, _finite(log_target))
     feasible = np.array_equal(caps, layers.norms)
-    return layers.result(caps, rounds=0 if feasible else 1, exact=feasible)
+    return _result(layers, caps, rounds=0 if feasible else 1, exact=feasible)
 
 
 def per_layer_caps(
@@ -142,10 +210,10 @@ def per_layer_caps(
     """
     if (caps is None) == (log_target is None):
         raise ValueError("Expected exactly one of `caps` and `log_target`: one cap per layer, or log M for all.")
-    layers = _Layers(spectra, metric, frobenius)
+    layers = Spectra(spectra, metric, frobenius)
     n_layers = len(layers.norms)
     if caps is not None:
-        limits = _per_layer("caps", caps, n_layers)
+        limits = per_layer("caps", caps, n_layers)
     else:
         k = _multiplicities(multiplicities, n_layers)
         level = math.exp(_finite(log_target) / k.sum())
@@ -154,7 +222,7 @@ def per_layer_caps(
             limits = np.nextafter(limits, 0.0)
     clipped = np.minimum(layers.norms, limits)
     feasible = np.array_equal(clipped, layers.norms)
-    return layers.result(clipped, rounds=0 if feasible else 1, exact=True)
+    return _result(layers, clipped, rounds=0 if feasible else 1, exact=True)
 
 
 def scale_factors(
@@ -172,7 +240,7 @@ def scale_factors(
     Raises:
         ValueError: As in :func:`joint_caps`.
     """
-    layers = _Layers(spectra, "relative", None)
+    layers = Spectra(spectra, "relative", None)
     k = _multiplicities(multiplicities, len(layers.norms))
     return np.full(len(k), _factor(layers.norms, k, _finite(log_target)))
 
@@ -194,94 +262,12 @@ def needs_more(spectra: Sequence[ArrayLike], caps: Sequence[float] | FloatArray,
     ]
 
 
-class _Layers:
-    """Checked spectra, in units of their norms.
-
-    ``norms``: shape (L,). ``_ratios``: sigma_li / sigma_l1, shape (L, r), rows descending from 1, padded with 0.
-    ``_costs``: q_l, so that the squared distance is ``sum_l q_l sum_i (sigma_li / sigma_l1 - c_l / sigma_l1)_+^2``.
-    """
-
-    def __init__(
-        self,
-        spectra: Sequence[ArrayLike],
-        metric: Metric | Sequence[float],
-        frobenius: Sequence[float | None] | None,
-    ) -> None:
-        rows = [np.asarray(spectrum, dtype=np.float64) for spectrum in spectra]
-        if not rows:
-            raise ValueError("Expected the singular values of at least one layer, got none.")
-        for index, row in enumerate(rows):
-            if row.ndim != 1 or row.size == 0:
-                raise ValueError(f"Expected layer {index}'s singular values in a non-empty vector, got {row.shape}.")
-        values = np.zeros((len(rows), max(row.size for row in rows)))
-        for index, row in enumerate(rows):
-            values[index, : row.size] = row
-        if not (np.isfinite(values) & (values >= 0.0)).all():
-            index = int((~(np.isfinite(values) & (values >= 0.0))).any(axis=1).argmax())
-            raise ValueError(
-                f"Expected finite singular values >= 0, got {values[index]} for layer {index}: look for what made its "
-                "weight diverge."
-            )
-        values = -np.sort(-values, axis=1)
-        self.norms = values[:, 0].copy()
-        self._relative = isinstance(metric, str) and metric == "relative"
-        if self._relative:
-            costs = np.ones(len(rows))
-        else:
-            costs = _weights(metric, len(rows)) * self.norms**2
-        # A zero layer has one value, at its norm: nothing of it is ever clipped.
-        self._ratios = values / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
-        self._ratios[:, 0] = 1.0
-        if frobenius is not None:
-            if len(frobenius) != len(rows):
-                raise ValueError(f"Expected {len(rows)} entries of `frobenius`, one per layer, got {len(frobenius)}.")
-            for index, norm in enumerate(frobenius):
-                if norm is None:
-                    continue
-                if not (math.isfinite(norm) and norm >= 0.0 and (norm > 0.0 or self.norms[index] == 0.0)):
-                    raise ValueError(f"Expected a finite positive Frobenius norm, got {norm!r} for layer {index}.")
-                self._ratios[index, 1:] = 0.0
-                if self.norms[index] > 0.0:
-                    costs[index] *= (norm / self.norms[index]) ** 2
-        if not np.isfinite(costs).all():
-            raise ValueError("The squared distance exceeds float64: rescale the spectra, or use metric='relative'.")
-        self._costs = costs
-
-    def problem(self, start: FloatArray) -> ClippingProblem:
-        """Return the convex problem for the spectra clipped at `start`, shape (L,)."""
-        shares = start / np.where(self.norms > 0.0, self.norms, 1.0)
-        shares[self.norms == 0.0] = 1.0
-        deficits = np.maximum(1.0 - self._ratios / shares[:, None], 0.0)
-        return ClippingProblem(deficits, self._costs if self._relative else self._costs * shares**2)
-
-    def result(self, caps: FloatArray, rounds: int, exact: bool) -> Caps:
-        """Return the caps with their distance from the spectra."""
-        if rounds == 0:
-            return Caps(caps.copy(), 0.0, rounds, exact)
-        shares = caps / np.where(self.norms > 0.0, self.norms, 1.0)
-        clipped = np.where(self.norms[:, None] > 0.0, np.maximum(self._ratios - shares[:, None], 0.0), 0.0)
-        return Caps(caps, float(self._costs @ np.einsum("lr,lr->l", clipped, clipped)), rounds, exact)
-
-
-def _per_layer(name: str, values: Sequence[float], n_layers: int) -> FloatArray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.shape != (n_layers,):
-        raise ValueError(f"Expected {n_layers} entries of `{name}`, one per layer, got shape {array.shape}.")
-    if not (np.isfinite(array) & (array > 0.0)).all():
-        raise ValueError(f"Expected positive finite `{name}`, got {array}.")
-    return array
+def _result(layers: Spectra, caps: FloatArray, rounds: int, exact: bool) -> Caps:
+    return Caps(caps.copy(), layers.squared_distance(caps) if rounds else 0.0, rounds, exact)
 
 
 def _multiplicities(multiplicities: Sequence[float] | None, n_layers: int) -> FloatArray:
-    return np.ones(n_layers) if multiplicities is None else _per_layer("multiplicities", multiplicities, n_layers)
-
-
-def _weights(metric: Metric | Sequence[float], n_layers: int) -> FloatArray:
-    if not isinstance(metric, str):
-        return _per_layer("metric", metric, n_layers)
-    if metric != "euclidean":
-        raise ValueError(f"Expected `metric` to be one of {get_args(Metric)} or one number per layer, got {metric!r}.")
-    return np.ones(n_layers)
+    return np.ones(n_layers) if multiplicities is None else per_layer("multiplicities", multiplicities, n_layers)
 
 
 def _finite(log_target: float | None) -> float:
@@ -330,3 +316,37 @@ def _factor(norms: FloatArray, k: FloatArray, log_target: float) -> float:
         excess = _excess(norms * factor, k, log_target)
         step = 2.0 * step + 2.0**-53
     return factor
+
+
+def _evaluate(log_bound: LogBound, norms: FloatArray) -> tuple[float, FloatArray]:
+    """Return `log_bound` at the logarithms of `norms`, checked; elasticities of zero layers are 0."""
+    with np.errstate(divide="ignore"):
+        value, elasticities = log_bound(np.log(norms))
+    value, a = float(value), np.where(norms > 0.0, np.asarray(elasticities, dtype=np.float64), 0.0)
+    if math.isnan(value) or value == math.inf:
+        raise ValueError(f"Expected `log_bound` to return a finite value (or -inf), got {value} for norms {norms}.")
+    if not (np.isfinite(a) & (a >= -1e-9)).all():
+        raise ValueError(f"Expected `log_bound` to return elasticities >= 0, got {a} for norms {norms}.")
+    return value, np.maximum(a, 0.0)
+
+
+def _refuse_unreachable(log_bound: LogBound, norms: FloatArray, log_target: float) -> None:
+    with np.errstate(divide="ignore"):
+        smallest = float(log_bound(np.log(norms) - _SMALLEST_SHIFT)[0])
+    if smallest > log_target:
+        raise ValueError(
+            f"No caps reach the target {math.exp(log_target):.6g}: with all layers at zero the bound is still "
+            f"{math.exp(smallest):.6g}. Expected a larger `log_target`."
+        )
+
+
+def _retreat(
+    evaluate: Callable[[FloatArray], tuple[float, FloatArray]], start: FloatArray, u: FloatArray, log_target: float
+) -> FloatArray:
+    """Return feasible caps on the way from `u` to halving every layer, which is feasible: bisection."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-12:
+        middle = 0.5 * (low + high)
+        feasible = evaluate(_clip(start, u + middle * (LOG_2 - u)))[0] <= log_target
+        low, high = (low, middle) if feasible else (middle, high)
+    return _clip(start, u + high * (LOG_2 - u))
