@@ -58,12 +58,14 @@ class ClippingProblem:
         depths = np.minimum(2.0 * (E + m) / (k + E + root), 0.5)
         # The slope is infinite at the end of the box where all values are equal; there any large number does.
         slopes = np.where(pressures < self._largest, 1.0 / ((1.0 - depths) * np.maximum(root, 1e-12)), 0.0)
-        return np.negative(np.log1p(-depths)), slopes
+        u: FloatArray = -np.log1p(-depths)
+        return u, slopes
 
     def distances(self, u: FloatArray) -> FloatArray:
         """Return ``q_l phi_l(u_l)`` for every layer, shape (L,), the q_l scaled so that the largest is 1."""
         clipped = np.maximum(-np.expm1(-u)[:, None] - self._deficits, 0.0)
-        return self._costs * np.einsum("lr,lr->l", clipped, clipped)
+        distances: FloatArray = self._costs * np.einsum("lr,lr->l", clipped, clipped)
+        return distances
 
     def is_global(self, u: FloatArray) -> bool:
         """Return whether no point outside the box can be nearer than `u`: *exact*, up to a rounding of 1e-12.
@@ -82,11 +84,11 @@ class ClippingProblem:
             a: Coefficients >= 0, shape (L,), not all 0. Where 0, u is exactly 0.
             d: Positive. At ``log 2 sum(a)`` and above, u is log 2 wherever a > 0.
         """
-        if d >= LOG_2 * a.sum():
-            return np.where(a > 0.0, LOG_2, 0.0), math.inf
         rates = a / self._costs
         used = rates > 0.0
         low, high = 0.0, float((self._largest[used] / rates[used]).max())
+        if d >= LOG_2 * a.sum():
+            return np.where(used, LOG_2, 0.0), high
         mu = min(d / float(a @ rates), high)
         for step in range(_MAX_STEPS):
             u, slopes = self.respond(mu * rates)
@@ -120,6 +122,9 @@ class ClippingProblem:
             d: Shape (J,); some u in the box satisfies all constraints.
             multipliers: Where to start, >= 0, shape (J,).
         """
+        alone, multiplier = self.solve(A[-1], float(d[-1]))
+        if np.all(A @ alone >= d - 1e-15 * (1.0 + np.abs(d))):
+            return alone, np.append(np.zeros(len(d) - 1), multiplier)
         at = multipliers
         value, u, slopes = self._dual(A, d, at)
         for _ in range(_MAX_STEPS):
