@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 LOG_2 = math.log(2.0)
 
 _MAX_STEPS = 100
+_MAX_HALVINGS = 40
 
 
 class ClippingProblem:
@@ -132,16 +133,18 @@ class ClippingProblem:
             free = (at > 0.0) | (missing > 0.0)
             if np.all(np.abs(missing[free]) <= 1e-15 * (1.0 + np.abs(d[free]))):
                 break
-            curvature = (A[free] * (slopes / self._costs)) @ A[free].T
-            # Constraints that are nearly parallel make it singular.
-            curvature += np.eye(len(curvature)) * (1e-14 * np.trace(curvature) + 1e-300)
-            direction = np.zeros_like(at)
-            direction[free] = np.linalg.solve(curvature, missing[free])
-            length = 1.0
-            while length > 1e-12:
+            direction = self._newton(A, slopes, missing, at, free)
+            falling = direction < 0.0
+            to_zero = at[falling] / -direction[falling]
+            length = min(1.0, to_zero.min(initial=1.0))
+            gain = float(missing @ direction)
+            for _ in range(_MAX_HALVINGS):
                 following = np.maximum(at + length * direction, 0.0)
+                if length == to_zero.min(initial=math.inf):
+                    following[np.flatnonzero(falling)[to_zero.argmin()]] = 0.0
                 new = self._dual(A, d, following)
-                if new[0] > value:
+                # Near the solution the slope along the direction says more than the value's last digits.
+                if new[0] > value or abs((d - A @ new[1]) @ direction) <= 0.5 * gain:
                     break
                 length *= 0.5
             else:
@@ -149,7 +152,25 @@ class ClippingProblem:
             at, (value, u, slopes) = following, new
         return u, at
 
+    def _newton(
+        self, A: FloatArray, slopes: FloatArray, missing: FloatArray, at: FloatArray, free: NDArray[np.bool_]
+    ) -> FloatArray:
+        """Return Newton's direction, shape (J,), in the `free` multipliers that it does not push below zero."""
+        while True:
+            curvature = (A[free] * (slopes / self._costs)) @ A[free].T
+            # Constraints that are nearly parallel make it singular.
+            curvature += np.eye(len(curvature)) * (1e-14 * np.trace(curvature) + 1e-300)
+            direction = np.zeros_like(at)
+            direction[free] = np.linalg.solve(curvature, missing[free])
+            blocked = (at == 0.0) & (direction < 0.0)
+            if not blocked.any():
+                return direction
+            free = free & ~blocked
+
     def _dual(self, A: FloatArray, d: FloatArray, multipliers: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        u, slopes = self.respond((multipliers @ A) / self._costs)
+        pressures = (multipliers @ A) / self._costs
+        u, slopes = self.respond(pressures)
+        # At the end of the box the slope is 0, and Newton's step infinite: take the secant's.
+        slopes = np.where(slopes > 0.0, slopes, u / np.maximum(pressures, 1e-300))
         value = 0.5 * float(self.distances(u).sum()) + float(multipliers @ (d - A @ u))
         return value, u, slopes
