@@ -94,8 +94,7 @@ class ClippingProblem:
         for step in range(_MAX_STEPS):
             u, slopes = self.respond(mu * rates)
             missing = d - float(a @ u)
-            spread = a * rates * slopes
-            slope = float(spread.sum())
+            slope = float(a @ (rates * slopes))
             if abs(missing) <= 1e-13 * d:
                 break
             low, high = (mu, high) if missing > 0.0 else (low, mu)

@@ -67,7 +67,7 @@ def lower_bound(spectra, w, D, k):
         return total, used
 
     low, high, best = 0.0, max(4 * weight * s[0] * sums[-1] / m for s, _, sums, _, weight, m in layers), 0.0
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         value, used = dual(middle)
         best = max(best, value)
@@ -230,6 +230,7 @@ def test_a_single_layer_is_clipped_at_the_target(D):
     result = joint_caps([[3.0, 2.9, 0.5]], math.log(3.0) - D)
     assert result.caps[0] == pytest.approx(3.0 * math.exp(-D), rel=1e-14)
     assert math.log(result.caps[0]) <= math.log(3.0) - D
+    assert result.exact == (D <= LOG_2)
 
 
 def test_scales_far_apart():
@@ -430,6 +431,8 @@ def test_layers_without_elasticity_are_left_alone():
 def test_bound_caps_with_a_zero_layer_and_with_a_scaled_one():
     result = bound_caps([[0.0, 0.0], [4.0, 3.9]], blocks, math.log(3.0))
     np.testing.assert_allclose(result.caps, [0.0, 2.0], rtol=1e-12)
+    assert result.exact
+    assert bound_caps([[0.0, 0.0], [4.0, 3.9]], blocks, math.log(4.0), metric="euclidean").exact
     # Two equal layers, but one of them is scaled and its Frobenius norm is large: the other one pays.
     result = bound_caps([[2.0], [2.0]], added, math.log(3.0), frobenius=[200.0, None])
     assert result.caps[0] > 1.99
@@ -437,10 +440,26 @@ def test_bound_caps_with_a_zero_layer_and_with_a_scaled_one():
 
 
 def test_unreachable_bounds_are_refused_with_the_smallest_one():
-    with pytest.raises(ValueError, match=r"No caps reach the target 0\.9: .* the bound is still 1\."):
+    with pytest.raises(ValueError, match=r"No caps reach the target 0\.9 .*: the smallest bound is 1 "):
         bound_caps([[2.0], [3.0]], residual, math.log(0.9))
+    with pytest.raises(ValueError, match=r"the smallest bound is 2\.71828 "):
+        bound_caps([[2.0]], lambda x: (1.0, np.zeros(1)), 0.5)
     # Reachable after many rounds, not within one.
     assert bound_caps([[2.0], [3.0]], residual, math.log(1.001)).rounds > 3
+
+
+def test_a_bound_in_single_precision_still_ends_feasible():
+    def rounded(x):
+        value, elasticities = concatenated(x)
+        return float(np.float32(value)), elasticities.astype(np.float32)
+
+    rng = np.random.default_rng(13)
+    for _ in range(30):
+        spectra = random_spectra(rng, 4)
+        target = concatenated(log_norms(spectra))[0] - 0.2
+        coarse, fine = (bound_caps(spectra, bound, target) for bound in (rounded, concatenated))
+        assert rounded(np.log(coarse.caps))[0] <= target
+        np.testing.assert_allclose(coarse.squared_distance, fine.squared_distance, rtol=1e-4)
 
 
 def test_a_bound_that_is_not_convex_still_ends_feasible():
@@ -492,7 +511,12 @@ def test_per_layer_caps_want_one_of_caps_and_target(arguments):
 
 @pytest.mark.parametrize(
     ("answer", "message"),
-    [((math.nan, [1.0]), "finite value"), ((1.0, [-1.0]), "elasticities >= 0"), ((1.0, [math.inf]), "elasticities >=")],
+    [
+        ((math.nan, [1.0]), "finite value"),
+        ((1.0, [1.0, 1.0]), "1 elasticities, got"),
+        ((1.0, [-1.0]), "elasticities >= 0"),
+        ((1.0, [math.inf]), "elasticities >="),
+    ],
 )
 def test_what_a_bound_returns_is_checked(answer, message):
     with pytest.raises(ValueError, match=message):
