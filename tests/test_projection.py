@@ -429,8 +429,8 @@ def test_layers_without_elasticity_are_left_alone():
 
 
 def test_bound_caps_with_a_zero_layer_and_with_a_scaled_one():
-    result = bound_caps([[0.0, 0.0], [4.0, 3.9]], blocks, math.log(3.0))
-    np.testing.assert_allclose(result.caps, [0.0, 2.0], rtol=1e-12)
+    result = bound_caps([[0.0, 0.0], [4.0, 3.9]], blocks, math.log(3.5))
+    np.testing.assert_allclose(result.caps, [0.0, 2.5], rtol=1e-12)
     assert result.exact
     assert bound_caps([[0.0, 0.0], [4.0, 3.9]], blocks, math.log(4.0), metric="euclidean").exact
     # Two equal layers, but one of them is scaled and its Frobenius norm is large: the other one pays.
