@@ -448,6 +448,35 @@ def test_unreachable_bounds_are_refused_with_the_smallest_one():
     assert bound_caps([[2.0], [3.0]], residual, math.log(1.001)).rounds > 3
 
 
+def test_branches_whose_layers_have_scales_far_apart():
+    """The larger of two products: both tangents hold at once, and some layers end at half their norm."""
+    branches = np.arange(9) < 4
+
+    def larger(x):
+        first, second = x[branches].sum(), x[~branches].sum()
+        return float(max(first, second)), (branches == (first > second)).astype(float)
+
+    rng = np.random.default_rng(14)
+    both = 0
+    for _ in range(60):
+        spectra = [rng.gamma(2, 1, rng.integers(1, 40)) * np.exp(rng.normal(0, 2)) for _ in range(9)]
+        x = log_norms(spectra)
+        target = min(x[branches].sum(), x[~branches].sum()) - rng.uniform(0.1, 2)
+        evaluations = []
+        result = bound_caps(spectra, lambda y, e=evaluations: e.append(y) or larger(y), target, metric="euclidean")
+        caps = np.log(result.caps)
+        assert caps[branches].sum() == pytest.approx(target, abs=1e-11)
+        assert caps[~branches].sum() == pytest.approx(target, abs=1e-11)
+        assert len(evaluations) < 100
+        if result.rounds == 1:
+            both += 1
+            # Independent branches: each is the joint projection of its own layers.
+            for branch in (branches, ~branches):
+                own = joint_caps([s for s, b in zip(spectra, branch, strict=True) if b], target, metric="euclidean")
+                np.testing.assert_allclose(result.caps[branch], own.caps, rtol=1e-6)
+    assert both > 5
+
+
 def test_a_bound_in_single_precision_still_ends_feasible():
     def rounded(x):
         value, elasticities = concatenated(x)
