@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lip.paper.budget_settings import ALLOCATIONS, LABELS, METHODS, UNITS, BudgetTable, Case
+from lightning_lip.paper.budget_settings import LABELS, METHODS, UNITS, BudgetTable, Case
 from lightning_lip.paper.budget_statistics import BASELINE, METHOD, budgets, cases, errors
 from lightning_lip.paper.figures import Figure, panels
 from lightning_lip.paper.settings import NOISE_LEVELS, validation_key
@@ -20,9 +20,8 @@ STYLES: dict[str, dict[str, Any]] = {
     "log_clip": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
     "penalty": {"color": "#D55E00", "marker": "x", "linestyle": "--"},
     **{
-        method: {"color": "0.65", "marker": f"${k:g}$", "markersize": 8, "linewidth": 0.8}
-        for method, k in ALLOCATIONS.items()
-        if method != BASELINE
+        method: {"color": "0.6", "marker": marker, "linewidth": 0.8}
+        for method, marker in (("first_x0.25", "$¼$"), ("first_x0.5", "$½$"), ("first_x2", "$2$"), ("first_x4", "$4$"))
     },
 }
 """Okabe and Ito's colours; the unequal allocations are grey and marked with their k."""
@@ -70,7 +69,9 @@ def fronts(table: BudgetTable) -> Figure:
                 for level in (NOISE_LEVELS[0], NOISE_LEVELS[-1])
             )
             axes.plot(clean, noisy, label=LABELS[method], **_style(method))
-        axes.set(title=f"{case.dataset}, {case.activation}", xlabel=f"validation MAE ({UNITS[case.dataset]})")
+        axes.set(
+            title=f"{case.dataset}, {case.activation}", xlabel=f"validation MAE at eta = 0 ({UNITS[case.dataset]})"
+        )
         axes.set_ylabel(f"at eta = {NOISE_LEVELS[-1]:g}")
         axes.grid(alpha=0.25)
     for axes in grid.ravel()[len(shown) :]:

