@@ -114,9 +114,8 @@ class ClippingProblem:
     def solve_all(self, A: FloatArray, d: FloatArray, multipliers: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the solution u, shape (L,), under several constraints ``A u >= d``, and their multipliers, shape (J,).
 
-        Projected Newton on the dual, a concave function of J variables. Wherever it stops, u is the point nearest
-        among those with ``multipliers (A u - d) >= `` that of u: no point that satisfies ``A u >= d`` and has equality
-        where the multiplier is positive is nearer.
+        Newton on the dual, a concave function of J multipliers >= 0, with an active set. Wherever it stops, u is the
+        solution of the Lagrangian for these multipliers, so that its dual value is a lower bound of the distance.
 
         Args:
             A: Coefficients >= 0, shape (J, L).

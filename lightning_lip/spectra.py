@@ -46,7 +46,8 @@ class Spectra:
         values = -np.sort(-values, axis=1)
         self.norms = values[:, 0].copy()
         self._relative = isinstance(metric, str) and metric == "relative"
-        costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
+        with np.errstate(over="ignore"):
+            costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
         # A zero layer has one value, at its norm: nothing of it is ever clipped.
         self._ratios = values / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
         self._ratios[:, 0] = 1.0

@@ -19,12 +19,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "scaling": {"color": "#009E73", "marker": "^", "linestyle": "-."},
     "log_clip": {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
     "penalty": {"color": "#D55E00", "marker": "x", "linestyle": "--"},
-    **{
-        method: {"color": "0.6", "marker": marker, "linewidth": 0.8}
-        for method, marker in (("first_x0.25", "$¼$"), ("first_x0.5", "$½$"), ("first_x2", "$2$"), ("first_x4", "$4$"))
-    },
+    "first_x0.25": {"color": "0.6", "marker": ">", "linewidth": 0.8, "markersize": 6},
+    "first_x0.5": {"color": "0.6", "marker": ">", "linewidth": 0.8, "markersize": 3},
+    "first_x2": {"color": "0.6", "marker": "<", "linewidth": 0.8, "markersize": 3},
+    "first_x4": {"color": "0.6", "marker": "<", "linewidth": 0.8, "markersize": 6},
 }
-"""Okabe and Ito's colours; the unequal allocations are grey and marked with their k."""
+"""Okabe and Ito's colours; the unequal allocations are grey, with an arrow towards the layer of the larger cap."""
 
 
 def budget_figures(table: BudgetTable) -> dict[str, Figure]:
@@ -59,9 +59,9 @@ def against_bound(table: BudgetTable, case: Case) -> Figure:
 
 
 def fronts(table: BudgetTable) -> Figure:
-    """Clean against noisy validation MAE along the budgets, a panel for each case; mean over seeds."""
+    """Clean against noisy validation MAE along the budgets, a panel for each case; means over seeds."""
     shown = cases(table)
-    figure, grid = panels((len(shown) + 1) // 2, 2, (9.0, 3.9 * ((len(shown) + 1) // 2)))
+    figure, grid = panels((len(shown) + 1) // 2, 2, (10.0, 3.9 * ((len(shown) + 1) // 2)))
     for axes, case in zip(grid.ravel(), shown, strict=False):
         for method in METHODS:
             clean, noisy = (
@@ -69,9 +69,8 @@ def fronts(table: BudgetTable) -> Figure:
                 for level in (NOISE_LEVELS[0], NOISE_LEVELS[-1])
             )
             axes.plot(clean, noisy, label=LABELS[method], **_style(method))
-        axes.set(
-            title=f"{case.dataset}, {case.activation}", xlabel=f"validation MAE at eta = 0 ({UNITS[case.dataset]})"
-        )
+        axes.set_title(f"{case.dataset}, {case.activation}: validation MAE ({UNITS[case.dataset]})", fontsize=10)
+        axes.set_xlabel(f"at eta = {NOISE_LEVELS[0]:g}")
         axes.set_ylabel(f"at eta = {NOISE_LEVELS[-1]:g}")
         axes.grid(alpha=0.25)
     for axes in grid.ravel()[len(shown) :]:

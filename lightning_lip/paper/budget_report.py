@@ -52,10 +52,10 @@ def findings(table: BudgetTable, case: Case) -> list[str]:
         verdict = difference_in_words(comparison, p_value)
         if verdict in DIRECTIONS:
             by_direction[verdict].append(f"M = {budget:g}, eta {level:g}")
-    shown = "; ".join(f"{direction} at {', '.join(names)}" for direction, names in by_direction.items() if names)
+    shown = "".join(f"{direction} MAE at {', '.join(names)}; " for direction, names in by_direction.items() if names)
     rest = len(compared) - sum(map(len, by_direction.values()))
     sentences = [
-        f"{LABELS[METHOD]} against {LABELS[BASELINE]}, {case.name}: MAE {shown + '; ' if shown else ''}"
+        f"{LABELS[METHOD]} against {LABELS[BASELINE]}, {case.name}: {shown}"
         f"no difference shown in {rest} of {len(compared)} comparisons."
     ]
     by_verdict: dict[str, list[str]] = {}

@@ -16,7 +16,7 @@ BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 ACTIVATIONS = ("relu", "tanh")
 DATASETS = ("boston", "diabetes")
 
-UNITS = {"boston": "thousand dollars", "diabetes": "points of disease progression"}
+UNITS = {"boston": "thousand dollars", "diabetes": "progression points"}
 """The units of the targets, and so of every MAE."""
 
 DIGITS = {"boston": 2, "diabetes": 1}
@@ -31,8 +31,8 @@ CONSTRAINTS = ("joint", "joint_euclidean", *ALLOCATIONS, "scaling", "log_clip")
 METHODS = (*CONSTRAINTS, "penalty")
 
 LABELS = {
-    "joint": "joint projection, relative",
-    "joint_euclidean": "joint projection, Euclidean",
+    "joint": "joint projection",
+    "joint_euclidean": "joint, Euclidean metric",
     "uniform": "per-layer caps M^(1/4)",
     "first_x0.25": "caps, first / 4, last x 4",
     "first_x0.5": "caps, first / 2, last x 2",
