@@ -111,6 +111,18 @@ class SeedTask:
         return f"{self.case.name}, seed {self.seed}"
 
 
+class Rebalanced(NamedTuple):
+    """A ReLU network rescaled to equal spectral norms, beside the network as it was trained.
+
+    Attributes:
+        largest_norm: *Certified upper bound* of the largest of the four norms after rescaling.
+        change: The largest change of an output on the validation rows, over the largest output; in float64.
+    """
+
+    largest_norm: float
+    change: float
+
+
 @dataclass(frozen=True)
 class BudgetRecord:
     """What one network gave, after its last projection.
@@ -150,18 +162,6 @@ class BudgetRecord:
             "errors": {metric: float(f"{self.errors[metric]:.6g}") for metric in METRICS},
             "rebalanced": None if self.rebalanced is None else self.rebalanced._asdict(),
         }
-
-
-class Rebalanced(NamedTuple):
-    """A ReLU network rescaled to equal spectral norms, beside the network as it was trained.
-
-    Attributes:
-        largest_norm: *Certified upper bound* of the largest of the four norms after rescaling.
-        change: The largest change of an output on the validation rows, over the largest output; in float64.
-    """
-
-    largest_norm: float
-    change: float
 
 
 BudgetTable = dict[tuple[Case, str, float], list[BudgetRecord]]
