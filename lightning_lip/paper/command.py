@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning_lip.paper.budget_settings import BudgetPlan
 from lightning_lip.paper.extras import require_extras
 from lightning_lip.paper.settings import (
     CRITERIA,
@@ -21,6 +22,7 @@ from lightning_lip.paper.settings import (
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
 TUNING_SEEDS = {"default": 20, "quick": 3, "full": 20}
+BUDGET_TUNING_SEEDS = {"default": 10, "quick": 3}
 
 
 def reproduce(
@@ -28,6 +30,7 @@ def reproduce(
     quick: bool = False,
     full: bool = False,
     tune: bool = False,
+    budget: bool = False,
     seeds: int | None = None,
     epochs: int = EPOCHS,
     workers: int | None = None,
@@ -40,6 +43,10 @@ def reproduce(
     the figures as PNG, a checkpoint for each regime and TensorBoard logs under --out. Needs
     pip install "lightning-lip[paper]".
 
+    With --budget it trains something else: networks whose product of spectral norms is certified to be at most
+    M = 0.5 to 16, by the joint projection, per-layer caps and other ways to share the budget between the layers, on
+    Boston housing and diabetes with ReLU and tanh; and states whether coupling the layers pays. Leaves budget.json.
+
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.
         quick: 3 seeds instead of 10 (about 1 minute on 2 cores); too few for the claims' tests.
@@ -47,25 +54,53 @@ def reproduce(
             and on noisy MAE; tunes them first, on 20 other seeds (about 2 hours on 2 cores).
         tune: First tune the two penalties' coefficients on 20 other seeds (3 with --quick), print the table and use
             it (about 12 minutes more on 2 cores).
+        budget: Compare methods at the same certified bound instead (about 10 minutes on 2 cores; with --quick 3 seeds
+            and 3 minutes).
         seeds: The number of seeds reported, at least 2; by default 10 (3 with --quick, 40 with --full).
         epochs: The epochs of each run; the paper has 200.
         workers: The number of processes, by default one for each core; 1 trains in the command's own process.
 
     Returns:
-        The contents of results.json, documented at `lightning_lip.paper.results.results`.
+        The contents of results.json, documented at `lightning_lip.paper.results.results`, or with `budget` those of
+        budget.json, documented at `lightning_lip.paper.budget_results.budget_results`.
 
     Raises:
         UsageError: If the options make no experiment.
         MissingExtraError: If the `paper` extra is not installed.
         RunError: If a run fails; the message names its regime and seed.
     """
-    chosen = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
     if workers is not None and workers < 1:
         raise UsageError(f"Expected --workers of at least 1, got {workers}.")
+    n_workers = workers or os.cpu_count() or 1
+    if budget:
+        if full or tune:
+            raise UsageError(
+                f"Expected --budget without --{'full' if full else 'tune'}: it has its own seeds and tuning."
+            )
+        chosen_budgets = budget_plan(quick=quick, seeds=seeds, epochs=epochs)
+        require_extras()
+        from lightning_lip.paper.budget import run_budget
+
+        return run_budget(chosen_budgets, Path(out), n_workers)
+    chosen = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
     require_extras()
     from lightning_lip.paper.experiment import run_experiment
 
-    return run_experiment(chosen, Path(out), workers or os.cpu_count() or 1)
+    return run_experiment(chosen, Path(out), n_workers)
+
+
+def budget_plan(quick: bool = False, seeds: int | None = None, epochs: int = EPOCHS) -> BudgetPlan:
+    """Translate the options of `reproduce --budget` into what is tuned, trained and reported.
+
+    Raises:
+        UsageError: If the options make no experiment.
+    """
+    preset = "quick" if quick else "default"
+    return BudgetPlan(
+        seeds=_reported_seeds(preset, seeds, epochs),
+        tuning_seeds=range(TUNING_SEED, TUNING_SEED + BUDGET_TUNING_SEEDS[preset]),
+        epochs=epochs,
+    )
 
 
 def plan(
@@ -79,19 +114,24 @@ def plan(
     if quick and full:
         raise UsageError("Expected --quick or --full, got both: choose one.")
     preset = "quick" if quick else "full" if full else "default"
-    n_seeds = SEEDS[preset] if seeds is None else seeds
-    for name, value, least, most in (("seeds", n_seeds, 2, TUNING_SEED), ("epochs", epochs, 1, None)):
-        if value < least or (most is not None and value > most):
-            limits = f"at least {least}" if most is None else f"{least} to {most}"
-            raise UsageError(f"Expected --{name} to be {limits}, got {value}.")
+    reported = _reported_seeds(preset, seeds, epochs)
     settings: tuple[Setting, ...] = (PAPER_SETTING,)
     tuned = tuple(Setting(criterion=criterion) for criterion in CRITERIA) if tune else ()
     if full:
         settings = tuned = tuple(Setting(s, n, c) for s in SCALINGS for n in (3, 4) for c in CRITERIA)
     return Plan(
         settings=settings,
-        seeds=range(REPORTED_SEED, REPORTED_SEED + n_seeds),
+        seeds=reported,
         epochs=epochs,
         tuned_settings=tuned,
         tuning_seeds=range(TUNING_SEED, TUNING_SEED + TUNING_SEEDS[preset]),
     )
+
+
+def _reported_seeds(preset: str, seeds: int | None, epochs: int) -> range:
+    n_seeds = SEEDS[preset] if seeds is None else seeds
+    for name, value, least, most in (("seeds", n_seeds, 2, TUNING_SEED), ("epochs", epochs, 1, None)):
+        if value < least or (most is not None and value > most):
+            limits = f"at least {least}" if most is None else f"{least} to {most}"
+            raise UsageError(f"Expected --{name} to be {limits}, got {value}.")
+    return range(REPORTED_SEED, REPORTED_SEED + n_seeds)

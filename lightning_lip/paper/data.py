@@ -1,4 +1,4 @@
-"""The Boston housing data, its split by seed, and the scaling of its inputs."""
+"""The Boston housing and diabetes data, their split by seed, and the scaling of the inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAIN_SHARE = 0.8
 
 
 class DataError(ValueError):
-    """The data set at hand is not the one of the paper."""
+    """The data set at hand is not the one that was asked for."""
 
 
 class Dataset(NamedTuple):
@@ -65,6 +65,28 @@ def checked(data: Dataset) -> Dataset:
             f"Expected the Boston housing data: inputs of shape {expected[0]}, a mean target of {expected[1]} "
             f"and {expected[2]} targets equal to 50.0; got {found[0]}, {found[1]} and {found[2]}. "
             "Install another version of mlxtend."
+        )
+    return data
+
+
+def load_diabetes() -> Dataset:
+    """The diabetes data with their 10 columns in the units they were measured in, from scikit-learn (offline).
+
+    The target is the progression of the disease one year after baseline, from 25 to 346. Source: B. Efron, T. Hastie,
+    I. Johnstone, R. Tibshirani, "Least angle regression" (2004).
+
+    Raises:
+        MissingExtraError: If scikit-learn is not installed.
+        DataError: If the data are not those of the source.
+    """
+    inputs, target = extra("sklearn.datasets").load_diabetes(return_X_y=True, scaled=False)
+    data = Dataset(np.asarray(inputs, dtype=np.float64), np.asarray(target, dtype=np.float64))
+    found = (data.inputs.shape, round(float(data.target.mean()), 4))
+    expected = ((442, 10), 152.1335)
+    if found != expected:
+        raise DataError(
+            f"Expected the diabetes data: inputs of shape {expected[0]} and a mean target of {expected[1]}; "
+            f"got {found[0]} and {found[1]}. Install another version of scikit-learn."
         )
     return data
 

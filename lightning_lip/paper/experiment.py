@@ -32,9 +32,6 @@ from lightning_lip.paper.settings import (
 from lightning_lip.paper.training import artefacts_of, train
 from lightning_lip.paper.tuning import Tuning, choose, tuning_runs
 
-PLAIN_WIDTH = 120
-"""Columns of the tables where there is no terminal."""
-
 
 def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     """Run a plan, print its report and write its files.
@@ -53,7 +50,7 @@ def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
         UsageError: If no coefficient is known for a setting.
     """
     start = time.monotonic()
-    console = _console()
+    console = report.make_console()
     console.print(NOTE, highlight=False)
     data = load_boston()
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,8 +123,3 @@ def _train_all(
 
 def _train_one(run: Run, data: Dataset, logged: tuple[Run, ...], out: str | None) -> Record:
     return train(run, data, out if run in logged else None)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH)

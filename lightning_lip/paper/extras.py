@@ -6,7 +6,7 @@ import importlib
 from types import ModuleType
 
 REMEDY = 'pip install "lightning-lip[paper]"'
-MODULES = ("matplotlib", "mlxtend", "scipy")
+MODULES = ("matplotlib", "mlxtend", "scipy", "sklearn")
 
 
 class MissingExtraError(ModuleNotFoundError):

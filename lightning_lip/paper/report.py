@@ -29,6 +29,15 @@ METRIC_LABELS = {"train_mae": "train"} | {validation_key(level): f"eta {level:g}
 PAIRS = (("product", "layer"), ("product", "none"), ("layer", "none"), ("maxnorm", "none"))
 DIRECTIONS = ("lower", "higher")
 
+PLAIN_WIDTH = 120
+"""Columns of the tables where there is no terminal."""
+
+
+def make_console() -> Console:
+    """The console that reports are printed on."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+
 
 def print_setting(console: Console, setting: Setting, table: Table, lambdas: dict[str, float]) -> None:
     """Print everything on one setting: errors, norms, paired differences, findings and claims."""
