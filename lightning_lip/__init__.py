@@ -12,6 +12,7 @@ from lightning_lip.constants import register_constant
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators import UnsupportedLayerError
+from lightning_lip.projector import LipschitzProjector, Projection, project
 from lightning_lip.regularizer import LipschitzRegularizer
 
 __all__ = [
@@ -21,12 +22,15 @@ __all__ = [
     "LipschitzMixin",
     "LipschitzMonitor",
     "LipschitzPenalty",
+    "LipschitzProjector",
     "LipschitzRegularizer",
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
+    "Projection",
     "Uncertified",
     "UnsupportedLayerError",
     "certify",
+    "project",
     "register_constant",
 ]
