@@ -2,6 +2,7 @@
 
 from lightning_lip.callbacks import (
     CertifiedValidation,
+    LipschitzConstraint,
     LipschitzMonitor,
     LipschitzPenalty,
     MaxNorm,
@@ -19,6 +20,7 @@ __all__ = [
     "Certificate",
     "CertifiedAccuracy",
     "CertifiedValidation",
+    "LipschitzConstraint",
     "LipschitzMixin",
     "LipschitzMonitor",
     "LipschitzPenalty",

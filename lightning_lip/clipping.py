@@ -19,6 +19,7 @@ FloatArray = NDArray[np.float64]
 LOG_2 = math.log(2.0)
 
 _MAX_STEPS = 100
+_MAX_HALVINGS = 40
 
 
 class ClippingProblem:
@@ -58,12 +59,14 @@ class ClippingProblem:
         depths = np.minimum(2.0 * (E + m) / (k + E + root), 0.5)
         # The slope is infinite at the end of the box where all values are equal; there any large number does.
         slopes = np.where(pressures < self._largest, 1.0 / ((1.0 - depths) * np.maximum(root, 1e-12)), 0.0)
-        return np.negative(np.log1p(-depths)), slopes
+        u: FloatArray = -np.log1p(-depths)
+        return u, slopes
 
     def distances(self, u: FloatArray) -> FloatArray:
         """Return ``q_l phi_l(u_l)`` for every layer, shape (L,), the q_l scaled so that the largest is 1."""
         clipped = np.maximum(-np.expm1(-u)[:, None] - self._deficits, 0.0)
-        return self._costs * np.einsum("lr,lr->l", clipped, clipped)
+        distances: FloatArray = self._costs * np.einsum("lr,lr->l", clipped, clipped)
+        return distances
 
     def is_global(self, u: FloatArray) -> bool:
         """Return whether no point outside the box can be nearer than `u`: *exact*, up to a rounding of 1e-12.
@@ -82,11 +85,11 @@ class ClippingProblem:
             a: Coefficients >= 0, shape (L,), not all 0. Where 0, u is exactly 0.
             d: Positive. At ``log 2 sum(a)`` and above, u is log 2 wherever a > 0.
         """
-        if d >= LOG_2 * a.sum():
-            return np.where(a > 0.0, LOG_2, 0.0), math.inf
         rates = a / self._costs
         used = rates > 0.0
         low, high = 0.0, float((self._largest[used] / rates[used]).max())
+        if d >= LOG_2 * a.sum():
+            return np.where(used, LOG_2, 0.0), high
         mu = min(d / float(a @ rates), high)
         for step in range(_MAX_STEPS):
             u, slopes = self.respond(mu * rates)
@@ -120,6 +123,9 @@ class ClippingProblem:
             d: Shape (J,); some u in the box satisfies all constraints.
             multipliers: Where to start, >= 0, shape (J,).
         """
+        alone, multiplier = self.solve(A[-1], float(d[-1]))
+        if np.all(A @ alone >= d - 1e-15 * (1.0 + np.abs(d))):
+            return alone, np.append(np.zeros(len(d) - 1), multiplier)
         at = multipliers
         value, u, slopes = self._dual(A, d, at)
         for _ in range(_MAX_STEPS):
@@ -127,16 +133,18 @@ class ClippingProblem:
             free = (at > 0.0) | (missing > 0.0)
             if np.all(np.abs(missing[free]) <= 1e-15 * (1.0 + np.abs(d[free]))):
                 break
-            curvature = (A[free] * (slopes / self._costs)) @ A[free].T
-            # Constraints that are nearly parallel make it singular.
-            curvature += np.eye(len(curvature)) * (1e-14 * np.trace(curvature) + 1e-300)
-            direction = np.zeros_like(at)
-            direction[free] = np.linalg.solve(curvature, missing[free])
-            length = 1.0
-            while length > 1e-12:
+            direction = self._newton(A, slopes, missing, at, free)
+            falling = direction < 0.0
+            to_zero = at[falling] / -direction[falling]
+            length = min(1.0, to_zero.min(initial=1.0))
+            gain = float(missing @ direction)
+            for _ in range(_MAX_HALVINGS):
                 following = np.maximum(at + length * direction, 0.0)
+                if length == to_zero.min(initial=math.inf):
+                    following[np.flatnonzero(falling)[to_zero.argmin()]] = 0.0
                 new = self._dual(A, d, following)
-                if new[0] > value:
+                # Near the solution the slope along the direction says more than the value's last digits.
+                if new[0] > value or abs((d - A @ new[1]) @ direction) <= 0.5 * gain:
                     break
                 length *= 0.5
             else:
@@ -144,7 +152,25 @@ class ClippingProblem:
             at, (value, u, slopes) = following, new
         return u, at
 
+    def _newton(
+        self, A: FloatArray, slopes: FloatArray, missing: FloatArray, at: FloatArray, free: NDArray[np.bool_]
+    ) -> FloatArray:
+        """Return Newton's direction, shape (J,), in the `free` multipliers that it does not push below zero."""
+        while True:
+            curvature = (A[free] * (slopes / self._costs)) @ A[free].T
+            # Constraints that are nearly parallel make it singular.
+            curvature += np.eye(len(curvature)) * (1e-14 * np.trace(curvature) + 1e-300)
+            direction = np.zeros_like(at)
+            direction[free] = np.linalg.solve(curvature, missing[free])
+            blocked = (at == 0.0) & (direction < 0.0)
+            if not blocked.any():
+                return direction
+            free = free & ~blocked
+
     def _dual(self, A: FloatArray, d: FloatArray, multipliers: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        u, slopes = self.respond((multipliers @ A) / self._costs)
+        pressures = (multipliers @ A) / self._costs
+        u, slopes = self.respond(pressures)
+        # At the end of the box the slope is 0, and Newton's step infinite: take the secant's.
+        slopes = np.where(slopes > 0.0, slopes, u / np.maximum(pressures, 1e-300))
         value = 0.5 * float(self.distances(u).sum()) + float(multipliers @ (d - A @ u))
         return value, u, slopes

@@ -1,4 +1,4 @@
-"""The weights that a projection changes: a matrix whose singular values are clipped, or a weight that is only scaled."""
+"""The weights that a projection changes: matrices whose singular values are clipped, or weights that are scaled."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ N_MARGIN_VECTORS = 2
 
 N_GROWTH_ITERATIONS = 4
 """Iterations of a block that got further random vectors."""
+
+
+REACH = 0.8
+"""A block must hold singular values down to this share of the cap: what lies just below it becomes leading by being
+clipped, and the iteration finds what is beyond the block at a rate of ``(sigma_{r+1} / cap)^2``."""
+
+MAX_ITERATIONS = 30
+"""Iterations a step at most."""
+
+RISE = 5e-6
+"""A block is iterated on while its leading Ritz value rises by more than this (relative) in half an iteration."""
 
 
 class Triplets(NamedTuple):
@@ -102,10 +113,9 @@ class ClippedLayer(ProjectedLayer):
         return self._iterate(matrix, converted, block, n_iterations)
 
     def needs_more(self, triplets: Triplets, cap: float) -> bool:
-        """Whether the triplets may lack some whose singular values exceed the cap."""
-        n_over = int((triplets.sigma > cap).sum())
-        n_given = triplets.sigma.numel()
-        return n_given < min(self.parameter.shape) and n_over > n_given - N_MARGIN_VECTORS
+        """Whether the block does not reach far enough below the cap, or lacks values that exceed it."""
+        whole = triplets.sigma.numel() == min(self.parameter.shape)
+        return not whole and bool(triplets.sigma[-N_MARGIN_VECTORS] > REACH * cap)
 
     def grown(self) -> Triplets:
         """Add random vectors to the block, half as many as it holds, iterate, and return its Ritz triplets."""
@@ -118,13 +128,16 @@ class ClippedLayer(ProjectedLayer):
         return self._iterate(matrix, converted, block, N_GROWTH_ITERATIONS)
 
     def _iterate(self, matrix: Tensor, converted: Tensor, block: Tensor, n_iterations: int) -> Triplets:
-        for _ in range(n_iterations):
+        """Iterate at least `n_iterations` times, and on until the leading Ritz value rises by less than a tolerance."""
+        for iteration in range(1, MAX_ITERATIONS + 1):
             # Householder QR, not Gram matrices: nothing is squared, so no magnitude overflows.
-            basis = torch.linalg.qr(converted @ block).Q
-            try:
-                block, sigma, rotation = torch.linalg.svd(converted.mT @ basis, full_matrices=False)
-            except torch.linalg.LinAlgError:
-                raise self._not_finite() from None
+            basis, triangle = torch.linalg.qr(converted @ block)
+            if not bool(triangle.isfinite().all()):
+                raise self._not_finite()
+            before = torch.linalg.svdvals(triangle)[0]
+            block, sigma, rotation = torch.linalg.svd(converted.mT @ basis, full_matrices=False)
+            if iteration >= n_iterations and bool(sigma[0] <= before * (1 + RISE)):
+                break
         self.block = block
         return Triplets(basis @ rotation.mT, sigma, block, matrix)
 
@@ -136,10 +149,9 @@ class ClippedLayer(ProjectedLayer):
         """
         # A copy: the weight is written from it, more than once if need be.
         matrix = _double(self._matrix()).clone()
-        try:
-            left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-        except torch.linalg.LinAlgError:
-            raise self._not_finite() from None
+        if not bool(matrix.isfinite().all()):
+            raise self._not_finite()
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
         return Triplets(left, sigma, right.mT, matrix)
 
     def keep(self, triplets: Triplets) -> None:
@@ -174,7 +186,8 @@ class ClippedLayer(ProjectedLayer):
         drawn = 0 if self.block is None else self.block.shape[1]
         generator = torch.Generator("cpu").manual_seed(self._seed + drawn)
         rows = torch.randn(n_vectors, like.shape[1], generator=generator, device="cpu", dtype=torch.float32)
-        return torch.linalg.qr(rows.mT.to(like)).Q
+        basis: Tensor = torch.linalg.qr(rows.mT.to(like)).Q
+        return basis
 
     def _not_finite(self) -> ValueError:
         return ValueError(f"The weight of layer {self.name!r} holds NaN or an infinity: there is nothing to project.")
@@ -203,8 +216,8 @@ def projected_layers(
     for index, op in enumerate(operators):
         if any(type(p.data).__name__ == "DTensor" for p in op.parameters):
             raise UnsupportedLayerError(
-                f"The weight of layer {op.name!r} is a DTensor (FSDP2, tensor parallel), which cannot be projected yet: "
-                "train with DDP or on a single device."
+                f"The weight of layer {op.name!r} is a DTensor (FSDP2, tensor parallel), which cannot be "
+                "projected: train with DDP or on a single device."
             )
         parameter = _writable(op)
         if isinstance(parameter, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -19,11 +19,12 @@ from lightning_lip.graph_operators import certified_norm
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator, UnsupportedLayerError
 from lightning_lip.projected_layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
-from lightning_lip.projection import Caps, Metric, joint_caps, log_clip_caps, per_layer_caps
+from lightning_lip.projection import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
 from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import _trace
 from lightning_lip.rounding import sum_up
 from lightning_lip.selection import Selection, find_operators
+from lightning_lip.spectra import Metric
 from lightning_lip.spectral_norms import SpectralNorms
 
 Method = Literal["joint", "log_clip", "per_layer", "scaling"]
@@ -37,6 +38,9 @@ REACHED = 1e-6
 
 CERTIFICATE_SLACK = 1e-10
 """How far (relative) a matrix's certificate lies above its norm, at most, for matrices of moderate size."""
+
+LARGEST_SHIFT = 1000.0
+"""Beyond the range of fp64: a norm lowered by e^-1000 is zero."""
 
 N_ATTEMPTS = 20
 """Attempts of the exact projection, each with a wider margin for the rounding of weights and certificates."""
@@ -254,7 +258,7 @@ class LipschitzProjector:
         originals = {layer: layer.original() for layer in movable if not isinstance(layer, ClippedLayer)}
         problem = self._problem(movable, triplets, _logs(norms))
         eps = max((torch.finfo(layer.parameter.dtype).eps for layer in movable), default=0.0)
-        margin = CERTIFICATE_SLACK + eps * sum(op.multiplicity for op in self.operators)
+        margin = CERTIFICATE_SLACK + eps / 8 * sum(op.multiplicity for op in self.operators)
         for _ in range(N_ATTEMPTS):
             caps = problem.caps(log_target - margin)
             for layer, cap in zip(problem.layers, caps.caps.tolist(), strict=True):
@@ -289,7 +293,8 @@ class LipschitzProjector:
             raise UnsupportedLayerError(
                 "These selected layers cannot be projected:\n  - "
                 + "\n  - ".join(f"{name}: {reason}" for name, reason in refused.items())
-                + f"\nLeave them out with exclude={list(refused)!r}, or freeze them."
+                # A layer fused with the normalisation behind it has both names.
+                + f"\nLeave them out with exclude={'+'.join(refused).split('+')!r}, or freeze them."
             )
         return [layer for layer in self._layers if layer.parameter.requires_grad]
 
@@ -364,7 +369,8 @@ class LipschitzProjector:
         norms = dict(zip((op.name for op in self.operators), np.exp(log_norms).tolist(), strict=True))
         if caps is None:
             return Projection(False, certified, log_bound, norms, 0.0, True)
-        return Projection(True, certified, log_bound, norms, math.sqrt(caps.squared_distance), caps.exact)
+        nearest = caps.exact and self._method == "joint"
+        return Projection(True, certified, log_bound, norms, math.sqrt(caps.squared_distance), nearest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return blocks and counters, as plain tensors and numbers: loadable with ``weights_only=True``."""
@@ -387,8 +393,8 @@ class LipschitzProjector:
             TypeError: Always.
         """
         raise TypeError(
-            "A LipschitzProjector cannot be copied or pickled: construct one for the copied model, and carry the blocks "
-            "over with state_dict() and load_state_dict()."
+            "A LipschitzProjector cannot be copied or pickled: construct one for the copied model, and carry the "
+            "blocks over with state_dict() and load_state_dict()."
         )
 
 
@@ -427,7 +433,7 @@ class _Problem:
 
     def log_norms(self, logs: FloatArray) -> FloatArray:
         """Return the log norms of all operators, shape (L,), for those of the layers, shape (G,)."""
-        log_norms = self._constant.copy()
+        log_norms: FloatArray = self._constant.copy()
         log_norms[self._targets] += logs[self._sources]
         return log_norms
 
@@ -441,8 +447,8 @@ class _Problem:
         if not self.layers:
             bound = math.exp(p._log_bound(self._constant))
             raise ValueError(
-                f"The {p.bound_kind} is {bound:.6g}, above the target {p.target:.6g}, and no selected layer is trainable: "
-                f"{bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
+                f"The {p.bound_kind} is {bound:.6g}, above the target {p.target:.6g}, and no selected layer is "
+                f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
             )
         shared: dict[str, Any] = {"metric": p._metric, "frobenius": self._frobenius}
         if p._network is not None:
@@ -457,10 +463,16 @@ class _Problem:
         return log_clip_caps(self._spectra, log_target, **shared)
 
     def _bound_caps(self, log_target: float, shared: dict[str, Any]) -> Caps:
-        norms = np.array([spectrum[0] for spectrum in self._spectra])
-        if self._projector._method == "joint":
+        method = self._projector._method
+        if method == "joint":
             return bound_caps(self._spectra, self._log_bound, log_target, **shared)
-        raise NotImplementedError
+        logs = np.log([spectrum[0] for spectrum in self._spectra])
+        if method == "per_layer":
+            top = float(logs.max())
+            level = _smallest_shift(lambda shift: self._log_bound(np.minimum(logs, top - shift))[0], log_target)
+            return per_layer_caps(self._spectra, np.exp(np.minimum(logs, top - level)).tolist(), **shared)
+        shift = _smallest_shift(lambda shift: self._log_bound(logs - shift)[0], log_target)
+        return per_layer_caps(self._spectra, np.exp(logs - shift).tolist(), **shared)
 
     def _log_bound(self, logs: FloatArray) -> tuple[float, FloatArray]:
         """Return the logarithm of the network's bound and its gradient, shape (G,)."""
@@ -516,6 +528,27 @@ def check_method(method: str, metric: str) -> None:
     for argument, value, known in (("method", method, get_args(Method)), ("metric", metric, get_args(Metric))):
         if value not in known:
             raise ValueError(f"Expected `{argument}` to be one of {known}, got {value!r}.")
+
+
+def _smallest_shift(log_bound: Callable[[float], float], log_target: float) -> float:
+    """Return the smallest shift >= 0, up to rounding, at which a nonincreasing function is at most the target.
+
+    Raises:
+        ValueError: If it is above the target at every shift.
+    """
+    high = 1.0
+    while log_bound(high) > log_target:
+        high *= 2
+        if high > LARGEST_SHIFT:
+            smallest = math.exp(log_bound(high))
+            raise ValueError(
+                f"No weights of the selected layers reach the target: the smallest bound is {smallest:.6g}. "
+                "Raise the target, or select more layers."
+            )
+    low = 0.0
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (low, middle) if log_bound(middle) <= log_target else (middle, high)
+    return high
 
 
 def _logs(norms: Sequence[float] | FloatArray) -> FloatArray:

@@ -78,7 +78,8 @@ class Spectra:
 
     def _shares(self, caps: FloatArray) -> FloatArray:
         """Return ``c_l / sigma_l1``, 1 for a zero layer; shape (L,)."""
-        return np.divide(caps, self.norms, out=np.ones_like(caps), where=self.norms > 0.0)
+        shares: FloatArray = np.divide(caps, self.norms, out=np.ones_like(caps), where=self.norms > 0.0)
+        return shares
 
 
 def per_layer(name: str, values: Sequence[float], n_layers: int) -> FloatArray:
