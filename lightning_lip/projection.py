@@ -27,9 +27,6 @@ LogBound = Callable[[FloatArray], tuple[float, FloatArray]]
 
 _MAX_CUTS = 100
 
-_SMALLEST_SHIFT = 1000.0
-"""Beyond the range of float64: norms lowered by e^-1000 stand for zero."""
-
 
 @dataclass(frozen=True, eq=False)
 class Caps:
@@ -141,7 +138,7 @@ def bound_caps(
     aim = log_target - 2.0**-46 * (1.0 + abs(log_target) + float(a @ np.abs(logs)))
     while value > log_target and evaluate(0.5 * start)[0] > aim:
         if rounds == 0:
-            _refuse_unreachable(log_bound, layers.norms, log_target)
+            _refuse_unreachable(log_bound, len(start), log_target)
         start = np.where(a > 0.0, 0.5 * start, start)
         _refuse_underflow(start[layers.norms > 0.0], log_target)
         rounds += 1
@@ -330,9 +327,8 @@ def _evaluate(log_bound: LogBound, norms: FloatArray) -> tuple[float, FloatArray
     return value, np.maximum(a, 0.0)
 
 
-def _refuse_unreachable(log_bound: LogBound, norms: FloatArray, log_target: float) -> None:
-    with np.errstate(divide="ignore"):
-        smallest = float(log_bound(np.log(norms) - _SMALLEST_SHIFT)[0])
+def _refuse_unreachable(log_bound: LogBound, n_layers: int, log_target: float) -> None:
+    smallest = float(log_bound(np.full(n_layers, -np.inf))[0])
     if smallest > log_target:
         raise ValueError(
             f"No caps reach the target {math.exp(log_target):.6g}: with all layers at zero the bound is still "

@@ -122,6 +122,7 @@ class LipschitzConstraint(Callback):
             "seed": seed,
         }
         self._projector: LipschitzProjector | None = None
+        self._model: nn.Module | None = None
         self._loaded: dict[str, Any] | None = None
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
@@ -175,18 +176,20 @@ class LipschitzConstraint(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
         # on_fit_start.
-        previous, self._projector = self._projector, None
         projector = LipschitzProjector(pl_module, self.target, **self._arguments)
         if trainer.world_size > 1 and projector.bound_kind == "bound":
             _refuse_statistics_of_one_rank(pl_module)
         if self._loaded is not None:
             projector.load_state_dict(self._loaded)
-        elif previous is None or [op.module for op in previous.operators] != [op.module for op in projector.operators]:
+        elif self._projector is not None and self._model is pl_module:
+            projector.load_state_dict(self._projector.state_dict())
+        else:
             self._n_steps = 0  # another model tightens anew
-        self._projector, self._loaded = projector, None
+        self._projector, self._loaded, self._model = projector, None, pl_module
         self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
         self._release()
-        self._before_saving = pl_module.register_state_dict_pre_hook(_ExactBeforeSaving(self))
+        hook = _ExactBeforeSaving(self)
+        self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
         self.project()
 
     def project(self) -> Projection:
@@ -248,6 +251,8 @@ class LipschitzConstraint(Callback):
         """
         self._sizes_are_shared = True
         sizes = {op.name: op.domain_shape for op in self.projector.operators if isinstance(op, RecordedConvolution)}
+        if not sizes:
+            return
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, sizes)
         if any(other != gathered[0] for other in gathered):
@@ -258,14 +263,14 @@ class LipschitzConstraint(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        state: dict[str, Any] = {
             "n_steps": self._n_steps,
             "projector": self._loaded if self._projector is None else self._projector.state_dict(),
         }
         if self._certified is not None:
             # Lightning asks for the module's state first, which projects.
-            state |= {"target": self.present_target, "certified_bound": self._certified.bound}
-            state["certified_log_bound"] = self._certified.log_bound
+            state["target"] = self.present_target
+            state["certified_bound"] = self._certified.bound
         return state
 
     @override
@@ -276,8 +281,8 @@ class LipschitzConstraint(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model behind: a copy selects the layers of its own run, and takes the blocks over."""
-        kept = {"_loaded": self.state_dict()["projector"], "_projector": None, "_before_saving": None}
-        return own_state(self) | kept
+        kept = {"_loaded": self.state_dict()["projector"], "_projector": None, "_model": None}
+        return own_state(self) | kept | {"_before_saving": None}
 
 
 class _ExactBeforeSaving:
