@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_lip.bound_program import log_up
-from lightning_lip.certificates import _log_bound_up
+from lightning_lip.certificates import _exp_up, _log_bound_up
 from lightning_lip.clipping import FloatArray
 from lightning_lip.graph_operators import certified_norm
 from lightning_lip.kernels.reference import without_autocast
@@ -71,11 +71,8 @@ class Projection:
 
     @property
     def bound(self) -> float:
-        """The exponential of `log_bound`, inf where it overflows."""
-        try:
-            return math.exp(self.log_bound)
-        except OverflowError:
-            return math.inf
+        """The exponential of `log_bound`, rounded up; inf where it overflows."""
+        return _exp_up(self.log_bound)
 
 
 class LipschitzProjector:
@@ -214,6 +211,8 @@ class LipschitzProjector:
         movable = self._movable()
         if log_bound - aim > math.log(2):
             triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
+            for layer, found in triplets.items():
+                layer.keep(found)
         problem = self._problem(movable, triplets, log_norms)
         caps = problem.caps(aim)
         while small := [
@@ -249,8 +248,8 @@ class LipschitzProjector:
         self._measure_slack()
         norms = self._certified_norms()
         log_bound = self._certified_log_bound(norms)
-        # Rounded down: a bound at or below this float is at or below log M.
-        log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf)
+        # Rounded down, for the roundings of this logarithm and of the bound's exponential.
+        log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf) - 2.0**-50
         if log_bound <= log_target:
             return self._result(None, _logs(norms), log_bound, certified=True)
         movable = self._movable()
@@ -274,7 +273,7 @@ class LipschitzProjector:
                 return self._result(caps, _logs(norms), log_bound, certified=True)
             margin += margin + log_bound - log_target
         raise RuntimeError(
-            f"The certified {self.bound_kind} stays at {math.exp(log_bound):.6g}, above the target "
+            f"The certified {self.bound_kind} stays at {_exp_up(log_bound):.6g}, above the target "
             f"{self._target:.6g}, after {N_ATTEMPTS} attempts: the weights' dtype rounds too coarsely."
         )
 
@@ -445,7 +444,7 @@ class _Problem:
         """
         p = self._projector
         if not self.layers:
-            bound = math.exp(p._log_bound(self._constant))
+            bound = _exp_up(p._log_bound(self._constant))
             raise ValueError(
                 f"The {p.bound_kind} is {bound:.6g}, above the target {p.target:.6g}, and no selected layer is "
                 f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
@@ -540,7 +539,7 @@ def _smallest_shift(log_bound: Callable[[float], float], log_target: float) -> f
     while log_bound(high) > log_target:
         high *= 2
         if high > LARGEST_SHIFT:
-            smallest = math.exp(log_bound(high))
+            smallest = _exp_up(log_bound(high))
             raise ValueError(
                 f"No weights of the selected layers reach the target: the smallest bound is {smallest:.6g}. "
                 "Raise the target, or select more layers."

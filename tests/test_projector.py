@@ -381,6 +381,15 @@ class TestStep:
 
 
 class TestRefusals:
+    def test_a_sharded_weight(self):
+        class DTensor(torch.Tensor):
+            pass
+
+        model = nn.Linear(3, 3)
+        model.weight = nn.Parameter(torch.randn(3, 3).as_subclass(DTensor))
+        with pytest.raises(UnsupportedLayerError, match="is a DTensor"):
+            LipschitzProjector(model, 1.0)
+
     def test_a_parametrised_weight(self):
         model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
         with pytest.raises(UnsupportedLayerError, match=r"0: its weight is parametrised.*\n.*exclude=\['0'\]"):
