@@ -94,8 +94,7 @@ class ClippingProblem:
         for step in range(_MAX_STEPS):
             u, slopes = self.respond(mu * rates)
             missing = d - float(a @ u)
-            spread = a * rates * slopes
-            slope = float(spread.sum())
+            slope = float(a @ (rates * slopes))
             if abs(missing) <= 1e-13 * d:
                 break
             low, high = (mu, high) if missing > 0.0 else (low, mu)
@@ -114,9 +113,8 @@ class ClippingProblem:
     def solve_all(self, A: FloatArray, d: FloatArray, multipliers: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the solution u, shape (L,), under several constraints ``A u >= d``, and their multipliers, shape (J,).
 
-        Projected Newton on the dual, a concave function of J variables. Wherever it stops, u is the point nearest
-        among those with ``multipliers (A u - d) >= `` that of u: no point that satisfies ``A u >= d`` and has equality
-        where the multiplier is positive is nearer.
+        Newton on the dual, a concave function of J multipliers >= 0, with an active set. Wherever it stops, u is the
+        solution of the Lagrangian for these multipliers, so that its dual value is a lower bound of the distance.
 
         Args:
             A: Coefficients >= 0, shape (J, L).
@@ -144,7 +142,7 @@ class ClippingProblem:
                     following[np.flatnonzero(falling)[to_zero.argmin()]] = 0.0
                 new = self._dual(A, d, following)
                 # Near the solution the slope along the direction says more than the value's last digits.
-                if new[0] > value or abs((d - A @ new[1]) @ direction) <= 0.5 * gain:
+                if new[0] >= value + 0.25 * length * gain or abs((d - A @ new[1]) @ direction) <= 0.5 * gain:
                     break
                 length *= 0.5
             else:
@@ -159,7 +157,10 @@ class ClippingProblem:
         while True:
             curvature = (A[free] * (slopes / self._costs)) @ A[free].T
             # Constraints that are nearly parallel make it singular.
-            curvature += np.eye(len(curvature)) * (1e-14 * np.trace(curvature) + 1e-300)
+            diagonal = np.diag(curvature)
+            # With all its layers at the end of the box, a multiplier can only fall: let it be halved.
+            flat = np.abs(missing[free]) / np.maximum(0.5 * at[free], 1e-300)
+            curvature += np.diag(np.where(diagonal > 0.0, 1e-14 * diagonal, np.maximum(flat, 1e-300)))
             direction = np.zeros_like(at)
             direction[free] = np.linalg.solve(curvature, missing[free])
             blocked = (at == 0.0) & (direction < 0.0)
@@ -168,9 +169,6 @@ class ClippingProblem:
             free = free & ~blocked
 
     def _dual(self, A: FloatArray, d: FloatArray, multipliers: FloatArray) -> tuple[float, FloatArray, FloatArray]:
-        pressures = (multipliers @ A) / self._costs
-        u, slopes = self.respond(pressures)
-        # At the end of the box the slope is 0, and Newton's step infinite: take the secant's.
-        slopes = np.where(slopes > 0.0, slopes, u / np.maximum(pressures, 1e-300))
+        u, slopes = self.respond((multipliers @ A) / self._costs)
         value = 0.5 * float(self.distances(u).sum()) + float(multipliers @ (d - A @ u))
         return value, u, slopes

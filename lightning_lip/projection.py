@@ -84,7 +84,8 @@ def joint_caps(
     excess = _excess(layers.norms, k, _finite(log_target))
     if excess <= 0.0:
         return _result(layers, layers.norms, rounds=0, exact=True)
-    full_rounds = int(excess / (LOG_2 * k.sum()))
+    # The last round is never empty.
+    full_rounds = math.ceil(excess / (LOG_2 * k.sum())) - 1
     start = np.ldexp(layers.norms, -full_rounds)
     _refuse_underflow(start, log_target)
     rest = _excess(start, k, log_target)
@@ -128,8 +129,8 @@ def bound_caps(
             `log_bound` returns something else than stated, or as in :func:`joint_caps`.
     """
     layers = Spectra(spectra, metric, frobenius)
-    evaluate = partial(_evaluate, log_bound)
     log_target = _finite(log_target)
+    evaluate = partial(_evaluate, log_bound, log_target)
     start = layers.norms
     value, a = evaluate(start)
     rounds = 0
@@ -138,7 +139,7 @@ def bound_caps(
     aim = log_target - 2.0**-46 * (1.0 + abs(log_target) + float(a @ np.abs(logs)))
     while value > log_target and evaluate(0.5 * start)[0] > aim:
         if rounds == 0:
-            _refuse_unreachable(log_bound, len(start), log_target)
+            _refuse_unreachable(float(log_bound(np.full_like(start, -np.inf))[0]), log_target)
         start = np.where(a > 0.0, 0.5 * start, start)
         _refuse_underflow(start[layers.norms > 0.0], log_target)
         rounds += 1
@@ -315,24 +316,31 @@ def _factor(norms: FloatArray, k: FloatArray, log_target: float) -> float:
     return factor
 
 
-def _evaluate(log_bound: LogBound, norms: FloatArray) -> tuple[float, FloatArray]:
+def _evaluate(log_bound: LogBound, log_target: float, norms: FloatArray) -> tuple[float, FloatArray]:
     """Return `log_bound` at the logarithms of `norms`, checked; elasticities of zero layers are 0."""
     with np.errstate(divide="ignore"):
         value, elasticities = log_bound(np.log(norms))
     value, a = float(value), np.where(norms > 0.0, np.asarray(elasticities, dtype=np.float64), 0.0)
+    if a.shape != norms.shape:
+        raise ValueError(
+            f"Expected `log_bound` to return {len(norms)} elasticities, got shape {np.shape(elasticities)}."
+        )
     if math.isnan(value) or value == math.inf:
         raise ValueError(f"Expected `log_bound` to return a finite value (or -inf), got {value} for norms {norms}.")
     if not (np.isfinite(a) & (a >= -1e-9)).all():
         raise ValueError(f"Expected `log_bound` to return elasticities >= 0, got {a} for norms {norms}.")
-    return value, np.maximum(a, 0.0)
+    a = np.maximum(a, 0.0)
+    if not a.any():
+        # A convex function is smallest where its gradient is 0.
+        _refuse_unreachable(value, log_target)
+    return value, a
 
 
-def _refuse_unreachable(log_bound: LogBound, n_layers: int, log_target: float) -> None:
-    smallest = float(log_bound(np.full(n_layers, -np.inf))[0])
+def _refuse_unreachable(smallest: float, log_target: float) -> None:
     if smallest > log_target:
         raise ValueError(
-            f"No caps reach the target {math.exp(log_target):.6g}: with all layers at zero the bound is still "
-            f"{math.exp(smallest):.6g}. Expected a larger `log_target`."
+            f"No caps reach the target {math.exp(log_target):.6g} (log {log_target:.6g}): the smallest bound is "
+            f"{math.exp(smallest):.6g} (log {smallest:.6g}). Expected a larger `log_target`."
         )
 
 

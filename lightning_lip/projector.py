@@ -211,8 +211,8 @@ class LipschitzProjector:
         movable = self._movable()
         if log_bound - aim > math.log(2):
             triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
-            for layer, found in triplets.items():
-                layer.keep(found)
+            for clipped, found in triplets.items():
+                clipped.keep(found)
         problem = self._problem(movable, triplets, log_norms)
         caps = problem.caps(aim)
         while small := [

@@ -46,10 +46,9 @@ class Spectra:
         values = -np.sort(-values, axis=1)
         self.norms = values[:, 0].copy()
         self._relative = isinstance(metric, str) and metric == "relative"
-        costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
-        # A zero layer has one value, at its norm: nothing of it is ever clipped.
+        with np.errstate(over="ignore"):
+            costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
         self._ratios = values / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
-        self._ratios[:, 0] = 1.0
         if frobenius is not None:
             if len(frobenius) != len(rows):
                 raise ValueError(f"Expected {len(rows)} entries of `frobenius`, one per layer, got {len(frobenius)}.")
@@ -58,12 +57,14 @@ class Spectra:
                     continue
                 if not (math.isfinite(norm) and norm >= 0.0 and (norm > 0.0 or self.norms[index] == 0.0)):
                     raise ValueError(f"Expected a finite positive Frobenius norm, got {norm!r} for layer {index}.")
-                self._ratios[index, 1:] = 0.0
                 if self.norms[index] > 0.0:
+                    self._ratios[index, 1:] = 0.0
                     costs[index] *= (norm / self.norms[index]) ** 2
         if not np.isfinite(costs).all():
             raise ValueError("The squared distance exceeds float64: rescale the spectra, or use metric='relative'.")
-        self._costs = costs
+        # A zero layer is never clipped, and must not look cheaper to clip than another.
+        self._ratios[self.norms == 0.0] = 1.0
+        self._costs = np.where(self.norms > 0.0, costs, costs.max())
 
     def problem(self, start: FloatArray) -> ClippingProblem:
         """Return the convex problem for the spectra clipped at `start`, shape (L,)."""
