@@ -2,6 +2,7 @@
 
 from lightning_lip.callbacks import (
     CertifiedValidation,
+    LipschitzConstraint,
     LipschitzMonitor,
     LipschitzPenalty,
     MaxNorm,
@@ -12,6 +13,7 @@ from lightning_lip.constants import register_constant
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators import UnsupportedLayerError
+from lightning_lip.projector import LipschitzProjector, Projection, project
 from lightning_lip.rebalancing import Rebalanced, rebalance
 from lightning_lip.regularizer import LipschitzRegularizer
 
@@ -19,17 +21,21 @@ __all__ = [
     "Certificate",
     "CertifiedAccuracy",
     "CertifiedValidation",
+    "LipschitzConstraint",
     "LipschitzMixin",
     "LipschitzMonitor",
     "LipschitzPenalty",
+    "LipschitzProjector",
     "LipschitzRegularizer",
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
+    "Projection",
     "Rebalanced",
     "Uncertified",
     "UnsupportedLayerError",
     "certify",
+    "project",
     "rebalance",
     "register_constant",
 ]

@@ -100,6 +100,11 @@ class ConvolutionOperator(LinearOperator):
         return self._convolution.transposed
 
     @property
+    def spatial(self) -> tuple[int, ...]:
+        """The spatial size of one input."""
+        return self._domain_shape[1:]
+
+    @property
     def domain_shape(self) -> tuple[int, ...]:
         """Shape (c_in, *spatial)."""
         return self._domain_shape

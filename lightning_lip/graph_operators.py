@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.convolution_norms import certified_convolution_norm
-from lightning_lip.convolutions import ConvolutionOperator
+from lightning_lip.convolutions import ConvolutionOperator, check_convolution
 from lightning_lip.matrix_norms import certified_matrix_norm
 from lightning_lip.operators import LinearOperator, MatrixOperator
+from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.rounding import multiply_up, up
 
 
@@ -174,6 +175,11 @@ class ScaledOperator(LinearOperator):
         """The base's and the normalisation's."""
         return (*self.base.parameters, *self._parameters)
 
+    @property
+    def scale_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that s is computed from: gamma, or none."""
+        return self._parameters
+
     def scale(self) -> Tensor:
         """Return s, shape (c,)."""
         return self._compute()
@@ -234,8 +240,8 @@ def certified_norm(operator: LinearOperator, weight: Tensor | None = None) -> fl
         operator: The operator.
         weight: A weight in place of the operator's own, of the same shape.
     """
-    if isinstance(operator, ConvolutionOperator):
-        module = operator._convolution
+    if isinstance(operator, (ConvolutionOperator, RecordedConvolution)):
+        module = check_convolution(operator.module)
         return certified_convolution_norm(
             (operator.weight() if weight is None else weight).detach(),
             stride=tuple(module.stride),
@@ -245,7 +251,7 @@ def certified_norm(operator: LinearOperator, weight: Tensor | None = None) -> fl
             padding_mode=module.padding_mode,
             transposed=module.transposed,
             output_padding=tuple(module.output_padding),
-            spatial=operator.domain_shape[1:],
+            spatial=operator.spatial,
         )
     if isinstance(operator, (DiagonalOperator, ScaledOperator)) and weight is None:
         return operator.certified_norm()

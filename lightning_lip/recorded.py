@@ -80,6 +80,11 @@ class RecordedConvolution(LinearOperator):
         return self._known
 
     @property
+    def spatial(self) -> tuple[int, ...] | None:
+        """The spatial size of one input; None while it is unknown."""
+        return None if self._recorder.shape is None else self._recorder.shape[1:]
+
+    @property
     def domain_shape(self) -> tuple[int, ...]:
         """Shape (c_in, *spatial)."""
         return self._operator.domain_shape
@@ -97,8 +102,8 @@ class RecordedConvolution(LinearOperator):
         return (check_weight(self.module),)
 
     def weight(self) -> Tensor:
-        """Return the kernel."""
-        return self._operator.weight()
+        """Return the kernel; an own one also while the input's size is unknown."""
+        return self._operator.weight() if parametrize.is_parametrized(self.module, "weight") else self.parameters[0]
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Map (r, *domain_shape) to (r, *codomain_shape)."""

@@ -374,6 +374,11 @@ class _OptimizerSteps:
 _optimizer_steps = _OptimizerSteps()
 
 
+def optimizer_steps() -> int:
+    """Return how many steps the optimisers of this process made; steps that a gradient scaler skips do not count."""
+    return _optimizer_steps.count
+
+
 class _Partial(torch.autograd.Function):
     """The norm of an operator, with a gradient for some of its parameters only."""
 

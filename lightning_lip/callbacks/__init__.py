@@ -1,9 +1,17 @@
 """Lightning callbacks: thin shells over the framework-free core, for `lightning.pytorch` and `pytorch_lightning`."""
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
+from lightning_lip.callbacks.constraint import LipschitzConstraint
 from lightning_lip.callbacks.max_norm import MaxNorm
 from lightning_lip.callbacks.monitor import LipschitzMonitor
 from lightning_lip.callbacks.noisy_validation import NoisyValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 
-__all__ = ["CertifiedValidation", "LipschitzMonitor", "LipschitzPenalty", "MaxNorm", "NoisyValidation"]
+__all__ = [
+    "CertifiedValidation",
+    "LipschitzConstraint",
+    "LipschitzMonitor",
+    "LipschitzPenalty",
+    "MaxNorm",
+    "NoisyValidation",
+]

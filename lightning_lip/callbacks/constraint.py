@@ -1,0 +1,321 @@
+"""LipschitzConstraint: a Lipschitz budget that holds in training, and certifiably in every checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_lip.callbacks._trainer import (
+    has_callback,
+    is_logging_step,
+    log_to_loggers,
+    own_state,
+    refuse_strategy,
+)
+from lightning_lip.projector import LipschitzProjector, Method, Projection, check_method, check_target
+from lightning_lip.recorded import RecordedConvolution
+from lightning_lip.regularizer import optimizer_steps
+from lightning_lip.spectra import Metric
+
+
+class LipschitzConstraint(Callback):
+    """Projects the weights after every optimiser step, so that the network's Lipschitz bound stays within a budget M.
+
+    Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
+
+    - after each training batch in which an optimiser stepped, one by *estimated* norms, which aims at M (1 - 1e-4);
+    - at the start of training, before each validation, at the end of each epoch and of training, and whenever the
+      module's ``state_dict()`` is asked for, as for every checkpoint of any kind, the exact one: what is saved
+      has a *certified upper bound* of at most M. It costs a singular value decomposition of every layer, unless the
+      bound is certified as it is; then nothing changes.
+
+    What is bounded is the product of the selected layers' spectral norms or, with an example input, the bound of the
+    whole network. The callback's state in a checkpoint has the ``target`` and the ``certified_bound``.
+
+    On several ranks every rank projects alike: call ``state_dict()`` on all of them, as Lightning does. An optimiser
+    that keeps copies of the weights (fp32 masters) would undo the projection; none of ``torch.optim`` does.
+
+    On logging steps the callback logs ``lipschitz/target``, ``lipschitz/distance`` (how far the last projection moved
+    the weights, in the metric) and, unless a LipschitzMonitor or LipschitzPenalty does, ``lipschitz/product`` or
+    ``lipschitz/bound``: the *estimate* after the last projection.
+
+    Args:
+        target: M, positive.
+        method: ``"joint"``, ``"log_clip"``, ``"per_layer"`` or ``"scaling"``.
+        metric: ``"relative"`` or ``"euclidean"``, of the method ``"joint"``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        every_n_steps: Project after every n-th optimiser step only; the weights are within the budget then, and in
+            every checkpoint, not between.
+        initial_target: M at the start, from which it goes to `target` geometrically; None starts with `target`.
+        tighten_steps: The optimiser steps that this takes; at least 1 with an `initial_target`.
+        example_input: An input of the model: its graph is traced, and the bound is that of the whole network. None
+            takes the module's ``example_input_array``; without either it is the product over the selected layers.
+        block_size: Singular vectors a layer to start with.
+        n_iterations: Iterations a step.
+        seed: Seed of the private generator that the singular vectors start from; the same on every rank.
+        name: Tells several of these callbacks in one Trainer apart; it enters the logged names,
+            ``lipschitz/<name>/target``.
+
+    Raises:
+        ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or the
+            target cannot be reached. In training: if a weight holds NaN or an infinity.
+        UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known, or a
+            selected trainable weight cannot be written.
+        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, beside WeightAveraging, or on
+            several ranks with a bound that reads unsynchronised batch normalisation.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_lip import LipschitzConstraint
+        >>> trainer = Trainer(callbacks=[LipschitzConstraint(target=10.0)], logger=False)
+    """
+
+    def __init__(
+        self,
+        target: float,
+        method: Method = "joint",
+        metric: Metric = "relative",
+        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        every_n_steps: int = 1,
+        initial_target: float | None = None,
+        tighten_steps: int = 0,
+        example_input: Any = None,
+        block_size: int = 16,
+        n_iterations: int = 1,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        self.target = check_target(target)
+        self.initial_target = self.target if initial_target is None else check_target(initial_target, "initial_target")
+        check_method(method, metric)
+        for argument, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("tighten_steps", tighten_steps, 0 if initial_target is None else 1),
+            ("block_size", block_size, 1),
+            ("n_iterations", n_iterations, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+        if tighten_steps and initial_target is None:
+            raise ValueError("`tighten_steps` asks for the `initial_target` to tighten from.")
+        self.every_n_steps = every_n_steps
+        self.tighten_steps = tighten_steps
+        self.name = name
+        self._arguments = {
+            "method": method,
+            "metric": metric,
+            "layers": layers,
+            "exclude": exclude,
+            "block_size": block_size,
+            "n_iterations": n_iterations,
+            "example_input": example_input,
+            "seed": seed,
+        }
+        self._projector: LipschitzProjector | None = None
+        self._model: nn.Module | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._before_saving: RemovableHandle | None = None
+        self._n_steps = 0
+        self._n_optimizer_steps = 0
+        self._sizes_are_shared = False
+        self._last: Projection | None = None
+        self._certified: Projection | None = None
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"LipschitzConstraint[{self.name}]" if self.name else "LipschitzConstraint"
+
+    @property
+    def tag(self) -> str:
+        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
+        return f"lipschitz/{self.name}" if self.name else "lipschitz"
+
+    @property
+    def projector(self) -> LipschitzProjector:
+        """The projector of the model in training.
+
+        Raises:
+            RuntimeError: Before training started.
+        """
+        if self._projector is None:
+            raise RuntimeError("The layers are selected when training starts: there is no projector before that.")
+        return self._projector
+
+    @property
+    def present_target(self) -> float:
+        """M after the optimiser steps so far: ``initial_target^(1 - t) target^t``, t growing from 0 to 1."""
+        progress = min(1.0, self._n_steps / self.tighten_steps) if self.tighten_steps else 1.0
+        if progress == 1.0:
+            return self.target
+        return math.exp((1 - progress) * math.log(self.initial_target) + progress * math.log(self.target))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_strategy(trainer, self)
+        if has_callback(trainer, "WeightAveraging"):
+            raise RuntimeError(
+                "LipschitzConstraint cannot serve beside WeightAveraging, which validates and saves an average of the "
+                "weights: the budget is no convex set, so the average of weights within it can exceed it. Remove one "
+                "of the two, or project the averaged model after training with lightning_lip.project."
+            )
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # on_fit_start.
+        projector = LipschitzProjector(pl_module, self.target, **self._arguments)
+        if trainer.world_size > 1 and projector.bound_kind == "bound":
+            _refuse_statistics_of_one_rank(pl_module)
+        if self._loaded is not None:
+            projector.load_state_dict(self._loaded)
+        elif self._projector is not None and self._model is pl_module:
+            projector.load_state_dict(self._projector.state_dict())
+        else:
+            self._n_steps = 0  # another model tightens anew
+        self._projector, self._loaded, self._model = projector, None, pl_module
+        self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
+        self._release()
+        hook = _ExactBeforeSaving(self)
+        self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        self.project()
+
+    def project(self) -> Projection:
+        """Project exactly now; every rank must call it."""
+        self.projector.target = self.present_target
+        self._certified = self.projector.exact()
+        return self._certified
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not the Trainer's global step: it does not count optimisers that are stepped past Lightning, and counts steps
+        # that a gradient scaler skipped.
+        if optimizer_steps() != self._n_optimizer_steps:
+            self._n_optimizer_steps = optimizer_steps()
+            self._n_steps += 1
+            if self._n_steps % self.every_n_steps == 0:
+                if trainer.world_size > 1 and not self._sizes_are_shared:
+                    self._refuse_sizes_of_one_rank()
+                self.projector.target = self.present_target
+                self._last = self.projector.step()
+        if self._last is None or not (is_logging_step(trainer) or trainer.is_last_batch):
+            return
+        metrics = {f"{self.tag}/target": self.present_target, f"{self.tag}/distance": self._last.distance}
+        if not (has_callback(trainer, "LipschitzMonitor") or has_callback(trainer, "LipschitzPenalty")):
+            metrics[f"{self.tag}/{self.projector.bound_kind}"] = self._last.bound
+        if is_logging_step(trainer):
+            log_to_loggers(trainer, metrics)
+        pl_module.log_dict(metrics, logger=False)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is validated is what a checkpoint of this validation will hold. The sanity check comes before training.
+        if self._before_saving is not None and not trainer.sanity_checking:
+            self.project()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.project()
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # After on_train_end, where StochasticWeightAveraging puts its average into the module.
+        self.project()
+        self._release()
+
+    def _release(self) -> None:
+        """Take the hook off the module."""
+        if self._before_saving is not None:
+            self._before_saving.remove()
+        self._before_saving = None
+
+    def _refuse_sizes_of_one_rank(self) -> None:
+        """Check once that every rank recorded the same input sizes of convolutions.
+
+        Raises:
+            RuntimeError: If they differ; the ranks' weights would drift apart.
+        """
+        self._sizes_are_shared = True
+        sizes = {op.name: op.domain_shape for op in self.projector.operators if isinstance(op, RecordedConvolution)}
+        if not sizes:
+            return
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, sizes)
+        if any(other != gathered[0] for other in gathered):
+            raise RuntimeError(
+                f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
+                "pass example_input= to choose one."
+            )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "n_steps": self._n_steps,
+            "projector": self._loaded if self._projector is None else self._projector.state_dict(),
+        }
+        if self._certified is not None:
+            # Lightning asks for the module's state first, which projects.
+            state["target"] = self.present_target
+            state["certified_bound"] = self._certified.bound
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Kept until training starts: the layers are not selected yet.
+        self._n_steps = state_dict["n_steps"]
+        self._loaded = state_dict["projector"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model behind: a copy selects the layers of its own run, and takes the blocks over."""
+        kept = {"_loaded": self.state_dict()["projector"], "_projector": None, "_model": None}
+        return own_state(self) | kept | {"_before_saving": None}
+
+
+class _ExactBeforeSaving:
+    """A pre-hook of ``state_dict``: only this sees checkpoints of every kind, weights-only ones too.
+
+    A copy of the module gets a hook that does nothing: the copy is no module in training.
+    """
+
+    def __init__(self, constraint: LipschitzConstraint | None) -> None:
+        self._constraint = constraint
+
+    def __call__(self, *_: Any) -> None:
+        if self._constraint is not None:
+            self._constraint.project()
+
+    def __reduce__(self) -> tuple[type, tuple[None]]:
+        return _ExactBeforeSaving, (None,)
+
+
+def _refuse_statistics_of_one_rank(pl_module: nn.Module) -> None:
+    """Refuse a bound that reads running statistics which each rank forms of its own batches.
+
+    Raises:
+        RuntimeError: If there are such; the ranks' weights would drift apart.
+    """
+    own = [
+        name
+        for name, module in pl_module.named_modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm)
+    ]
+    if own:
+        raise RuntimeError(
+            f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: their "
+            "weights would drift apart. Use Trainer(sync_batchnorm=True), or the product of the layers, without an "
+            "example input."
+        )

@@ -1,0 +1,555 @@
+"""LipschitzProjector: weights kept inside a Lipschitz budget, without a framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_lip.bound_program import log_up
+from lightning_lip.certificates import _exp_up, _log_bound_up
+from lightning_lip.clipping import FloatArray
+from lightning_lip.graph_operators import certified_norm
+from lightning_lip.kernels.reference import without_autocast
+from lightning_lip.operators import LinearOperator, UnsupportedLayerError
+from lightning_lip.projected_layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
+from lightning_lip.projection import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
+from lightning_lip.recorded import RecordedConvolution
+from lightning_lip.regularizer import _trace
+from lightning_lip.rounding import sum_up
+from lightning_lip.selection import Selection, find_operators
+from lightning_lip.spectra import Metric
+from lightning_lip.spectral_norms import SpectralNorms
+
+Method = Literal["joint", "log_clip", "per_layer", "scaling"]
+"""How the budget is spent among the layers; see :class:`LipschitzProjector`."""
+
+STEP_MARGIN = 1e-4
+"""A step aims this far (relative) below the target, for what the estimated norms miss."""
+
+REACHED = 1e-6
+"""A step leaves weights alone that lie no further than this (relative) above its aim: their rounding."""
+
+CERTIFICATE_SLACK = 1e-10
+"""How far (relative) a matrix's certificate lies above its norm, at most, for matrices of moderate size."""
+
+LARGEST_SHIFT = 1000.0
+"""Beyond the range of fp64: a norm lowered by e^-1000 is zero."""
+
+N_ATTEMPTS = 20
+"""Attempts of the exact projection, each with a wider margin for the rounding of weights and certificates."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a projection did.
+
+    Attributes:
+        changed: Whether any weight was changed.
+        certified: Whether `log_bound` is a certificate; otherwise it is made of estimates.
+        log_bound: The logarithm of the product, or of the network's bound, afterwards: a *certified upper bound* of
+            the exact projection, an *estimate* of a step.
+        norms: The operators' norms behind it, by layer name; certified or estimated as well.
+        distance: How far the weights moved, in the metric: ``sqrt(sum_l w_l |dW_l|_F^2)`` with
+            ``w_l = 1 / sigma_l^2`` (relative) or 1 (euclidean).
+        nearest: Whether it was the nearest point of the set, up to what the margins take; False says only that this
+            is not proven.
+    """
+
+    changed: bool
+    certified: bool
+    log_bound: float
+    norms: Mapping[str, float]
+    distance: float
+    nearest: bool
+
+    @property
+    def bound(self) -> float:
+        """The exponential of `log_bound`, rounded up; inf where it overflows."""
+        return _exp_up(self.log_bound)
+
+
+class LipschitzProjector:
+    """Keeps the product of the layers' spectral norms, or the bound of the whole network, at or below a target M.
+
+    The set of all weights with ``prod_l ||W_l||^k_l <= M`` is the constraint of N. Couellan, "The coupling effect of
+    Lipschitz regularization in deep neural networks" (2021), onto which projecting is called difficult there.
+
+    - :meth:`exact` works on full singular value decompositions in fp64 and ends with a *certified upper bound* at or
+      below M, for the weights as they are stored.
+    - :meth:`step` works on persistent blocks of leading singular vectors and is meant for every optimiser step. Its
+      norms are *estimates (from below)*: it aims at M (1 - 1e-4), and no certificate follows.
+
+    A weight that is the operator's matrix (``nn.Linear``) has its largest singular values clipped. Other weights are
+    *scaled*, all their singular values alike, since clipping those of a convolution leaves the set of kernels:
+    convolutions, learned scales and normalisations, matrices that the forward pass computes from one parameter, and
+    for a layer fused with the batch normalisation behind it gamma. Frozen layers and, with a traced bound, unselected
+    ones count and stay. Running statistics of batch normalisation move in training, so with them the bound holds at
+    an exact projection and until the next batch.
+
+    A frozen layer's weight is never written. Optimisers keep their state: momentum is not projected.
+
+    Args:
+        model: The model. Its weights are written in place.
+        target: M, positive. May be changed later: :attr:`target`.
+        method: ``"joint"`` is the nearest point of the whole set (proven where P <= 2M, otherwise the non-collapsing
+            projection: see :func:`~lightning_lip.projection.joint_caps`); ``"log_clip"`` clips each layer at the same
+            fraction of its norm; ``"per_layer"`` clips each at the same norm; ``"scaling"`` multiplies each by the
+            same factor.
+        metric: Of ``"joint"``: ``"relative"`` (``w_l = 1 / sigma_l^2``) or ``"euclidean"``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer, r, to start with; a block grows when more than r - 2 are clipped.
+        n_iterations: Iterations of the blocks a step.
+        example_input: An input of the model, whose graph is traced: the bound is then the whole network's. None takes
+            a LightningModule's ``example_input_array``; without either it is the product over the selected layers,
+            which bounds the network only if it is the chain of these layers and activations of constant 1.
+        exact_every_n_steps: Make every n-th step an exact one; 0 leaves that to the caller.
+        seed: Seed of the private generator of the blocks, the same on every rank.
+
+    Raises:
+        ValueError: If an argument is out of range or a selection matches nothing.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or a selected trainable weight cannot
+            be written (it is parametrised, say).
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import LipschitzProjector
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> projector = LipschitzProjector(model, target=0.1)
+        >>> projector.exact().bound <= 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float,
+        *,
+        method: Method = "joint",
+        metric: Metric = "relative",
+        layers: Selection | None = None,
+        exclude: Selection | None = None,
+        block_size: int = 16,
+        n_iterations: int = 1,
+        example_input: Any = None,
+        exact_every_n_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        check_method(method, metric)
+        for argument, value, least in (
+            ("block_size", block_size, 1),
+            ("n_iterations", n_iterations, 1),
+            ("exact_every_n_steps", exact_every_n_steps, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+        self._target = check_target(target)
+        self._method, self._metric = method, metric
+        self._n_iterations = n_iterations
+        self._exact_every_n_steps = exact_every_n_steps
+        self._network, self._selected = _trace(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = (
+            find_operators(model, layers, exclude) if self._network is None else self._network.operators
+        )
+        self._layers, self._reasons = projected_layers(
+            self.operators, self._selected, clip=method != "scaling", block_size=block_size, seed=seed
+        )
+        self._clipped = [layer for layer in self._layers if isinstance(layer, ClippedLayer)]
+        clipped = {layer.operators[0] for layer in self._clipped}
+        self._others = [i for i in range(len(self.operators)) if i not in clipped]
+        self._other_norms = SpectralNorms(
+            [self.operators[i] for i in self._others], n_iterations=n_iterations, seed=seed
+        )
+        # How far the certified norm of an operator that is no matrix lies above its estimate, in logarithms.
+        self._slack = dict.fromkeys(self._others, 0.0)
+        self._n_steps = 0
+        self._movable()
+
+    @property
+    def target(self) -> float:
+        """M."""
+        return self._target
+
+    @target.setter
+    def target(self, target: float) -> None:
+        self._target = check_target(target)
+
+    @property
+    def bound_kind(self) -> str:
+        """What is held: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        return "product" if self._network is None else "bound"
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def step(self) -> Projection:
+        """Project after a step of training, by *estimated* norms; weights within the target stay bit for bit.
+
+        Each call iterates the blocks. Where the estimate exceeds twice the target, the singular values are exact.
+
+        Raises:
+            ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
+            UnsupportedLayerError: If a layer that was unfrozen cannot be written.
+            RuntimeError: If the input size of a convolution is not known yet.
+        """
+        self._n_steps += 1
+        if self._exact_every_n_steps and self._n_steps % self._exact_every_n_steps == 0:
+            return self.exact()
+        triplets = {layer: layer.ritz(self._n_iterations) for layer in self._clipped}
+        log_norms = self._estimated_log_norms(triplets)
+        log_bound = self._log_bound(log_norms)
+        aim = math.log(self._target) - STEP_MARGIN
+        if log_bound <= aim + REACHED:
+            return self._result(None, log_norms, log_bound, certified=False)
+        movable = self._movable()
+        if log_bound - aim > math.log(2):
+            triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
+            for clipped, found in triplets.items():
+                clipped.keep(found)
+        problem = self._problem(movable, triplets, log_norms)
+        caps = problem.caps(aim)
+        while small := [
+            layer
+            for layer, cap in zip(problem.layers, caps.caps, strict=True)
+            if isinstance(layer, ClippedLayer) and layer.needs_more(triplets[layer], cap)
+        ]:
+            triplets |= {layer: layer.grown() for layer in small}
+            problem = self._problem(movable, triplets, log_norms)
+            caps = problem.caps(aim)
+        for layer, cap in zip(problem.layers, caps.caps.tolist(), strict=True):
+            if isinstance(layer, ClippedLayer):
+                layer.clip_(triplets[layer], cap)
+            else:
+                layer.scale_(layer.original(), cap / problem.norm(layer))
+        log_norms = problem.log_norms(np.log(caps.caps))
+        return self._result(caps, log_norms, self._log_bound(log_norms), certified=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def exact(self) -> Projection:
+        """Project by full singular value decompositions, so that the *certified upper bound* is at most the target.
+
+        The certificates are those of :func:`~lightning_lip.certificates.certify` for the weights as they are stored,
+        rounded to their dtype. Weights whose bound is certified already stay bit for bit.
+
+        Raises:
+            ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
+            UnsupportedLayerError: If a layer that was unfrozen cannot be written.
+            RuntimeError: If the rounding of the weights' dtype keeps them above the target.
+        """
+        self._measure_slack()
+        norms = self._certified_norms()
+        log_bound = self._certified_log_bound(norms)
+        # Rounded down, for the roundings of this logarithm and of the bound's exponential.
+        log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf) - 2.0**-50
+        if log_bound <= log_target:
+            return self._result(None, _logs(norms), log_bound, certified=True)
+        movable = self._movable()
+        triplets = {layer: layer.svd() for layer in movable if isinstance(layer, ClippedLayer)}
+        originals = {layer: layer.original() for layer in movable if not isinstance(layer, ClippedLayer)}
+        problem = self._problem(movable, triplets, _logs(norms))
+        eps = max((torch.finfo(layer.parameter.dtype).eps for layer in movable), default=0.0)
+        margin = CERTIFICATE_SLACK + eps / 8 * sum(op.multiplicity for op in self.operators)
+        for _ in range(N_ATTEMPTS):
+            caps = problem.caps(log_target - margin)
+            for layer, cap in zip(problem.layers, caps.caps.tolist(), strict=True):
+                if isinstance(layer, ClippedLayer):
+                    layer.clip_(triplets[layer], cap)
+                else:
+                    layer.scale_(originals[layer], cap / problem.norm(layer))
+            norms = self._certified_norms()
+            log_bound = self._certified_log_bound(norms)
+            if log_bound <= log_target:
+                for layer, found in triplets.items():
+                    layer.keep(found)
+                return self._result(caps, _logs(norms), log_bound, certified=True)
+            margin += margin + log_bound - log_target
+        raise RuntimeError(
+            f"The certified {self.bound_kind} stays at {_exp_up(log_bound):.6g}, above the target "
+            f"{self._target:.6g}, after {N_ATTEMPTS} attempts: the weights' dtype rounds too coarsely."
+        )
+
+    def _movable(self) -> list[ProjectedLayer]:
+        """Return the layers that may be written now.
+
+        Raises:
+            UnsupportedLayerError: If a selected layer is trainable but cannot be written.
+        """
+        refused = {
+            op.name: reason
+            for op, reason in ((self.operators[i], reason) for i, reason in self._reasons.items())
+            if any(p.requires_grad and (self._selected is None or id(p) in self._selected) for p in op.parameters)
+        }
+        if refused:
+            raise UnsupportedLayerError(
+                "These selected layers cannot be projected:\n  - "
+                + "\n  - ".join(f"{name}: {reason}" for name, reason in refused.items())
+                # A layer fused with the normalisation behind it has both names.
+                + f"\nLeave them out with exclude={'+'.join(refused).split('+')!r}, or freeze them."
+            )
+        return [layer for layer in self._layers if layer.parameter.requires_grad]
+
+    def _problem(
+        self, movable: Sequence[ProjectedLayer], triplets: Mapping[ClippedLayer, Triplets], log_norms: FloatArray
+    ) -> _Problem:
+        log_norms = log_norms.copy()
+        spectra, frobenius = [], []
+        layers = []
+        for layer in movable:
+            first = layer.operators[0]
+            if isinstance(layer, ClippedLayer):
+                spectrum = triplets[layer].sigma.double().cpu().numpy()
+                log_norms[first] = _logs(spectrum[:1])[0]
+                weight_norm = None
+            else:
+                spectrum = np.exp(log_norms[first : first + 1])
+                weight_norm = float(torch.linalg.vector_norm(self.operators[first].weight().detach().double()))
+            if spectrum[0] > 0:  # a zero layer stays
+                layers.append(layer)
+                spectra.append(spectrum)
+                frobenius.append(weight_norm)
+        return _Problem(self, layers, spectra, frobenius, log_norms)
+
+    def _estimated_log_norms(self, triplets: Mapping[ClippedLayer, Triplets]) -> FloatArray:
+        """Return the operators' estimated log norms, shape (L,)."""
+        log_norms = np.empty(len(self.operators))
+        for layer, found in triplets.items():
+            log_norms[layer.operators[0]] = _logs([float(found.sigma[0])])[0]
+        if self._others:
+            estimates = _logs(self._other_norms.step().sigma.tolist())
+            log_norms[self._others] = estimates + [self._slack[i] for i in self._others]
+        return self._checked(log_norms)
+
+    def _checked(self, log_norms: FloatArray) -> FloatArray:
+        bad = [op.name for op, log in zip(self.operators, log_norms, strict=True) if not log < math.inf]
+        if bad:
+            raise ValueError(f"The weights of {bad} hold NaN or an infinity: there is nothing to project.")
+        return log_norms
+
+    def _measure_slack(self) -> None:
+        """Note how far the certificates of operators that are no matrices lie above their estimates."""
+        others = [self.operators[i] for i in self._others]
+        if not others or any(isinstance(op, RecordedConvolution) and op.spatial is None for op in others):
+            return
+        estimates = _logs(self._other_norms.current().sigma.tolist())
+        for index, op, estimate in zip(self._others, others, estimates, strict=True):
+            slack = _logs([self._certified_norm(op)])[0] - estimate
+            self._slack[index] = float(slack) if math.isfinite(slack) else 0.0
+
+    def _certified_norm(self, op: LinearOperator) -> float:
+        try:
+            return certified_norm(op)
+        except ValueError as error:
+            raise ValueError(f"Layer {op.name!r}: {error}") from None
+
+    def _certified_norms(self) -> list[float]:
+        return [self._certified_norm(op) for op in self.operators]
+
+    def _certified_log_bound(self, norms: Sequence[float]) -> float:
+        if self._network is not None:
+            return _log_bound_up(self._network, norms)[0]
+        logs = [log_up(norm) for norm, op in zip(norms, self.operators, strict=True) for _ in range(op.multiplicity)]
+        return -math.inf if -math.inf in logs else sum_up(logs)
+
+    def _log_bound(self, log_norms: FloatArray) -> float:
+        if self._network is None:
+            return float(log_norms @ [op.multiplicity for op in self.operators])
+        return float(self._network.log_bound(torch.from_numpy(log_norms)))
+
+    def _result(self, caps: Caps | None, log_norms: FloatArray, log_bound: float, *, certified: bool) -> Projection:
+        norms = dict(zip((op.name for op in self.operators), np.exp(log_norms).tolist(), strict=True))
+        if caps is None:
+            return Projection(False, certified, log_bound, norms, 0.0, True)
+        nearest = caps.exact and self._method == "joint"
+        return Projection(True, certified, log_bound, norms, math.sqrt(caps.squared_distance), nearest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return blocks and counters, as plain tensors and numbers: loadable with ``weights_only=True``."""
+        blocks = {layer.name: layer.block.clone() for layer in self._clipped if layer.block is not None}
+        slack = {self.operators[i].name: slack for i, slack in self._slack.items()}
+        return {"n_steps": self._n_steps, "blocks": blocks, "others": self._other_norms.state_dict(), "slack": slack}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; the block of a layer that does not fit starts afresh."""
+        self._n_steps = state["n_steps"]
+        for layer in self._clipped:
+            layer.load(state["blocks"].get(layer.name))
+        self._other_norms.load_state_dict(state["others"])
+        self._slack = {i: state["slack"].get(self.operators[i].name, 0.0) for i in self._others}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to copy what belongs to one model.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "A LipschitzProjector cannot be copied or pickled: construct one for the copied model, and carry the "
+            "blocks over with state_dict() and load_state_dict()."
+        )
+
+
+class _Problem:
+    """Which norms can move, G of the L, and the bound as a function of their logarithms.
+
+    Args:
+        projector: The projector.
+        layers: The G layers.
+        spectra: Their singular values, or norm where they are scaled.
+        frobenius: None where they are clipped.
+        log_norms: Of all operators, shape (L,).
+    """
+
+    def __init__(
+        self,
+        projector: LipschitzProjector,
+        layers: Sequence[ProjectedLayer],
+        spectra: Sequence[FloatArray],
+        frobenius: Sequence[float | None],
+        log_norms: FloatArray,
+    ) -> None:
+        self.layers = list(layers)
+        self._projector = projector
+        self._spectra, self._frobenius = spectra, frobenius
+        # Operators of one parameter move together: log_norms = constant + position of the layer's first.
+        self._constant = log_norms.copy()
+        self._targets = [index for layer in layers for index in layer.operators]
+        self._sources = [position for position, layer in enumerate(layers) for _ in layer.operators]
+        first = [layers[position].operators[0] for position in self._sources]
+        self._constant[self._targets] -= log_norms[first]
+
+    def norm(self, layer: ProjectedLayer) -> float:
+        """Return the norm of a layer before the projection."""
+        return float(self._spectra[self.layers.index(layer)][0])
+
+    def log_norms(self, logs: FloatArray) -> FloatArray:
+        """Return the log norms of all operators, shape (L,), for those of the layers, shape (G,)."""
+        log_norms: FloatArray = self._constant.copy()
+        log_norms[self._targets] += logs[self._sources]
+        return log_norms
+
+    def caps(self, log_target: float) -> Caps:
+        """Return the layers' caps.
+
+        Raises:
+            ValueError: If no caps reach the target.
+        """
+        p = self._projector
+        if not self.layers:
+            bound = _exp_up(p._log_bound(self._constant))
+            raise ValueError(
+                f"The {p.bound_kind} is {bound:.6g}, above the target {p.target:.6g}, and no selected layer is "
+                f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
+            )
+        shared: dict[str, Any] = {"metric": p._metric, "frobenius": self._frobenius}
+        if p._network is not None:
+            return self._bound_caps(log_target, shared)
+        shared["multiplicities"] = [sum(p.operators[i].multiplicity for i in layer.operators) for layer in self.layers]
+        repeats = [op.multiplicity for op in p.operators]
+        log_target -= math.fsum(k * c for k, c in zip(repeats, self._constant, strict=True))
+        if p._method == "joint":
+            return joint_caps(self._spectra, log_target, **shared)
+        if p._method == "per_layer":
+            return per_layer_caps(self._spectra, log_target=log_target, **shared)
+        return log_clip_caps(self._spectra, log_target, **shared)
+
+    def _bound_caps(self, log_target: float, shared: dict[str, Any]) -> Caps:
+        method = self._projector._method
+        if method == "joint":
+            return bound_caps(self._spectra, self._log_bound, log_target, **shared)
+        logs = np.log([spectrum[0] for spectrum in self._spectra])
+        if method == "per_layer":
+            top = float(logs.max())
+            level = _smallest_shift(lambda shift: self._log_bound(np.minimum(logs, top - shift))[0], log_target)
+            return per_layer_caps(self._spectra, np.exp(np.minimum(logs, top - level)).tolist(), **shared)
+        shift = _smallest_shift(lambda shift: self._log_bound(logs - shift)[0], log_target)
+        return per_layer_caps(self._spectra, np.exp(logs - shift).tolist(), **shared)
+
+    def _log_bound(self, logs: FloatArray) -> tuple[float, FloatArray]:
+        """Return the logarithm of the network's bound and its gradient, shape (G,)."""
+        network = self._projector._network
+        assert network is not None
+        with torch.enable_grad():
+            log_norms = torch.from_numpy(self.log_norms(logs)).requires_grad_()
+            value = network.log_bound(log_norms)
+            slopes = (
+                torch.autograd.grad(value, log_norms)[0].numpy() if value.requires_grad else np.zeros(len(log_norms))
+            )
+        gradient = np.zeros(len(self.layers))
+        np.add.at(gradient, self._sources, slopes[self._targets])
+        return float(value.detach()), gradient
+
+
+def project(model: nn.Module, target: float, **arguments: Any) -> Projection:
+    """Project a model's weights once, exactly, onto the budget: its *certified upper bound* is then at most `target`.
+
+    Args:
+        model: The model. Its weights are written in place.
+        target: M, positive.
+        **arguments: Of :class:`LipschitzProjector`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import project
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> project(model, 0.1, example_input=torch.zeros(1, 4)).bound <= 0.1
+        True
+    """
+    return LipschitzProjector(model, target, **arguments).exact()
+
+
+def check_target(target: float, name: str = "target") -> float:
+    """Return a target as a float.
+
+    Raises:
+        ValueError: If it is not a positive finite number.
+    """
+    is_number = isinstance(target, Real) and not isinstance(target, bool)
+    if not (is_number and math.isfinite(target) and target > 0):
+        raise ValueError(f"Expected `{name}` to be a positive finite number, got {target!r}.")
+    return float(target)
+
+
+def check_method(method: str, metric: str) -> None:
+    """Check the choice of a projection.
+
+    Raises:
+        ValueError: If one of them is unknown.
+    """
+    for argument, value, known in (("method", method, get_args(Method)), ("metric", metric, get_args(Metric))):
+        if value not in known:
+            raise ValueError(f"Expected `{argument}` to be one of {known}, got {value!r}.")
+
+
+def _smallest_shift(log_bound: Callable[[float], float], log_target: float) -> float:
+    """Return the smallest shift >= 0, up to rounding, at which a nonincreasing function is at most the target.
+
+    Raises:
+        ValueError: If it is above the target at every shift.
+    """
+    high = 1.0
+    while log_bound(high) > log_target:
+        high *= 2
+        if high > LARGEST_SHIFT:
+            smallest = _exp_up(log_bound(high))
+            raise ValueError(
+                f"No weights of the selected layers reach the target: the smallest bound is {smallest:.6g}. "
+                "Raise the target, or select more layers."
+            )
+    low = 0.0
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (low, middle) if log_bound(middle) <= log_target else (middle, high)
+    return high
+
+
+def _logs(norms: Sequence[float] | FloatArray) -> FloatArray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(np.asarray(norms, dtype=np.float64))
