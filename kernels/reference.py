@@ -92,7 +92,8 @@ def ritz_rotation(gram: Tensor) -> Tensor:
     # eigh raises on NaN, and a training run whose weights went bad must see NaN in the log, not a LAPACK error.
     finite = gram.isfinite().all(-1).all(-1)[..., None, None]
     gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return torch.linalg.eigh(gram).eigenvectors.mT.flip(-2)
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.mT.flip(-2)
 
 
 def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:

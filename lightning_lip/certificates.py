@@ -169,7 +169,7 @@ def certify(
     refuse_sharded(
         model,
         "certify",
-        "Certify a checkpoint in one process: ModelParallelStrategy(save_distributed_checkpoint=False) writes whole ones.",
+        "Certify a checkpoint in one process, saved whole by ModelParallelStrategy(save_distributed_checkpoint=False).",
     )
     lower = None
     if data is not None:

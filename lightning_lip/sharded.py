@@ -1,4 +1,4 @@
-"""The block iteration on sharded weights (DTensors of FSDP2 and tensor parallelism), with one all_reduce for all layers.
+"""The block iteration on sharded weights (DTensors of FSDP2, tensor parallelism), with one all_reduce for all layers.
 
 It differs from :mod:`lightning_lip.kernels.reference` in where things live. Let ``A`` (q, p) be the weight, or its
 transpose, whose rows are dealt out to ranks, and ``V`` (r, p) a block of vectors, the same on every rank:
@@ -35,6 +35,10 @@ from lightning_lip.operators import UnsupportedLayerError, iterates_on_codomain
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor, Placement
+
+
+MAX_STACKED = 2**16
+"""Elements of a weight up to which those of one shape are iterated as one stack: that copies them, but calls less."""
 
 
 class _Layout(NamedTuple):
@@ -87,79 +91,90 @@ class ShardedIteration(ReferenceIteration):
     def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
         super().__init__(weights, vectors)
         self._layouts = [_layout(cast("DTensor", weight)) for weight in weights]
+        batches = defaultdict(list)
+        for index, (weight, block) in enumerate(zip(cast("Sequence[DTensor]", weights), vectors, strict=True)):
+            # Of the global shape, on which all ranks agree, whose flat tensors must be alike.
+            alike = weight.shape, weight.dtype, weight.placements, weight.device_mesh, block.shape
+            batches[alike, index if weight.numel() > MAX_STACKED else None].append(index)
+        self._batches = list(batches.values())
 
     @torch.no_grad()
     @without_autocast()
     def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
         """Advance the blocks as the reference does, with one all_reduce an iteration for each sharding mesh dimension.
 
-        Where both sides are sharded there is a second one. With ``n_iterations=0`` the blocks stay as they are, and
-        the r x r Gram matrices alone are summed.
+        Where both sides are sharded there is one more. With ``n_iterations=0`` the blocks stay as they are, and the
+        r x r Gram matrices alone are summed.
         """
-        matrices = self._matrices(weights)
-        for _ in range(n_iterations - 1):
-            self.vectors = self._iterate(matrices, advance=True).vectors
-        self._last = step = self._iterate(matrices, advance=n_iterations > 0)
-        self.vectors = step.vectors
+        batches = self._gather(weights)
+        for _ in range(max(n_iterations, 1)):
+            self._last = step = self._iterate(batches, advance=n_iterations > 0)
+            self.vectors = step.vectors
         return step
 
-    def _matrices(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return this rank's parts of ``A``, in the blocks' dtype."""
-        parts = [cast("DTensor", weight).to_local() for weight in weights]
-        return [
-            (part.mT if layout.transposed else part).to(block.dtype)
-            for part, layout, block in zip(parts, self._layouts, self.vectors, strict=True)
-        ]
+    def _gather(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's parts of ``A``, in the blocks' dtype: a tensor (K, rows here, columns here) a batch."""
+        gathered = []
+        for indices in self._batches:
+            parts = [cast("DTensor", weights[i]).to_local() for i in indices]
+            parts = [part.mT for part in parts] if self._layouts[indices[0]].transposed else parts
+            matrices = torch.stack(parts) if len(parts) > 1 else parts[0][None]
+            gathered.append(matrices.to(self.vectors[indices[0]].dtype))
+        return gathered
 
-    def _images(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Return this rank's columns of ``T``, shapes (r, rows of A here)."""
-        images = [
-            block[:, layout.columns] @ matrix.mT
-            for block, layout, matrix in zip(self.vectors, self._layouts, matrices, strict=True)
-        ]
-        return _summed(images, [layout.column_groups for layout in self._layouts])
+    def _blocks(self) -> list[Tensor]:
+        """Return the blocks, shape (K, r, p) a batch."""
+        return [torch.stack([self.vectors[i] for i in indices]) for indices in self._batches]
+
+    def _images(self, matrices: Sequence[Tensor], blocks: Sequence[Tensor]) -> list[Tensor]:
+        """Return this rank's columns of ``T``, shape (K, r, rows of A here) a batch."""
+        layouts = [self._layouts[indices[0]] for indices in self._batches]
+        images = [b[..., layout.columns] @ a.mT for b, layout, a in zip(blocks, layouts, matrices, strict=True)]
+        return _summed(images, [layout.column_groups for layout in layouts])
 
     def _iterate(self, matrices: Sequence[Tensor], advance: bool) -> PowerStep:
-        images = self._images(matrices)
+        blocks = self._blocks()
+        images = self._images(matrices, blocks)
+        layouts = [self._layouts[indices[0]] for indices in self._batches]
         parts = []
-        for t, matrix, layout, block in zip(images, matrices, self._layouts, self.vectors, strict=True):
+        for t, matrix, layout, old in zip(images, matrices, layouts, blocks, strict=True):
             scaled, scale = _scaled(t)
-            gram = _gram(scaled, scale, layout)
-            if not advance:
-                parts.append(gram)
-                continue
-            part = torch.zeros(len(block), len(block) + block.shape[1], dtype=torch.float64, device=block.device)
-            part[:, : len(block)] = gram
-            part[:, len(block) :][:, layout.columns] = (scaled @ matrix).double() * scale
+            part = _gram(scaled, scale, layout)
+            if advance:
+                rows = torch.zeros(old.shape, dtype=torch.float64, device=old.device)
+                rows[..., layout.columns] = (scaled @ matrix).double() * scale
+                part = torch.cat([part, rows], dim=-1)
             parts.append(part)
-        sums = _summed(parts, [layout.groups for layout in self._layouts])
+        sums = _summed(parts, [layout.groups for layout in layouts])
 
-        sigma, left, right, blocks = ([torch.empty(0)] * len(images) for _ in range(4))
-        by_shape = defaultdict(list)
-        for index, block in enumerate(self.vectors):
-            by_shape[block.shape, block.dtype].append(index)
-        for ((r, _), dtype), indices in by_shape.items():
-            old = torch.stack([self.vectors[i] for i in indices])
-            gram, rows = torch.stack([sums[i] for i in indices]).split([r, sums[indices[0]].shape[1] - r], dim=-1)
+        sigma, left, right, vectors = ([torch.empty(0)] * len(self.vectors) for _ in range(4))
+        for indices, layout, t, old, total in zip(self._batches, layouts, images, blocks, sums, strict=True):
+            r = old.shape[1]
+            gram = total[..., :r]
             rotation = ritz_rotation(gram)
             first = rotation[:, :1]
-            length = (first @ gram @ first.mT).clamp(min=0.0).sqrt()  # of the first rotated image; NaN stays NaN
+            length = (first @ gram @ first.mT).clamp(min=0.0).sqrt()  # of the first rotated image
             length_or_one = torch.where(length > 0, length, torch.ones_like(length))
+            u = (first.to(old.dtype) @ t) / length_or_one.to(old.dtype)
             if advance:
-                rows = rotation @ rows
+                # Divided before squares are taken and before the dtype is that of the blocks.
+                rows, scale = _scaled(rotation @ total[..., r:])
                 norm = torch.linalg.vector_norm(rows[:, :1], dim=-1, keepdim=True)
-                v = torch.where(norm > 0, (rows[:, :1] / norm).to(dtype), old[:, :1])
-                value = norm / length_or_one
-                rows, _ = _scaled(rows)
-                new = orthonormalise(rows.to(dtype), fallback=old)
+                v = torch.where(norm > 0, (rows[:, :1] / norm).to(old.dtype), old[:, :1])
+                value = norm * scale / length_or_one
+                new = orthonormalise(rows.to(old.dtype), fallback=old)
             else:
-                v, value, new = first.to(dtype) @ old, length, old
-            for position, i in enumerate(indices):
-                pair = (first[position, 0].to(dtype) @ images[i]) / length_or_one[position, 0].to(dtype), v[position, 0]
-                left[i], right[i] = reversed(pair) if self._layouts[i].transposed else pair
-                sigma[i], blocks[i] = value[position, 0, 0].to(dtype), new[position]
+                v, value, new = first.to(old.dtype) @ old, length, old
+            pair = (v, u) if layout.transposed else (u, v)
+            for to, of_batch in zip(
+                (sigma, left, right, vectors),
+                (value.to(old.dtype)[:, 0, 0], pair[0][:, 0], pair[1][:, 0], new),
+                strict=True,
+            ):
+                for index, of_layer in zip(indices, of_batch.unbind(), strict=True):
+                    to[index] = of_layer
         widest = max((s.dtype for s in sigma), key=lambda d: d.itemsize)
-        return PowerStep(torch.stack([s.to(widest) for s in sigma]), left, right, blocks)
+        return PowerStep(torch.stack([s.to(widest) for s in sigma]), left, right, vectors)
 
     @torch.no_grad()
     @without_autocast()
@@ -169,19 +184,21 @@ class ShardedIteration(ReferenceIteration):
         Returns:
             Shape (L,), fp64.
         """
-        matrices = self._matrices(weights)
+        matrices = self._gather(weights)
+        layouts = [self._layouts[indices[0]] for indices in self._batches]
         parts = []
-        for t, matrix, layout in zip(self._images(matrices), matrices, self._layouts, strict=True):
-            squares = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
-            parts.append(torch.cat([_gram(*_scaled(t), layout).flatten(), squares[None]]))
-        sums = _summed(parts, [layout.groups for layout in self._layouts])
-        uppers = []
-        for total, block in zip(sums, self.vectors, strict=True):
-            gram = total[:-1].view(len(block), len(block))
-            first = ritz_rotation(gram)[0]
-            rest = total[-1] - gram.trace()
-            uppers.append((first @ gram @ first + rest.clamp(min=0.0)).sqrt())
-        return torch.stack(uppers)
+        for t, matrix, layout in zip(self._images(matrices, self._blocks()), matrices, layouts, strict=True):
+            squares = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
+            parts.append(torch.cat([_gram(*_scaled(t), layout).flatten(1), squares[:, None]], dim=1))
+        sums = _summed(parts, [layout.groups for layout in layouts])
+        uppers = torch.empty(len(weights), dtype=torch.float64, device=sums[0].device)
+        for indices, total in zip(self._batches, sums, strict=True):
+            r = len(self.vectors[indices[0]])
+            gram, squares = total[:, :-1].reshape(-1, r, r), total[:, -1]
+            first = ritz_rotation(gram)[:, :1]
+            rest = squares - gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+            uppers[indices] = ((first @ gram @ first.mT)[:, 0, 0] + rest.clamp(min=0.0)).sqrt()
+        return uppers
 
     @torch.no_grad()
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -218,16 +235,19 @@ class ShardedIteration(ReferenceIteration):
 
 
 def _scaled(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a tensor divided by its largest magnitude, and that, shape (), fp64; one where it is empty or zero."""
+    """Return matrices (K, r, q) divided by their largest magnitudes, and those, shape (K, 1, 1), fp64.
+
+    A magnitude is one where a matrix is empty or zero.
+    """
     if images.numel() == 0:
-        return images, torch.ones((), dtype=torch.float64, device=images.device)
-    scale = images.abs().amax()
+        return images, torch.ones(len(images), 1, 1, dtype=torch.float64, device=images.device)
+    scale = images.abs().amax(dim=(-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return images / scale, scale.double()
 
 
 def _gram(scaled: Tensor, scale: Tensor, layout: _Layout) -> Tensor:
-    """Return this rank's part of ``G``, shape (r, r), fp64, from its images divided by `scale`."""
+    """Return this rank's part of ``G``, shape (K, r, r), fp64, from its images divided by `scale`."""
     return (scaled @ scaled.mT).double() * (scale.square() * layout.counts)
 
 
@@ -242,7 +262,7 @@ def _summed(parts: Sequence[Tensor], groups: Sequence[tuple[ProcessGroup, ...]])
         flat = torch.cat([parts[i].flatten() for i in indices])
         for group in over:
             torch.distributed.all_reduce(flat, group=group)
-        for i, part in zip(indices, flat.split([parts[i].numel() for i in indices]), strict=True):
+        for i, part in zip(indices, torch.split(flat, [parts[i].numel() for i in indices]), strict=True):
             summed[i] = part.view(parts[i].shape)
     return summed
 

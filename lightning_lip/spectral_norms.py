@@ -143,8 +143,7 @@ class SpectralNorms:
                 blocks.append(loaded.to(random))
                 continue
             if loaded is None and op.is_matrix:
-                other = self._loaded.pop(_key(op, weight, other_side=True), None)
-                if other is not None:
+                if self._loaded.pop(_key(op, weight, other_side=True), None) is not None:
                     warnings.warn(
                         f"The saved singular vectors of layer {op.name!r} are of its other side, which its weight's "
                         "sharding asked for then and does not now: its iteration starts afresh.",
