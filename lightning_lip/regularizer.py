@@ -20,7 +20,7 @@ from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.selection import Selected, Selection, find_operators, select
-from lightning_lip.sharded import refuse_sharded
+from lightning_lip.sharded import refuse_sharded, reshard
 from lightning_lip.spectral_norms import SpectralNorms
 
 
@@ -93,6 +93,7 @@ class LipschitzRegularizer:
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
+        reshard(model)
         self._network, self._penalised = _trace(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = (
             find_operators(model, layers, exclude) if self._network is None else self._network.operators

@@ -276,15 +276,29 @@ def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:
         instead: What to do.
 
     Raises:
-        UnsupportedLayerError: If a module holds a DTensor, or FSDP2 deals its weights out between calls.
+        UnsupportedLayerError: If a module holds a DTensor, or is one whose weights FSDP2 deals out between its calls.
     """
+    named = list(model.named_modules())
     sharded = [
-        name or "(the model itself)"
-        for name, module in model.named_modules()
-        if any(p is not None and is_sharded(p) for p in module._parameters.values())
-        or any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        name for name, module in named if any(p is not None and is_sharded(p) for p in module._parameters.values())
     ]
+    sharded = sharded or [name for name, module in named if _is_fsdp(module)]
     if sharded:
+        names = [name or "(the model itself)" for name in sharded]
         raise UnsupportedLayerError(
-            f"{what} needs whole weights, and those of {sharded} are sharded (FSDP2, tensor parallel). {instead}"
+            f"{what} needs whole weights, and those of {names} are sharded (FSDP2, tensor parallel). {instead}"
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that FSDP2 still holds after a forward pass without a backward pass, at no communication.
+
+    Such weights (the outermost module's, after a validation) are plain tensors that no optimiser knows.
+    """
+    for module in model.modules():
+        if _is_fsdp(module):
+            module.reshard()  # type: ignore[operator]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
