@@ -24,7 +24,8 @@ class SpectralNorms:
 
     The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
     plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
-    dtype in one call; other operators through their own ``apply`` and ``adjoint``.
+    dtype in one call, and sharded ones through :class:`~lightning_lip.sharded.ShardedIteration`, for which every rank
+    must make each call; other operators through their own ``apply`` and ``adjoint``.
 
     Args:
         operators: The L operators.
@@ -64,7 +65,7 @@ class SpectralNorms:
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
 
-        The vectors returned may be overwritten by the next call.
+        The vectors returned may be overwritten by the next call. That of a sharded side is this rank's part.
         """
         return self._evaluate(self.n_iterations)
 
@@ -220,7 +221,11 @@ class SpectralNorms:
         return torch.stack(uppers)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n))."""
+        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n)).
+
+        The block of a sharded matrix lives on the side that is not sharded; where that is not the side of a whole one,
+        ``" (other side)"`` is added to the name. No communication.
+        """
         if not self._served:
             return dict(self._loaded)
         vectors = {
@@ -234,7 +239,7 @@ class SpectralNorms:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take blocks that :meth:`state_dict` returned; they are fitted to the layers at the next use.
 
-        A layer without a saved block, or with one of another shape (a warning says so), starts afresh.
+        A layer without a saved block, or with one of another shape or side (a warning says so), starts afresh.
         """
         self._groups, self._others, self._served = [], [], []
         self._loaded = dict(state)

@@ -20,7 +20,7 @@ from lightning_lip.bound import NetworkBound
 from lightning_lip.certificates import certify
 from lightning_lip.operators import UnsupportedLayerError
 
-SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (300, 260)]
+SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (260, 256)]
 """(m, n): over two ranks and more, shards are uneven and empty; two share a stack; the last is iterated by itself."""
 
 
@@ -92,10 +92,10 @@ def check_shards(mesh, placements, n_calls, cases=CASES):
     for dtype, magnitude, tolerance in cases:
         plain = matrices(magnitude, dtype)
         model = sharded_copy(plain, mesh, placements)
-        regularizer = LipschitzRegularizer(model, 1.0, penalty="layer_sum", n_iterations=60)
+        # The 15 iterations at the start and one more leave 1e-24 of the ninth vector, 0.8^(2 * 8 * 16).
+        regularizer = LipschitzRegularizer(model, 1.0, penalty="layer_sum")
         regularizer.add_grad_()
         model.zero_grad()
-        regularizer._norms.n_iterations = 1
         with Count() as count:
             value = regularizer.add_grad_()
         assert count.calls == n_calls, (placements, count.calls)
@@ -152,7 +152,7 @@ def check_saved_sides(mesh):
 
     plain = matrices()
     regularizers = {
-        name: LipschitzRegularizer(model, 1.0, penalty="layer_sum", n_iterations=3)
+        name: LipschitzRegularizer(model, 1.0, penalty="layer_sum")
         for name, model in (
             ("whole", plain),
             ("rows", sharded_copy(plain, mesh, [Shard(0)])),
