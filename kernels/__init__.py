@@ -16,7 +16,14 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
+from lightning_lip.kernels.reference import (
+    PENALTY_CODES,
+    PowerStep,
+    ReferenceIteration,
+    is_sharded,
+    penalty_slope,
+    power_step,
+)
 
 __all__ = [
     "PENALTY_CODES",
@@ -80,6 +87,8 @@ def _why_not(backend: str, weight: Tensor, block_size: int) -> str | None:
     """Return why a backend cannot serve a weight, in words, or None if it can."""
     if backend == "reference":
         return None
+    if is_sharded(weight):
+        return "it is a DTensor (FSDP2, tensor parallel)"
     reason: str | None = _implementation(backend).why_not(weight, block_size)  # type: ignore[attr-defined]
     return reason
 

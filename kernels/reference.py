@@ -56,6 +56,12 @@ class PowerStep(NamedTuple):
     vectors: list[Tensor]
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor (FSDP2, tensor parallel), replicated ones included."""
+    # By name: importing torch.distributed.tensor takes a second.
+    return type(tensor).__name__ == "DTensor"
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of vectors and sums for weights of `dtype`: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -75,11 +81,19 @@ def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
     scale = images.abs().amax(dim=(-2, -1), keepdim=True)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     scaled = images / scale
-    gram = scaled @ scaled.mT
+    return ritz_rotation(scaled @ scaled.mT), scale
+
+
+def ritz_rotation(gram: Tensor) -> Tensor:
+    """Return the eigenvectors of Gram matrices (..., r, r) as rows, the largest eigenvalue's first.
+
+    Where a matrix is not finite the rotation is the identity.
+    """
     # eigh raises on NaN, and a training run whose weights went bad must see NaN in the log, not a LAPACK error.
     finite = gram.isfinite().all(-1).all(-1)[..., None, None]
     gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return torch.linalg.eigh(gram).eigenvectors.mT.flip(-2), scale
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors.mT.flip(-2)
 
 
 def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.matrix_norms import certified_matrix_norm
 from lightning_lip.operators import LinearOperator, UnsupportedLayerError, operator_of
 from lightning_lip.rounding import UNIT_ROUNDOFF, multiply_up, sum_up, up
+from lightning_lip.sharded import refuse_sharded
 from lightning_lip.spectral_norms import SpectralNorms
 from lightning_lip.tracing import trace
 
@@ -154,6 +155,7 @@ def certify(
 
     Raises:
         ValueError: If `example_input` has no batch dimension, or `data` is empty or not finite.
+        UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         TypeError: If `data` is not of one of these forms.
 
     Example:
@@ -164,6 +166,11 @@ def certify(
         >>> result.certified, result.lower <= result.upper
         (True, True)
     """
+    refuse_sharded(
+        model,
+        "certify",
+        "Certify a checkpoint in one process, saved whole by ModelParallelStrategy(save_distributed_checkpoint=False).",
+    )
     lower = None
     if data is not None:
         lower = largest_jacobian_norm(model, data, example_input, max_inputs=max_inputs, dtype=jacobian_dtype)

@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from lightning_lip.kernels.reference import is_sharded
+
 
 class UnsupportedLayerError(ValueError):
     """A selected module has weights whose linear operator is not known."""
@@ -146,9 +148,9 @@ class MatrixOperator(LinearOperator):
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """The shorter side, twice."""
-        side = min(self.weight().shape)
-        return side, side
+        """The side of :func:`iterates_on_codomain`, and the shorter side."""
+        weight = self.weight()
+        return weight.shape[0 if iterates_on_codomain(weight) else 1], min(weight.shape)
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Map (r, n) to (r, m)."""
@@ -235,7 +237,13 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
     if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
         raise UnsupportedLayerError("it has a forward of its own, so it is not known to compute x W^T + b")
     if parametrize.is_parametrized(module, "weight"):
-        return ParametrizedMatrixOperator(name, module)
+        computed = ParametrizedMatrixOperator(name, module)
+        if any(is_sharded(p) for p in computed.parameters):
+            raise UnsupportedLayerError(
+                "its parametrised weight is computed from DTensors (FSDP2, tensor parallel): keep it whole with "
+                "fully_shard(..., ignored_params=...)"
+            )
+        return computed
     weight = check_weight(module)
     if weight.dim() != 2 or weight.numel() == 0:
         raise UnsupportedLayerError(
@@ -248,7 +256,8 @@ def check_weight(module: nn.Module) -> nn.Parameter:
     """Return a layer's own weight, if it is a tensor that can be worked with.
 
     Raises:
-        UnsupportedLayerError: If it is computed by a hook, lazy, on the meta device, sharded, sparse or not floating.
+        UnsupportedLayerError: If it is computed by a hook, lazy, on the meta device, sparse or not floating; or
+            sharded and no matrix.
     """
     weight = module._parameters.get("weight")
     if weight is None:
@@ -260,15 +269,49 @@ def check_weight(module: nn.Module) -> nn.Parameter:
         raise UnsupportedLayerError("its lazy weight has no shape yet: run one forward pass first")
     if weight.is_meta:
         raise UnsupportedLayerError("its weight is on the meta device: materialise the model first")
+    if is_sharded(weight):
+        _check_sharding(weight)
     kind = type(weight.data).__name__
-    if kind == "DTensor":
-        raise UnsupportedLayerError("its weight is a DTensor (FSDP2, tensor parallel), which is not supported")
-    is_plain = type(weight.data) is Tensor and weight.layout == torch.strided
+    is_plain = (type(weight.data) is Tensor or is_sharded(weight)) and weight.layout == torch.strided
     if not is_plain or not weight.is_floating_point() or weight.element_size() < 2:
         raise UnsupportedLayerError(
             f"its weight is a {kind} of {weight.dtype}, {weight.layout}, not a dense fp64, fp32, fp16 or bf16 tensor"
         )
     return weight
+
+
+def _check_sharding(weight: Tensor) -> None:
+    """Refuse the DTensors whose singular vectors cannot be had from the shards and one whole side.
+
+    Raises:
+        UnsupportedLayerError: Saying what to do instead.
+    """
+    if weight.dim() != 2:
+        raise UnsupportedLayerError(
+            f"its weight of shape {tuple(weight.shape)} is a DTensor (FSDP2, tensor parallel), which is supported for "
+            "linear layers only: keep it whole with fully_shard(..., ignored_params=...)"
+        )
+    placements = weight.placements  # type: ignore[attr-defined]
+    if any(placement.is_partial() for placement in placements):
+        raise UnsupportedLayerError(
+            f"its weight is a DTensor placed {placements}, a sum that is still due: redistribute it first"
+        )
+    sharded = [placement for placement in placements if not placement.is_replicate()]
+    columns = [placement for placement in sharded if placement.dim == 1]
+    if len(columns) < len(sharded) and [type(p).__name__ for p in columns] not in ([], ["Shard"]):
+        raise UnsupportedLayerError(
+            f"its weight is a DTensor placed {placements}: of two sharded sides, the second may be so along one mesh "
+            "dimension only. Shard it along one side"
+        )
+
+
+def iterates_on_codomain(weight: Tensor) -> bool:
+    """Whether the singular vectors that an iteration keeps of a matrix (m, n) are left ones.
+
+    They live on the shorter side; of a weight that is sharded along one side, on the other; along both, on the domain.
+    """
+    sharded = {placement.dim for placement in getattr(weight, "placements", ()) if not placement.is_replicate()}
+    return sharded == {1} if sharded else weight.shape[0] < weight.shape[1]
 
 
 def _refuse(reason: str) -> Callable[[nn.Module, str], LinearOperator]:

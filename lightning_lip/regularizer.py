@@ -20,6 +20,7 @@ from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.selection import Selected, Selection, find_operators, select
+from lightning_lip.sharded import refuse_sharded, reshard
 from lightning_lip.spectral_norms import SpectralNorms
 
 
@@ -32,6 +33,9 @@ class LipschitzRegularizer:
     layers: a regulariser, and not a bound on the network, whose activations, other layers and branches it does not
     know. With one, S is the log of the bound over the network's traced graph: activations, residuals, pools and
     unselected layers count, and the selected layers get the gradient. Convolutions act at their true input size.
+
+    Linear layers may be sharded (DTensors of FSDP2 and tensor parallelism): then every rank must make each call, those
+    that only read included, because spectral norms are sums over ranks.
 
     Args:
         model: The model. It is not changed, but for a forward pre-hook on each convolution whose input size is still
@@ -89,6 +93,7 @@ class LipschitzRegularizer:
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
+        reshard(model)
         self._network, self._penalised = _trace(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = (
             find_operators(model, layers, exclude) if self._network is None else self._network.operators
@@ -101,6 +106,7 @@ class LipschitzRegularizer:
         direct = self._network is None and all(op.direct_parameter is not None for op in self.operators)
         self._slots = [op.module._parameters for op in self.operators] if direct else None
         self._addresses: list[int] = []
+        self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
 
@@ -112,7 +118,14 @@ class LipschitzRegularizer:
         the weights: several micro-batches of an accumulated gradient share one iteration. The gradient takes the
         singular vectors as constants, which is exact for the exact vectors. What changes weights through ``.data`` is
         not seen; :meth:`iterate` then advances the vectors.
+
+        Raises:
+            UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         """
+        if not self._is_whole:
+            instead = "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards."
+            refuse_sharded(self._model, "LipschitzRegularizer.value(), and LipschitzMixin with it,", instead)
+            self._is_whole = True
         version = self._version()
         step = self._step if version == self._step_version else None
         if step is None and torch.is_grad_enabled() and self._model.training:
@@ -166,9 +179,10 @@ class LipschitzRegularizer:
 
         This is the hot path: at four small layers every microsecond of Python shows.
         """
-        if [w.data_ptr() for w in weights] != self._addresses:
+        addresses = [w.data_ptr() for w in weights]
+        if addresses != self._addresses or 0 in addresses:  # a sharded weight has no address of its own
             self._norms.prepare()
-            self._addresses = [w.data_ptr() for w in weights]
+            self._addresses = addresses
         iteration = self._norms.whole()
         if iteration is None:
             return self._add_grad_in_parts_(scale, n_iterations > 0, allowed)

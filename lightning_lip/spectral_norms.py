@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_lip import kernels
-from lightning_lip.kernels.reference import compute_dtype, iterate, without_autocast
-from lightning_lip.operators import LinearOperator
+from lightning_lip.kernels.reference import compute_dtype, is_sharded, iterate, without_autocast
+from lightning_lip.operators import LinearOperator, iterates_on_codomain
+from lightning_lip.sharded import ShardedIteration
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -23,7 +24,8 @@ class SpectralNorms:
 
     The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
     plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
-    dtype in one call; other operators through their own ``apply`` and ``adjoint``.
+    dtype in one call, and sharded ones through :class:`~lightning_lip.sharded.ShardedIteration`, for which every rank
+    must make each call; other operators through their own ``apply`` and ``adjoint``.
 
     Args:
         operators: The L operators.
@@ -56,13 +58,14 @@ class SpectralNorms:
         self.backend = backend
         self._groups: list[tuple[list[int], kernels.Iteration]] = []
         self._others: list[tuple[int, _OperatorIteration]] = []
-        self._served: list[tuple[torch.device, torch.dtype, torch.Size]] = []
+        self._served: list[tuple[torch.device, torch.dtype, torch.Size, Any]] = []
         self._loaded: dict[str, Tensor] = {}
+        self._keys: list[str] = []
 
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
 
-        The vectors returned may be overwritten by the next call.
+        The vectors returned may be overwritten by the next call. That of a sharded side is this rank's part.
         """
         return self._evaluate(self.n_iterations)
 
@@ -93,10 +96,11 @@ class SpectralNorms:
     def prepare(self) -> list[Tensor]:
         """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
         weights = self._weights()
-        served = [(w.device, w.dtype, w.shape) for w in weights]
+        served = [(w.device, w.dtype, w.shape, getattr(w, "placements", None)) for w in weights]
         if served != self._served:
-            if self._served:  # the model was moved or cast
+            if self._served:  # the model was moved, cast or sharded
                 self._loaded = self.state_dict()
+            self._keys = [_key(op, weight) for op, weight in zip(self.operators, weights, strict=True)]
             self._start(weights)
             self._served = served
         return weights
@@ -121,7 +125,8 @@ class SpectralNorms:
         return kernels.PowerStep(torch.stack([s.to(sigma[0].device, dtype) for s in sigma]), left, right, vectors)
 
     def _weights(self) -> list[Tensor]:
-        return [op.weight().detach() for op in self.operators]
+        # No `detach` of a DTensor, which costs more than the rest: nothing here records gradients.
+        return [w if is_sharded(w) else w.detach() for w in (op.weight() for op in self.operators)]
 
     def _start(self, weights: Sequence[Tensor]) -> None:
         """Draw random blocks, or take the loaded ones, and iterate the random ones 15 times."""
@@ -134,11 +139,18 @@ class SpectralNorms:
             random = torch.randn(
                 min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
             ).to(weight.device, compute_dtype(weight.dtype))
-            loaded = self._loaded.pop(op.name, None)
+            loaded = self._loaded.pop(self._keys[index], None)
             if loaded is not None and loaded.shape == random.shape and loaded.isfinite().all():
                 blocks.append(loaded.to(random))
                 continue
-            if loaded is not None:
+            if loaded is None and op.is_matrix:
+                if self._loaded.pop(_key(op, weight, other_side=True), None) is not None:
+                    warnings.warn(
+                        f"The saved singular vectors of layer {op.name!r} are of its other side, which its weight's "
+                        "sharding asked for then and does not now: its iteration starts afresh.",
+                        stacklevel=2,
+                    )
+            elif loaded is not None:
                 warnings.warn(
                     f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
                     f"`block_size` ask for {tuple(random.shape)} and finite values: its iteration starts afresh.",
@@ -165,13 +177,16 @@ class SpectralNorms:
         self, weights: Sequence[Tensor], blocks: Sequence[Tensor], which: Sequence[int]
     ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, _OperatorIteration]]]:
         """Return the iterations of the operators `which`: the kernels' for matrices, one each for the others."""
-        matrices = [i for i in which if self.operators[i].is_matrix]
+        sharded = [i for i in which if self.operators[i].is_matrix and is_sharded(weights[i])]
+        matrices = [i for i in which if self.operators[i].is_matrix and not is_sharded(weights[i])]
         groups = kernels.iterations_for([weights[i] for i in matrices], [blocks[i] for i in matrices], self.backend)
+        groups = [([matrices[i] for i in indices], iteration) for indices, iteration in groups]
+        for i in sharded:  # a backend asked for by name that cannot serve is refused
+            kernels.choose_backend(weights[i], len(blocks[i]), self.backend)
+        if sharded:
+            groups.append((sharded, ShardedIteration([weights[i] for i in sharded], [blocks[i] for i in sharded])))
         others = [i for i in which if not self.operators[i].is_matrix]
-        return (
-            [([matrices[i] for i in indices], iteration) for indices, iteration in groups],
-            [(i, _OperatorIteration(self.operators[i], blocks[i])) for i in others],
-        )
+        return groups, [(i, _OperatorIteration(self.operators[i], blocks[i])) for i in others]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -184,8 +199,18 @@ class SpectralNorms:
         arithmetic: rounding is not accounted for, so it is no certificate. Infinite for operators that are no matrices.
         """
         step = self.current()
+        weights = self._weights()
+        of_sharded: dict[int, Tensor] = {}
+        for indices, iteration in self._groups:
+            if isinstance(iteration, ShardedIteration):
+                of_sharded = dict(zip(indices, iteration.upper([weights[i] for i in indices]), strict=True))
         uppers = []
-        for op, weight, block, sigma in zip(self.operators, self._weights(), step.vectors, step.sigma, strict=True):
+        for index, (op, weight, block, sigma) in enumerate(
+            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
+        ):
+            if index in of_sharded:
+                uppers.append(of_sharded[index].to(sigma))
+                continue
             if not op.is_matrix:
                 uppers.append(sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf))
                 continue
@@ -196,21 +221,25 @@ class SpectralNorms:
         return torch.stack(uppers)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n))."""
+        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n)).
+
+        The block of a sharded matrix lives on the side that is not sharded; where that is not the side of a whole one,
+        ``" (other side)"`` is added to the name. No communication.
+        """
         if not self._served:
             return dict(self._loaded)
         vectors = {
-            self.operators[index].name: block.clone()
+            index: block.clone()
             for indices, iteration in self._groups
             for index, block in zip(indices, iteration.vectors, strict=True)
         }
-        vectors |= {self.operators[index].name: other.vectors.clone() for index, other in self._others}
-        return {op.name: vectors[op.name] for op in self.operators}
+        vectors |= {index: other.vectors.clone() for index, other in self._others}
+        return {key: vectors[index] for index, key in enumerate(self._keys)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take blocks that :meth:`state_dict` returned; they are fitted to the layers at the next use.
 
-        A layer without a saved block, or with one of another shape (a warning says so), starts afresh.
+        A layer without a saved block, or with one of another shape or side (a warning says so), starts afresh.
         """
         self._groups, self._others, self._served = [], [], []
         self._loaded = dict(state)
@@ -218,6 +247,16 @@ class SpectralNorms:
     def __getstate__(self) -> dict[str, Any]:
         """Leave the compiled tables behind: they hold addresses of this process."""
         return self.__dict__ | {"_groups": [], "_others": [], "_served": [], "_loaded": self.state_dict()}
+
+
+def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
+    """Return the name that an operator's block is saved under, which tells a sharded weight's side from a whole one's.
+
+    Their shapes alone would not, for a square weight.
+    """
+    if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
+        other_side = not other_side
+    return f"{op.name} (other side)" if other_side else op.name
 
 
 class _OperatorIteration:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from lightning_lip.constants import registered_rule
 from lightning_lip.operators import UnsupportedLayerError, eval_mode
 from lightning_lip.selection import buffers_kept, call_arguments, is_wrapper, walk
+from lightning_lip.sharded import refuse_sharded
 
 BATCH = 2
 """Samples in the traced batch: two, so that an operation that mixes samples shows."""
@@ -81,6 +82,9 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     """
     while is_wrapper(model):
         model = next(iter(model.children()))
+    refuse_sharded(
+        model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
+    )
     args, kwargs = call_arguments(_batch_of_two(example_input, _floating_dtype(model)))
     modules: list[nn.Module] = []
     with (

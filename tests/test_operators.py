@@ -365,21 +365,6 @@ def test_refused_by_name(case):
     assert names(model, layers="body") == ["body"]
 
 
-def test_dtensor_is_refused():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        layer = nn.Linear(3, 3)
-        mesh = init_device_mesh("cpu", (1,))
-        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Replicate()]))
-        with pytest.raises(UnsupportedLayerError, match=r"weight is a DTensor \(FSDP2, tensor parallel\)"):
-            find_operators(layer)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_all_refusals_are_told_at_once():
     model = nn.Sequential(nn.Embedding(3, 3), nn.Linear(3, 3), nn.BatchNorm1d(3))
     with pytest.raises(

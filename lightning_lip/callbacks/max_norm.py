@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_lip.callbacks._trainer import refuse_strategy
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.selection import find_operators
+from lightning_lip.sharded import refuse_sharded
 
 
 class MaxNorm(Callback):
@@ -59,6 +60,7 @@ class MaxNorm(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_sharded(pl_module, "MaxNorm", "Use DDP or a single device, or remove the callback.")
         self._weights = []
         for op in find_operators(pl_module, self._layers, self._exclude):
             weight = op.direct_parameter

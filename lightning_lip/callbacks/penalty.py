@@ -31,7 +31,8 @@ class LipschitzPenalty(Callback):
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
     clipping: the weights move as if the penalty stood in the loss, which itself is not touched (nor is what
-    ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built.
+    ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built. Under
+    ModelParallelStrategy linear layers may be sharded (FSDP2, tensor parallelism): an iteration is one all_reduce then.
 
     The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` the callback logs
     ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
