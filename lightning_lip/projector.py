@@ -24,6 +24,7 @@ from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import _trace
 from lightning_lip.rounding import sum_up
 from lightning_lip.selection import Selection, find_operators
+from lightning_lip.sharded import refuse_sharded
 from lightning_lip.spectra import Metric
 from lightning_lip.spectral_norms import SpectralNorms
 
@@ -154,6 +155,7 @@ class LipschitzProjector:
         self._method, self._metric = method, metric
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
+        refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
         self._network, self._selected = _trace(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = (
             find_operators(model, layers, exclude) if self._network is None else self._network.operators

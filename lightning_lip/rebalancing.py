@@ -21,6 +21,7 @@ from lightning_lip.least_product import evened, least_product
 from lightning_lip.matrix_norms import certified_matrix_norm
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.rules import Builder
+from lightning_lip.sharded import refuse_sharded
 from lightning_lip.tracing import TracedModel, trace
 
 __all__ = ["Rebalanced", "RebalancedLayer", "rebalance"]
@@ -119,6 +120,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
         >>> result.product_after < 0.9 * result.product_before
         True
     """
+    refuse_sharded(model, "rebalance", "Rebalance a whole checkpoint in one process.")
     layers = _layers(trace(model, _example_input(model) if example_input is None else example_input))
     weights = [_finite(layer.weight, f"{layer.name}'s weight") for layer in layers]
     norms, product = _certified(weights)

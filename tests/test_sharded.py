@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lip import LipschitzRegularizer, MaxNorm
+from lightning_lip import LipschitzRegularizer, MaxNorm, project, rebalance
 from lightning_lip.bound import NetworkBound
 from lightning_lip.certificates import certify
 from lightning_lip.operators import UnsupportedLayerError
@@ -480,6 +480,8 @@ def test_what_needs_whole_weights_is_refused(mesh, is_whole):
     for refused, what, instead in (
         (lambda: certify(model, example, data=example), "certify", "Certify a checkpoint in one process"),
         (lambda: NetworkBound.trace(model, example), "A bound over the traced graph", "Leave the example input out"),
+        (lambda: project(model, 1.0), "LipschitzProjector", "project a whole checkpoint"),
+        (lambda: rebalance(model, example), "rebalance", "Rebalance a whole checkpoint"),
         (lambda: MaxNorm(1.0).on_train_start(None, model), "MaxNorm", "remove the callback"),
         (
             regularizer.value,
