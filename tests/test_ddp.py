@@ -46,7 +46,7 @@ if __name__ == "__main__":
     images = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.DataLoader(images, batch_size=4)
     L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=2, logger=False, enable_checkpointing=False,
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=50, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[LipschitzPenalty(0.1, example_input=example)],
     ).fit(Net(), data)

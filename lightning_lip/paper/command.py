@@ -54,8 +54,8 @@ def reproduce(
             and on noisy MAE; tunes them first, on 20 other seeds (about 2 hours on 2 cores).
         tune: First tune the two penalties' coefficients on 20 other seeds (3 with --quick), print the table and use
             it (about 12 minutes more on 2 cores).
-        budget: Compare methods at the same certified bound instead (about a quarter of an hour on 2 cores; with --quick 3 seeds
-            and 3 minutes).
+        budget: Compare methods at the same certified bound instead (about a quarter of an hour on 2 cores; with
+            --quick 3 seeds and 3 minutes).
         seeds: The number of seeds reported, at least 2; by default 10 (3 with --quick, 40 with --full).
         epochs: The epochs of each run; the paper has 200.
         workers: The number of processes, by default one for each core; 1 trains in the command's own process.
