@@ -3,7 +3,8 @@
 The operator is handed the parameters, so that the compiler knows what the penalty depends on, and finds the
 :class:`lightning_lip.LipschitzRegularizer` by its handle; what that computes is hidden from the compiler, singular
 vectors that advance included. Value and gradient are formed together: the gradient is as large as the parameters and
-lives until the backward pass. There is no second derivative.
+lives until the backward pass. There is no second derivative. A traced bound over batch normalisation reads the running
+statistics of before the compiled call, at whose end the compiler updates them.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ def penalty(parameters: Sequence[Tensor], trainable: Sequence[int], handle: int,
     mutates_args=(),
     schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, bool advance) -> (Tensor, Tensor[])",
 )
-def _penalty(
-    parameters: list[Tensor], trainable: list[int], handle: int, advance: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _penalty(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
     regularizer = _BY_HANDLE.get(handle)
     if regularizer is None:
         raise RuntimeError("The LipschitzRegularizer of a compiled graph no longer exists: compile again.")
@@ -67,9 +66,7 @@ def _penalty(
 
 
 @_penalty.register_fake
-def _(
-    parameters: list[Tensor], trainable: list[int], handle: int, advance: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
     grads = [torch.empty_like(parameters[i], memory_format=torch.contiguous_format) for i in trainable]
     return parameters[0].new_empty((), dtype=_dtype(parameters)), grads
 

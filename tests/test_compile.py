@@ -1,6 +1,7 @@
 """torch.compile: the penalty inside a compiled graph, and beside one, gives the numbers of the eager run."""
 
 import copy
+from functools import partial
 
 import lightning.pytorch as lightning
 import pytest
@@ -26,6 +27,11 @@ def mlp():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
+def repeated():
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(4, 4)] * 3)
+
+
 def convolutional():
     torch.manual_seed(0)
     body = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5)]
@@ -41,7 +47,7 @@ CASES = {
     "log with iterations": (mlp, {"penalty": "log", "n_iterations": 2}),
     "own penalty": (mlp, {"penalty": own_penalty}),
     "selection": (mlp, {"layers": ["0", "4"], "penalty": "hinge_log", "target": 0.1}),
-    "repeated module": (lambda: nn.Sequential(*[nn.Linear(4, 4)] * 3), {"penalty": "layer_sum"}),
+    "repeated module": (repeated, {"penalty": "layer_sum"}),
     "double": (lambda: mlp().double(), {}),
     "bfloat16": (lambda: mlp().bfloat16(), {}),
     "convolution": (convolutional, {"exclude": "1"}),
@@ -60,6 +66,9 @@ def test_value_in_a_whole_graph_equals_eager(case):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         regularizer = LipschitzRegularizer(model, 0.1, block_size=2, **arguments)
         model(x)  # shows convolutions their size
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()  # the compiler delays the update of running statistics to the end of the graph
 
         def loss(x, model=model, regularizer=regularizer):
             return model(x).float().square().mean() + 3.0 * regularizer.value()
@@ -83,10 +92,10 @@ def test_value_in_a_whole_graph_equals_eager(case):
         torch.testing.assert_close(traced[2][name].double(), block.double(), rtol=0, atol=100 * tolerance)
 
 
-def test_value_does_not_advance_without_training(fullgraph=True):
+def test_value_does_not_advance_without_training():
     model = mlp()
     regularizer = LipschitzRegularizer(model, 1.0, block_size=1)
-    value = torch.compile(lambda: regularizer.value(), backend=BACKEND, fullgraph=fullgraph)
+    value = torch.compile(lambda: regularizer.value(), backend=BACKEND, fullgraph=True)
     first = value().detach()
     before = regularizer.state_dict()["vectors"]
     with torch.no_grad():
@@ -113,7 +122,8 @@ def test_frozen_weights_get_no_gradient():
 
 
 def test_a_copy_is_a_regulariser_of_its_own():
-    model, regularizer = (pair := (mlp(),)) + (LipschitzRegularizer(pair[0], 1.0),)
+    model = mlp()
+    regularizer = LipschitzRegularizer(model, 1.0)
     other, its = copy.deepcopy((model, regularizer))
     with torch.no_grad():
         other[0].weight.mul_(2.0)
@@ -162,13 +172,13 @@ def fit(make_module, make_trainer, regression_data):
                 return nn.functional.mse_loss(self.net(x), y) + 0.05 * self.lipschitz_penalty()
 
         module = Penalised() if mixin else base()
-        compiled = module
+        compiled, wrap = module, partial(torch.compile, backend=BACKEND, fullgraph=True)
         if way == "before":
-            compiled = torch.compile(module, backend=BACKEND, fullgraph=True)
+            compiled = wrap(module)
         elif way == "inside":
-            module.net = torch.compile(module.net, backend=BACKEND, fullgraph=True)
+            module.net = wrap(module.net)
         elif way == "configure_model":
-            module.configure_model = lambda: module.net.compile(backend=BACKEND, fullgraph=True)
+            module.configure_model = lambda: setattr(module, "net", wrap(module.net))
         callbacks = [LipschitzMonitor()] if mixin else [LipschitzMonitor(), LipschitzPenalty(0.05)]
         trainer = make_trainer(lightning, callbacks=callbacks, max_epochs=max_epochs, log_every_n_steps=4)
         trainer.fit(compiled, regression_data, ckpt_path=ckpt_path)
@@ -199,3 +209,32 @@ def test_resume_across_compilation(fit, tmp_path, first, second):
     whole, _ = fit("eager", max_epochs=2)
     resumed, _ = fit(second, max_epochs=2, ckpt_path=tmp_path / "one.ckpt")
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["before", "inside"])
+def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way):
+    class Images(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(48, 1))
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).square().mean()
+
+        validation_step = training_step
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    data = torch.utils.data.DataLoader(torch.ones(8, 1, 6, 6), batch_size=4)
+    module, penalty = Images(), LipschitzPenalty(0.1)
+    compiled = module
+    if way == "before":
+        compiled = torch.compile(module, backend=BACKEND, fullgraph=True)
+    else:
+        module.net = torch.compile(module.net, backend=BACKEND, fullgraph=True)
+    # The sanity check compiles a forward without gradients first.
+    make_trainer(lightning, callbacks=[penalty]).fit(compiled, data, data)
+    assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
+    assert not torch._dynamo.utils.counters["graph_break"]
