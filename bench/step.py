@@ -1,7 +1,7 @@
 """What the callbacks add to a Trainer's step, on the paper's network.
 
 ``python -m bench.step [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50 with Adam on one thread in
-five configurations, interleaved step by step: each configuration is a Trainer in a thread of its own, of which one runs
+six configurations, interleaved step by step: each configuration is a Trainer in a thread of its own, of which one runs
 at a time. It writes ``step.csv``: medians with the 20th and 80th percentiles of the time from one step to the next, in
 microseconds of this process's CPU, and the median over rounds of the ratio to the configuration without the callback.
 """
@@ -132,12 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     times = measure(20 if options.quick else 200)
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "step.csv").open("w", newline="") as file:
-        file.write(f"# {machine()}\n")
+        file.writelines(f"# {key}: {value}\n" for key, value in machine().items())
         writer = csv.writer(file)
         writer.writerow(["configuration", "p20_us", "median_us", "p80_us", "compared_with", "median_ratio"])
         for name, base in BASES.items():
