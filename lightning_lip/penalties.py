@@ -11,14 +11,17 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Penalty = Callable[[Tensor, Tensor], Tensor]
-"""``penalty(log_sigma, log_bound) -> value``: shapes (L,), () -> (), differentiable in both arguments."""
+Penalty = Callable[[Tensor, Tensor], Any]
+"""``penalty(log_sigma, log_bound) -> value``: tensors of shapes (L,), () -> (), differentiable in both arguments.
+
+Not ``-> Tensor``: LightningCLI would then take functions only whose return is annotated so.
+"""
 
 PenaltyName = Literal["product", "softplus_log", "hinge_log", "log", "layer_sum", "layer_sum_squares"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.convolutions import ConvolutionOperator, check_convolution
-from lightning_lip.operators import LinearOperator, check_weight
+from lightning_lip.operators import LinearOperator, MatrixOperator, ParametrizedMatrixOperator, check_weight
 
 
 class _Recorder:
@@ -59,8 +59,10 @@ class RecordedConvolution(LinearOperator):
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__(name, module)
         check_convolution(module)
-        if not parametrize.is_parametrized(module, "weight"):
+        parametrized = parametrize.is_parametrized(module, "weight")
+        if not parametrized:
             check_weight(module)
+        self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
         if module not in _recorders:
             _recorders[module] = _Recorder(name)
             module.register_forward_pre_hook(_recorders[module])
@@ -97,9 +99,7 @@ class RecordedConvolution(LinearOperator):
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The kernel, or the parameters that its parametrization computes it from."""
-        if parametrize.is_parametrized(self.module, "weight"):
-            return tuple(self.module.parametrizations["weight"].parameters())  # type: ignore[index, union-attr]
-        return (check_weight(self.module),)
+        return self._source.parameters
 
     def weight(self) -> Tensor:
         """Return the kernel; an own one also while the input's size is unknown."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_lip import kernels
+from lightning_lip import kernels, penalty_operator
 from lightning_lip.bound import NetworkBound
 from lightning_lip.graph_operators import DiagonalOperator
 from lightning_lip.kernels.reference import without_autocast
@@ -109,8 +109,8 @@ class LipschitzRegularizer:
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
+        self._handle = penalty_operator.register(self)
 
-    @without_autocast()
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
 
@@ -119,16 +119,33 @@ class LipschitzRegularizer:
         singular vectors as constants, which is exact for the exact vectors. What changes weights through ``.data`` is
         not seen; :meth:`iterate` then advances the vectors.
 
+        Inside ``torch.compile`` it is one operator, without a graph break: see :mod:`~lightning_lip.penalty_operator`.
+
         Raises:
             UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         """
+        advance = torch.is_grad_enabled() and self._model.training
+        if torch.compiler.is_compiling():
+            parameters = self.parameters()
+            selected = [p.requires_grad and (self._penalised is None or id(p) in self._penalised) for p in parameters]
+            trainable = [index for index, is_selected in enumerate(selected) if is_selected]
+            return penalty_operator.penalty(parameters, trainable, self._handle, advance)
+        return self.eager_value(advance)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the operators' weights are computed from, each once."""
+        return list(dict.fromkeys(p for op in self.operators for p in op.parameters))
+
+    @without_autocast()
+    def eager_value(self, advance: bool) -> Tensor:
+        """Return :meth:`value`, as Python runs it; `advance` says whether the vectors may advance."""
         if not self._is_whole:
             instead = "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards."
             refuse_sharded(self._model, "LipschitzRegularizer.value(), and LipschitzMixin with it,", instead)
             self._is_whole = True
         version = self._version()
         step = self._step if version == self._step_version else None
-        if step is None and torch.is_grad_enabled() and self._model.training:
+        if step is None and advance:
             # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
             step = _copied(self._norms.step())
             self._step, self._step_version = step, version
@@ -372,6 +389,10 @@ class LipschitzRegularizer:
                 "model, and carry the vectors over with state_dict() and load_state_dict()."
             )
         return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a handle of its own."""
+        self.__dict__.update(state, _handle=penalty_operator.register(self))
 
 
 class _OptimizerSteps:

@@ -134,7 +134,11 @@ def _batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> ob
     """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
     tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
     if not tensors:
-        raise ValueError("Expected `example_input` to hold at least one tensor, got none.")
+        raise ValueError(
+            "Expected `example_input` to be a tensor, a tuple of arguments or a dict of keyword arguments, with at "
+            f"least one tensor in it, got a {type(example_input).__name__} with none. A configuration file cannot hold "
+            "tensors: set self.example_input_array (torch.zeros(1, 4), say) in the LightningModule instead."
+        )
     if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1 or tensors[0].shape[0] == 0:
         raise ValueError(
             "Expected every tensor in `example_input` to have the batch along its first dimension, all of one size of "

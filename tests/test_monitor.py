@@ -113,6 +113,44 @@ def test_two_named_penalties_have_their_own_tags_and_charts(train):
     assert [category.title for category in layout_of(events).category] == ["lipschitz/front", "lipschitz/rest"]
 
 
+def test_two_monitors_pair_with_the_penalties_of_their_name(train):
+    penalties = [LipschitzPenalty(0.05, layers="net.0"), LipschitzPenalty(0.1, exclude="net.0", name="rest")]
+    _, events = train([LipschitzMonitor(name="rest"), *penalties, LipschitzMonitor()])
+    tags = {tag for tag in events.Tags()["scalars"] if "/spectral_norm/" in tag}
+    assert tags == {"lipschitz/spectral_norm/net.0"} | {f"lipschitz/rest/spectral_norm/net.{i}" for i in (2, 4)}
+    for tag in ("lipschitz/product", "lipschitz/penalty", "lipschitz/rest/product", "lipschitz/rest/penalty"):
+        assert [e.step for e in events.Scalars(tag)] == [3, 7, 11, 15, 19, 23]
+
+
+def test_a_named_monitor_leaves_other_penalties_to_log_themselves(train):
+    module, events = train([LipschitzPenalty(0.05, name="all"), LipschitzMonitor(layers="net.0", name="first")])
+    scalars = {tag for tag in events.Tags()["scalars"] if tag.startswith("lipschitz/")}
+    assert scalars == {
+        "lipschitz/all/product",
+        "lipschitz/all/penalty",
+        "lipschitz/first/spectral_norm/net.0",
+        "lipschitz/first/log_share/net.0",
+        "lipschitz/first/product",
+        "lipschitz/first/product_upper",
+    }
+    norms = norms_of(module)
+    assert events.Scalars("lipschitz/first/product")[-1].value == pytest.approx(norms[0], rel=1e-5)
+    assert events.Scalars("lipschitz/all/product")[-1].value == pytest.approx(math.prod(norms), rel=1e-5)
+
+
+def test_the_penalty_is_logged_beside_a_monitor_of_other_layers(train):
+    module, events = train([LipschitzMonitor(layers="net.2"), LipschitzPenalty(0.05)])
+    norms = norms_of(module)
+    assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(0.05 * math.prod(norms), rel=1e-5)
+    assert events.Scalars("lipschitz/product")[-1].value == pytest.approx(norms[1], rel=1e-5)
+    assert len(events.Scalars("lipschitz/product")) == 6
+
+
+def test_two_monitors_need_names(make_trainer):
+    with pytest.raises(RuntimeError, match="state_key"):
+        make_trainer(lightning, callbacks=[LipschitzMonitor(), LipschitzMonitor()])
+
+
 def test_takes_the_mixins_layers(train, make_module):
     base = type(make_module(lightning))
 

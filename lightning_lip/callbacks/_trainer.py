@@ -34,9 +34,9 @@ def own_state(callback: object) -> dict[str, Any]:
     return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
 
 
-def has_callback(trainer: Any, name: str) -> bool:
-    """Whether one of the trainer's callbacks is of the class of this name."""
-    return any(name in class_names(callback) for callback in trainer.callbacks)
+def monitors_of(trainer: Any) -> list[Any]:
+    """Return the trainer's :class:`LipschitzMonitor` callbacks."""
+    return [callback for callback in trainer.callbacks if "LipschitzMonitor" in class_names(callback)]
 
 
 def is_logging_step(trainer: Any) -> bool:

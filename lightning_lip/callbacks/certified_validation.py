@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MeanAbsoluteError, Metric
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._batches import BatchToXY, unpack
 from lightning_lip.certificates import certify
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 
-class CertifiedValidation(Callback):
+class CertifiedValidation(BaseCallback):
     """Certifies the network at every validation and logs what follows for perturbations of l2 norm at most eps.
 
     - ``lipschitz/certified``: the *certified upper bound* of the network's Lipschitz constant (``certify(...).upper``);

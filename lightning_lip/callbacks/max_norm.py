@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._trainer import refuse_strategy
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.selection import find_operators
 from lightning_lip.sharded import refuse_sharded
 
 
-class MaxNorm(Callback):
+class MaxNorm(BaseCallback):
     """Rescales, after every optimiser step, the incoming weights of each unit to a Euclidean norm of at most a value.
 
     A row of a weight (out_features, in_features) whose norm exceeds `max_value` is scaled down to it; other rows stay

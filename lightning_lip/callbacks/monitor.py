@@ -7,15 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._heat_map import heat_map
 from lightning_lip.callbacks._trainer import (
     is_logging_step,
     log_to_loggers,
     logging_step,
+    monitors_of,
     own_state,
     refuse_strategy,
     tensorboard_writers,
@@ -60,7 +62,7 @@ class _Source:
             self.steps, self.norms, self.spacing = self.steps[::2], self.norms[::2], 2 * self.spacing
 
 
-class LipschitzMonitor(Callback):
+class LipschitzMonitor(BaseCallback):
     """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
 
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
@@ -96,6 +98,9 @@ class LipschitzMonitor(Callback):
         heat_map_every_n_epochs: Draw the heat map at the end of every n-th epoch only; 0 draws none.
         certified: A :class:`CertifiedValidation` that this monitor runs at every validation: the certified bound, and
             the certified accuracy of a classifier or the certified worst-case MAE of a regression.
+        name: Tells several monitors in one Trainer apart; it enters the logged names, ``lipschitz/<name>/product``. A
+            named monitor takes the layers of the :class:`LipschitzPenalty` of the same name, if there is one; one
+            without a name those of every penalty that no other monitor is named after.
 
     Raises:
         ValueError: If `block_size` or `n_iterations` is below 1, or `heat_map_every_n_epochs` below 0. At the start of
@@ -113,6 +118,7 @@ class LipschitzMonitor(Callback):
         example_input: Any = None,
         heat_map_every_n_epochs: int = 1,
         certified: CertifiedValidation | None = None,
+        name: str | None = None,
     ) -> None:
         for argument, value, least in (
             ("block_size", block_size, 1),
@@ -123,6 +129,7 @@ class LipschitzMonitor(Callback):
                 raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
         self._heat_map_every_n_epochs = heat_map_every_n_epochs
         self._certified = certified
+        self.name = name
         self._layers, self._exclude = layers, exclude
         self._own_arguments: dict[str, Any] = {
             "block_size": block_size,
@@ -134,6 +141,24 @@ class LipschitzMonitor(Callback):
         self._sources: list[_Source] = []
         self._loaded: dict[str, Any] | None = None
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"LipschitzMonitor[{self.name}]" if self.name else "LipschitzMonitor"
+
+    @property
+    def tag(self) -> str:
+        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
+        return f"lipschitz/{self.name}" if self.name else "lipschitz"
+
+    def reports(self, penalty: LipschitzPenalty, trainer: Trainer) -> bool:
+        """Whether this monitor takes the layers of a penalty, and logs it."""
+        if self._layers is not None or self._exclude is not None:
+            return False
+        if self.name:
+            return penalty.name == self.name
+        return not penalty.name or all(monitor.name != penalty.name for monitor in monitors_of(trainer))
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -143,12 +168,12 @@ class LipschitzMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sources, self._own = [], None
         if self._layers is None and self._exclude is None:
-            self._sources = _lent_sources(trainer, pl_module)
+            self._sources = self._lent_sources(trainer, pl_module)
         if not self._sources:
             self._own = LipschitzRegularizer(
                 pl_module, 0.0, layers=self._layers, exclude=self._exclude, **self._own_arguments
             )
-            self._sources = [_Source("lipschitz", self._own, None)]
+            self._sources = [_Source(self.tag, self._own, None)]
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
@@ -219,23 +244,22 @@ class LipschitzMonitor(Callback):
         """Leave the model behind: a copy selects the layers of its own run, and takes vectors and history over."""
         return own_state(self) | {"_loaded": self.state_dict() or None, "_sources": [], "_own": None}
 
+    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[_Source]:
+        """Return the sources that the trainer's penalties lend, or else the module's mixin."""
+        penalties = [c for c in trainer.callbacks if isinstance(c, LipschitzPenalty) and self.reports(c, trainer)]  # type: ignore[attr-defined]
+        if penalties:
+            return [_Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
+        if isinstance(pl_module, LipschitzMixin):
+            regularizer = pl_module.lipschitz_regularizer()
+            return [_Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+        return []
+
     def _restore(self, state: dict[str, Any]) -> None:
         if self._own is not None and state["own"] is not None:
             self._own.load_state_dict(state["own"])
         for source in self._sources:
             steps, norms, source.spacing, source.seen = state["histories"].get(source.tag, [[], [], 1, 0])
             source.steps, source.norms = list(steps), list(norms)
-
-
-def _lent_sources(trainer: Any, pl_module: LightningModule) -> list[_Source]:
-    """Return the sources that the trainer's penalties lend, or else the module's mixin."""
-    penalties = [callback for callback in trainer.callbacks if isinstance(callback, LipschitzPenalty)]
-    if penalties:
-        return [_Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
-    if isinstance(pl_module, LipschitzMixin):
-        regularizer = pl_module.lipschitz_regularizer()
-        return [_Source("lipschitz", regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
-    return []
 
 
 def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._batches import BatchToXY, unpack
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
 from lightning_lip.metrics.noisy_mae import Range
@@ -21,7 +22,7 @@ from lightning_lip.metrics.noisy_mae import Range
 GIVE_RANGES = "pass feature_min and feature_max to NoisyValidation"
 
 
-class NoisyValidation(pl.Callback):
+class NoisyValidation(BaseCallback):
     """Log the mean absolute error under uniform input noise as ``val/noisy_mae/eta=0.2`` and so on.
 
     Each validation batch is seen once more by the module's ``forward``, stacked over all noise levels (so with L times

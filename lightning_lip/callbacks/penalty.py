@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._trainer import (
     class_names,
-    has_callback,
     is_logging_step,
     log_to_loggers,
+    monitors_of,
     own_state,
     refuse_strategy,
 )
@@ -26,7 +27,7 @@ from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
 
-class LipschitzPenalty(Callback):
+class LipschitzPenalty(BaseCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
@@ -34,7 +35,7 @@ class LipschitzPenalty(Callback):
     ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built. Under
     ModelParallelStrategy linear layers may be sharded (FSDP2, tensor parallelism): an iteration is one all_reduce then.
 
-    The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` the callback logs
+    The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` that reports it the callback logs
     ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
     selected layers' spectral norms; with a traced graph ``lipschitz/bound``, the whole network's) on logging steps, to
     every logger and for ``ModelCheckpoint(monitor=...)``.
@@ -268,12 +269,15 @@ class LipschitzPenalty(Callback):
     ) -> None:
         if self._n_steps == 0 or not (is_logging_step(trainer) or trainer.is_last_batch):
             return
-        if has_callback(trainer, "LipschitzMonitor"):
+        monitors = monitors_of(trainer)
+        if any(monitor.reports(self, trainer) for monitor in monitors):
             return
         log_sigma = self.regularizer.log_sigma()
         log_bound = self.regularizer.log_bound_of(log_sigma)
         bound, value = torch.stack([log_bound.exp(), self.penalty_of(log_sigma)]).tolist()
-        metrics = {f"{self.tag}/{self.regularizer.bound_kind}": bound, f"{self.tag}/penalty": value}
+        metrics = {f"{self.tag}/penalty": value}
+        if all(monitor.tag != self.tag for monitor in monitors):  # one with layers of its own logs theirs there
+            metrics[f"{self.tag}/{self.regularizer.bound_kind}"] = bound
         if is_logging_step(trainer):
             log_to_loggers(trainer, metrics)
         pl_module.log_dict(metrics, logger=False)

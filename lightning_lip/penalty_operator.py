@@ -1,0 +1,90 @@
+"""The penalty as one custom operator, which torch.compile takes whole: no graph break, and the eager numbers.
+
+The operator is handed the parameters, so that the compiler knows what the penalty depends on, and finds the
+:class:`lightning_lip.LipschitzRegularizer` by its handle; what that computes is hidden from the compiler, singular
+vectors that advance included. Value and gradient are formed together: the gradient is as large as the parameters and
+lives until the backward pass. There is no second derivative. A traced bound over batch normalisation reads the running
+statistics of before the compiled call, at whose end the compiler updates them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BY_HANDLE: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
+
+def register(regularizer: Any) -> int:
+    """Return the handle by which the operator finds a regulariser, as long as it lives."""
+    handle = next(_HANDLES)
+    _BY_HANDLE[handle] = regularizer
+    return handle
+
+
+def penalty(parameters: Sequence[Tensor], trainable: Sequence[int], handle: int, advance: bool) -> Tensor:
+    """Return the penalty of the regulariser behind `handle`, shape (), differentiable in its trainable parameters.
+
+    Args:
+        parameters: All that the regulariser computes it from, each once.
+        trainable: Which of them get a gradient, by index.
+        handle: What :func:`register` returned.
+        advance: Whether the singular vectors may advance.
+    """
+    value: Tensor = torch.ops.lightning_lip.penalty(list(parameters), list(trainable), handle, advance)[0]
+    return value
+
+
+@torch.library.custom_op(
+    "lightning_lip::penalty",
+    mutates_args=(),
+    schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, bool advance) -> (Tensor, Tensor[])",
+)
+def _penalty(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
+    regularizer = _BY_HANDLE.get(handle)
+    if regularizer is None:
+        raise RuntimeError("The LipschitzRegularizer of a compiled graph no longer exists: compile again.")
+    live = regularizer.parameters()
+    if [p.data_ptr() for p in live] != [p.data_ptr() for p in parameters]:
+        raise RuntimeError(
+            "The weights that the compiled graph holds are not the model's: where a compiled function changes weights, "
+            "take the penalty before it does, or use add_grad_() or LipschitzPenalty outside of it."
+        )
+    chosen = [live[index] for index in trainable]
+    # Custom operators run without autograd; this switches it on again.
+    with torch.inference_mode(False), torch.enable_grad():
+        value = regularizer.eager_value(advance)
+        grads = torch.autograd.grad(value, chosen, allow_unused=True) if value.requires_grad else [None] * len(chosen)
+    filled = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
+    return value.detach().to(_dtype(parameters)), [g.contiguous() for g in filled]
+
+
+@_penalty.register_fake
+def _(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
+    grads = [torch.empty_like(parameters[i], memory_format=torch.contiguous_format) for i in trainable]
+    return parameters[0].new_empty((), dtype=_dtype(parameters)), grads
+
+
+def _dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.n_parameters, ctx.trainable = len(inputs[0]), inputs[1]
+    ctx.save_for_backward(*output[1])
+
+
+def _backward(ctx: Any, value: Tensor, grads: Any) -> tuple[list[Tensor | None], None, None, None]:
+    spread: list[Tensor | None] = [None] * ctx.n_parameters
+    for index, grad in zip(ctx.trainable, ctx.saved_tensors, strict=True):
+        spread[index] = value.to(grad.dtype) * grad
+    return spread, None, None, None
+
+
+_penalty.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,177 @@
+"""LightningCLI builds every callback from YAML and from the command line, with both Lightning packages."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+import yaml
+
+import lightning_lip
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's look at NumPy's names
+
+CALLBACKS = ["CertifiedValidation", "LipschitzMonitor", "LipschitzPenalty", "MaxNorm", "NoisyValidation"]
+
+
+def squared_log(log_sigma, log_bound):  # without annotations: the CLI must take it all the same
+    return log_bound.square()
+
+
+def to_xy(batch):
+    return batch["x"], batch["y"]
+
+
+# Every argument of every callback; `layers` and `exclude` as a name and as a list, callables by their import path.
+ARGUMENTS = {
+    "LipschitzPenalty": {
+        "coefficient": 1e-3,
+        "penalty": "hinge_log",
+        "layers": ["net.0", "net.2"],
+        "exclude": "net.2",
+        "target": 2.0,
+        "block_size": 4,
+        "n_iterations": 2,
+        "every_n_steps": 3,
+        "warmup_steps": 5,
+        "seed": 1,
+        "example_input": None,
+        "name": "a",
+    },
+    "LipschitzMonitor": {
+        "layers": "net.*",
+        "exclude": ["net.2"],
+        "block_size": 4,
+        "n_iterations": 2,
+        "seed": 1,
+        "example_input": None,
+        "heat_map_every_n_epochs": 0,
+        "certified": {"class_path": "CertifiedValidation", "init_args": {"eps": [0.1], "task": "regression"}},
+        "name": "a",
+    },
+    "NoisyValidation": {
+        "noise_levels": [0.0, 0.2],
+        "feature_min": [0.0, 0.0, 0.0, 0.0],
+        "feature_max": 1.5,
+        "symmetric": True,
+        "seed": 1,
+        "batch_to_xy": f"{__name__}.to_xy",
+        "prefix": "val/noise",
+    },
+    "CertifiedValidation": {
+        "eps": [0.1, 0.2],
+        "task": "regression",
+        "batch_to_xy": f"{__name__}.to_xy",
+        "prefix": "test",
+    },
+    "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2"},
+}
+
+
+@pytest.fixture
+def cli(pl, make_module, tmp_path):
+    """Return a LightningCLI of a regression module, run with the arguments given; without any command, not run."""
+    module = type(make_module(pl))
+    data = torch.utils.data.TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
+
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(data, batch_size=4)
+
+        def val_dataloader(self):
+            return torch.utils.data.DataLoader(data, batch_size=4)
+
+    def build(config=None, arguments=(), run=False):
+        settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
+        settings |= {"enable_progress_bar": False, "enable_model_summary": False}
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"trainer": settings | ({} if config is None else {"callbacks": config})}))
+        make = importlib.import_module(f"{pl.__name__}.cli").LightningCLI
+        args = [*(["fit"] if run else []), f"--config={path}", *arguments]
+        return make(module, Data, args=args, run=run, save_config_callback=None)
+
+    return build
+
+
+def built(cli, name):
+    (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == name]
+    return callback
+
+
+def test_the_arguments_are_complete():
+    assert sorted(ARGUMENTS) == [name for name in CALLBACKS if name in lightning_lip.__all__]
+    for name, arguments in ARGUMENTS.items():
+        assert list(arguments) == list(inspect.signature(getattr(lightning_lip, name)).parameters)
+
+
+@pytest.mark.parametrize("path", ["{}", "lightning_lip.{}", "lightning_lip.callbacks.{}"])
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_every_argument_from_yaml(cli, name, path):
+    callback = built(cli([{"class_path": path.format(name), "init_args": ARGUMENTS[name]}]), name)
+    assert type(callback) is getattr(lightning_lip, name)
+    given = {
+        "LipschitzPenalty": lambda c: (c.coefficient, c.name, c._arguments["layers"], c._arguments["exclude"]),
+        "LipschitzMonitor": lambda c: (c.name, c._layers, c._exclude, c._certified.eps, c._certified.task),
+        "NoisyValidation": lambda c: (tuple(c.noise_levels), c.feature_min.tolist(), c.batch_to_xy, c.prefix),
+        "CertifiedValidation": lambda c: (c.eps, c.task, c._batch_to_xy, c.prefix),
+        "MaxNorm": lambda c: (c.max_value, c._layers, c._exclude),
+    }[name](callback)
+    wanted = {
+        "LipschitzPenalty": (1e-3, "a", ["net.0", "net.2"], "net.2"),
+        "LipschitzMonitor": ("a", "net.*", ["net.2"], (0.1,), "regression"),
+        "NoisyValidation": ((0.0, 0.2), [0.0] * 4, to_xy, "val/noise"),
+        "CertifiedValidation": ((0.1, 0.2), "regression", to_xy, "test"),
+        "MaxNorm": (3.0, ["net.*"], "net.2"),
+    }[name]
+    assert given == wanted
+
+
+def test_trains_from_the_command_line(cli):
+    arguments = ["--trainer.callbacks+=LipschitzPenalty", "--trainer.callbacks.coefficient=1e-2"]
+    arguments += ["--trainer.callbacks.layers=net.*", "--trainer.callbacks+=LipschitzMonitor"]
+    penalty = built(cli(arguments=arguments, run=True), "LipschitzPenalty")
+    assert penalty.coefficient == 1e-2
+    assert penalty.state_dict()["n_steps"] == 2
+
+
+def test_own_penalty_without_annotations(cli):
+    config = [{"class_path": "LipschitzPenalty", "init_args": {"penalty": f"{__name__}.squared_log"}}]
+    penalty = built(cli(config, run=True), "LipschitzPenalty")
+    log_sigma = penalty.regularizer.log_sigma()
+    assert float(penalty.penalty_of(log_sigma)) == pytest.approx(1e-3 * float(log_sigma.sum()) ** 2)
+
+
+@pytest.mark.parametrize("value", ["[1, 4]", "abc", "{x: 1}"])
+def test_an_example_input_that_holds_no_tensor(cli, value):
+    arguments = ["--trainer.callbacks+=LipschitzPenalty", f"--trainer.callbacks.example_input={value}"]
+    with pytest.raises(ValueError, match=r"cannot hold tensors: set self.example_input_array"):
+        cli(arguments=arguments, run=True)
+
+
+@pytest.mark.parametrize(
+    ("argument", "match"),
+    [("penalty=prodct", "'softplus_log', 'hinge_log'"), ("coefficient=abc", "float"), ("coeficient=1", "coeficient")],
+)
+def test_a_wrong_argument_is_told(cli, capsys, argument, match):
+    with pytest.raises(SystemExit):
+        cli(arguments=["--trainer.callbacks+=LipschitzPenalty", f"--trainer.callbacks.{argument}"])
+    assert match in capsys.readouterr().err
+
+
+def test_printed_configuration_builds_the_same_again(cli, capsys, tmp_path):
+    config = [{"class_path": name, "init_args": ARGUMENTS[name]} for name in CALLBACKS]
+    with pytest.raises(SystemExit):
+        cli(config, ["--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert [entry["class_path"] for entry in printed] == [f"lightning_lip.{name}" for name in CALLBACKS]
+    again = cli(printed)
+    assert {type(c).__name__ for c in again.trainer.callbacks} >= set(CALLBACKS)
+    assert built(again, "NoisyValidation").batch_to_xy is to_xy
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_help_names_every_argument(cli, capsys, name):
+    with pytest.raises(SystemExit):
+        cli(arguments=[f"--trainer.callbacks.help={name}"])
+    text = capsys.readouterr().out
+    assert all(f"--trainer.callbacks.{argument}" in text for argument in ARGUMENTS[name])

@@ -1,0 +1,103 @@
+"""Penalty and monitor write the right keys into every logger, into two at once, and into none."""
+
+import csv
+import math
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_lip import LipschitzMonitor, LipschitzPenalty
+
+LAYERS = ["net.0", "net.2", "net.4"]
+PENALTY_KEYS = {"lipschitz/product", "lipschitz/penalty"}
+MONITOR_KEYS = (
+    PENALTY_KEYS
+    | {"lipschitz/product_upper"}
+    | {f"lipschitz/{kind}/{layer}" for kind in ("spectral_norm", "log_share") for layer in LAYERS}
+)
+STEPS = [3, 7, 11]  # one epoch of 12 steps, every 4th, on Lightning's own x-axis
+
+
+def csv_history(logger):
+    """Return what a CSVLogger wrote: key -> [(step, value), ...]."""
+    history = {}
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if key.startswith("lipschitz/") and value:
+                    history.setdefault(key, []).append((int(row["step"]), float(value)))
+    return history
+
+
+def tensorboard_history(logger):
+    events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("lipschitz/")]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+
+
+HISTORY = {"CSVLogger": csv_history, "TensorBoardLogger": tensorboard_history}
+
+
+@pytest.fixture
+def check(make_module, make_trainer, regression_data):
+    """Train with loggers and callbacks; compare the histories of all loggers with the keys wanted."""
+
+    def run(package, loggers, callbacks, wanted):
+        module = make_module(package)
+        trainer = make_trainer(package, callbacks=callbacks, logger=loggers, log_every_n_steps=4)
+        trainer.fit(module, regression_data)
+        product = math.prod(
+            float(torch.linalg.matrix_norm(module.net[i].weight.detach().double(), 2)) for i in (0, 2, 4)
+        )
+        for logger in trainer.loggers:
+            history = HISTORY[type(logger).__name__](logger)
+            assert set(history) == wanted
+            assert all([step for step, _ in values] == STEPS for values in history.values())
+            assert history["lipschitz/product"][-1][1] == pytest.approx(product, rel=1e-5)
+            assert history["lipschitz/penalty"][-1][1] == pytest.approx(0.05 * product, rel=1e-5)
+        assert float(trainer.callback_metrics["lipschitz/product"]) == pytest.approx(product, rel=1e-5)
+        assert float(trainer.callback_metrics["lipschitz/penalty"]) == pytest.approx(0.05 * product, rel=1e-5)
+
+    return run
+
+
+def callbacks(monitored):
+    return [LipschitzPenalty(0.05), *([LipschitzMonitor()] if monitored else [])]
+
+
+@pytest.mark.parametrize("monitored", [False, True], ids=["penalty", "monitor"])
+@pytest.mark.parametrize(
+    "names", [["CSVLogger"], ["TensorBoardLogger"], ["CSVLogger", "TensorBoardLogger"], []], ids=len
+)
+def test_every_logger_has_the_keys(check, pl, tmp_path, names, monitored):
+    loggers = [getattr(pl.loggers, name)(tmp_path, name=name) for name in names] or False
+    check(pl, loggers, callbacks(monitored), MONITOR_KEYS if monitored else PENALTY_KEYS)
+
+
+def test_two_loggers_of_one_kind(check, tmp_path):
+    loggers = [lightning.loggers.CSVLogger(tmp_path, name=name) for name in ("a", "b")]
+    check(lightning, loggers, callbacks(True), MONITOR_KEYS)
+
+
+@pytest.mark.parametrize("monitored", [False, True], ids=["penalty", "monitor"])
+def test_wandb_offline(make_module, make_trainer, regression_data, pl, tmp_path, monkeypatch, monitored):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)
+    logged = []
+    log = logger.experiment.log
+    monkeypatch.setattr(
+        logger.experiment, "log", lambda metrics, *a, **k: (logged.append(dict(metrics)), log(metrics, *a, **k))
+    )
+    trainer = make_trainer(pl, callbacks=callbacks(monitored), logger=logger, log_every_n_steps=4)
+    trainer.fit(make_module(pl), regression_data)
+    ours = [row for row in logged if any(key.startswith("lipschitz/") for key in row)]
+    wanted = MONITOR_KEYS if monitored else PENALTY_KEYS
+    assert [set(row) for row in ours] == [wanted | {"trainer/global_step"}] * 3
+    assert [row["trainer/global_step"] for row in ours] == STEPS
+    logger.experiment.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))

@@ -1,0 +1,279 @@
+"""What people's Trainers do beside the plain step: the penalty must act as if it stood in the loss, or say why not."""
+
+import math
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from lightning_lip import LipschitzMonitor, LipschitzPenalty, MaxNorm
+
+COEFFICIENT = 0.05
+EPOCHS = 5
+
+
+def in_loss(weights):
+    """The product by autograd through torch's own spectral norm, in fp64."""
+    return COEFFICIENT * torch.stack([torch.linalg.matrix_norm(w.double(), 2) for w in weights]).prod()
+
+
+def weights_of(module):
+    return torch.cat([p.detach().double().flatten() for p in module.parameters()])
+
+
+@pytest.fixture
+def compare(make_module, make_trainer, regression_data):
+    """Train without a penalty, with it in the loss and with the callback, first or last among others.
+
+    Returns the distance of the third from the second, relative to the penalty's own effect.
+    """
+
+    def run(others=list, module_class=None, module_settings=None, callback_first=True, package=lightning, **settings):
+        results = []
+        for term, penalty in ((None, []), (in_loss, []), (None, [LipschitzPenalty(COEFFICIENT)])):
+            module = make_module(package, term, **(module_settings or {}))
+            if module_class is not None:
+                module.__class__ = module_class(type(module))
+            callbacks = [*penalty, *others()] if callback_first else [*others(), *penalty]
+            made = {key: value() if callable(value) else value for key, value in settings.items()}
+            made = {"max_epochs": EPOCHS, "precision": "64-true"} | made
+            make_trainer(package, callbacks=callbacks, **made).fit(module, regression_data)
+            results.append(weights_of(module))
+        without, want, got = results
+        assert (want - without).norm() > 1e-3
+        return float((got - want).norm() / (want - without).norm())
+
+    return run
+
+
+# Both runs in fp64, where the blocks of 8 span the layers: what is left is rounding.
+TOLERANCE = 1e-6
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])
+def test_optimisers_in_double(compare, pl, optimizer):
+    assert compare(package=pl, module_settings={"optimizer": lambda p: optimizer(p, lr=1e-2)}) <= TOLERANCE
+
+
+def test_bf16_true(compare):
+    # Weights of 8 bits: in both runs the penalty's gradient is rounded to them.
+    assert compare(precision="bf16-true", max_epochs=2) <= 0.5
+
+
+def test_gradient_accumulation_scheduler(compare):
+    def others():
+        return [GradientAccumulationScheduler({0: 1, 1: 3, 3: 4})]
+
+    assert compare(others) <= TOLERANCE
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_overflow_in_fp16_skips_the_step_and_the_penalty_with_it(make_module, make_trainer, regression_data, fused):
+    # The scale is too large at first: GradScaler skips steps and halves it. A skipped step leaves the weights alone.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    seen = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            self.before, self.scale = weights_of(pl_module), scaler.get_scale()
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append((scaler.get_scale() < self.scale, torch.equal(self.before, weights_of(pl_module))))
+
+    module = make_module(lightning, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2, fused=fused))
+    trainer = make_trainer(
+        lightning,
+        callbacks=[Watch(), LipschitzPenalty(COEFFICIENT)],
+        plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler),
+        max_epochs=2,
+    )
+    trainer.fit(module, regression_data)
+    assert any(skipped for skipped, _ in seen)
+    assert not all(skipped for skipped, _ in seen)
+    assert all(skipped == unchanged for skipped, unchanged in seen)
+    assert weights_of(module).isfinite().all()
+
+
+def test_a_penalty_that_is_not_finite_changes_nothing(make_module, make_trainer, regression_data):
+    results = []
+    for callbacks in ([], [LipschitzPenalty(1.0, lambda log_sigma, log_bound: log_bound * math.nan)]):
+        module = make_module(lightning)
+        make_trainer(lightning, callbacks=callbacks).fit(module, regression_data)
+        results.append(weights_of(module))
+    assert torch.equal(*results)
+
+
+def test_skipped_batches(compare):
+    # training_step returns None on every third batch, at the end of an epoch too.
+    def skipping(base):
+        class Skipping(base):
+            def training_step(self, batch, batch_idx):
+                return None if batch_idx % 3 == 2 else super().training_step(batch, batch_idx)
+
+        return Skipping
+
+    # Without a backward pass the gradients are those of zero_grad: none, so nothing moves, in either run.
+    assert compare(module_class=skipping) <= TOLERANCE
+
+
+def test_overridden_optimizer_step(compare):
+    # Lightning's documented recipe: warm up the learning rate, step every second batch.
+    def overridden(base):
+        class Overridden(base):
+            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 * min(1.0, (self.trainer.global_step + 1) / 20)
+                if batch_idx % 2:
+                    optimizer.step(closure=optimizer_closure)
+                else:
+                    optimizer_closure()
+
+        return Overridden
+
+    assert compare(module_class=overridden) <= TOLERANCE
+
+
+def test_warns_when_optimizer_step_bypasses_lightning(make_module, make_trainer, regression_data):
+    class Bypassing(type(make_module(lightning))):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer_closure()
+            optimizer.optimizer.step()
+
+    with pytest.warns(UserWarning, match="had no effect in this epoch"):
+        make_trainer(lightning, callbacks=[LipschitzPenalty(COEFFICIENT)]).fit(Bypassing(), regression_data)
+
+
+def test_stochastic_weight_averaging(compare):
+    def others():
+        return [StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)]
+
+    assert compare(others) <= TOLERANCE
+
+
+def test_exponential_moving_average(compare):
+    callbacks = pytest.importorskip("lightning.pytorch.callbacks", minversion=None)
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    assert compare(lambda: [callbacks.EMAWeightAveraging(decay=0.9)]) <= TOLERANCE
+
+
+class GradientNorms(lightning.Callback):
+    """As people log gradient norms."""
+
+    def __init__(self):
+        self.norms = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms.append(float(torch.stack([p.grad.norm() for p in pl_module.parameters()]).norm()))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_gradient_norm_callbacks_in_either_order(compare, make_module, make_trainer, regression_data, first):
+    assert compare(lambda: [GradientNorms()], callback_first=first, gradient_clip_val=0.5) <= TOLERANCE
+    # A callback after ours sees the gradient with the penalty, one before ours without it.
+    norms = []
+    for term, penalty in ((None, []), (in_loss, []), (None, [LipschitzPenalty(COEFFICIENT)])):
+        watch = GradientNorms()
+        callbacks = [*penalty, watch] if first else [watch, *penalty]
+        trainer = make_trainer(lightning, callbacks=callbacks, precision="64-true", limit_train_batches=1)
+        trainer.fit(make_module(lightning, term), regression_data)
+        norms.append(watch.norms[0])
+    without, with_term, seen = norms
+    assert abs(with_term - without) > 1e-4
+    assert seen == pytest.approx(with_term if first else without, rel=1e-9)
+
+
+def test_layers_unfrozen_in_the_middle_of_training(make_trainer, regression_data):
+    class Finetuned(lightning.LightningModule):
+        def __init__(self, term=False):
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+            self.head = nn.Linear(8, 1)
+            self.term = term
+
+        def training_step(self, batch, batch_idx):
+            loss = nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
+            return loss + in_loss([p for p in self.parameters() if p.dim() == 2]) if self.term else loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    results, penalty = [], LipschitzPenalty(COEFFICIENT)
+    for term, callbacks in ((False, []), (True, []), (False, [penalty])):
+        module = Finetuned(term)
+        start = module.backbone[0].weight.detach().clone()
+        finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_ratio_lr=0.5)
+        trainer = make_trainer(
+            lightning, callbacks=[*callbacks, finetuning, LipschitzMonitor()], max_epochs=EPOCHS, precision="64-true"
+        )
+        trainer.fit(module, regression_data)
+        assert not torch.equal(module.backbone[0].weight, start)
+        results.append(weights_of(module))
+    without, want, got = results
+    assert float((got - want).norm() / (want - without).norm()) <= TOLERANCE
+
+
+class Adversarial(lightning.LightningModule):
+    """A GAN as in Lightning's own documentation: manual optimisation, toggled optimisers, accumulation by hand."""
+
+    def __init__(self, term=False, accumulate=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.term, self.accumulate = term, accumulate
+        self.generator = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.critic = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        real = batch[0]
+        noise = torch.sin(torch.arange(2.0 * len(real), dtype=real.dtype).view(-1, 2) + batch_idx)
+        for_generator, for_critic = self.optimizers()
+        steps = (batch_idx + 1) % self.accumulate == 0
+        self.toggle_optimizer(for_generator)
+        self._step(for_generator, -self.critic(self.generator(noise)).tanh().mean(), self.generator, steps)
+        self.untoggle_optimizer(for_generator)
+        self.toggle_optimizer(for_critic)
+        fake = self.generator(noise).detach()
+        self._step(for_critic, (self.critic(fake) - self.critic(real)).tanh().mean(), self.critic, steps)
+        self.untoggle_optimizer(for_critic)
+
+    def _step(self, optimizer, loss, network, steps):
+        if self.term and network is self.critic and steps:
+            loss = loss + in_loss([layer.weight for layer in (network[0], network[2])])
+        self.manual_backward(loss)
+        if steps:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(net.parameters(), lr=1e-2) for net in (self.generator, self.critic)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_gan_with_a_penalised_critic(make_trainer, regression_data, accumulate):
+    results, penalty = [], LipschitzPenalty(COEFFICIENT, layers="critic")
+    for term, callbacks in ((False, []), (True, []), (False, [penalty])):
+        module = Adversarial(term, accumulate)
+        trainer = make_trainer(lightning, callbacks=callbacks, max_epochs=EPOCHS, precision="64-true")
+        trainer.fit(module, regression_data)
+        results.append(weights_of(module))
+    without, want, got = results
+    assert float((got - want).norm() / (want - without).norm()) <= TOLERANCE
+    assert penalty.state_dict()["n_steps"] == EPOCHS * 12 // accumulate
+
+
+def test_max_norm_holds_after_every_step(make_module, make_trainer, regression_data):
+    norms = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            norms.append(max(float(p.norm(dim=1).max()) for p in pl_module.parameters() if p.dim() == 2))
+
+    module = make_module(lightning, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    trainer = make_trainer(lightning, callbacks=[MaxNorm(0.7), Watch()], accumulate_grad_batches=3, max_epochs=3)
+    trainer.fit(module, regression_data)
+    assert max(norms) <= 0.7 * (1 + 1e-6)
