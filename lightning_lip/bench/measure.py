@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lip.bench.layers import Layer, exact_norm, input_shapes
 from lightning_lip.bench.memory import Memory, memory_of
@@ -44,8 +44,7 @@ class Row:
     Attributes:
         contender: `"plain"` or the peer's name.
         title: What the tables call it.
-        operator: `"true"` or, for a peer that takes a convolution's kernel as a matrix where there is one,
-            `"reshaped"`; `"none"` for one without norms.
+        operator: The peer's; `"true"` in place of `"reshaped"` where there is no convolution.
         n_blocks: Blocks of steps that the medians are taken over.
         step_ms: Milliseconds of a whole training step: p20, p50, p80.
         ratio: The same over the plain training's in the same round: p20, p50, p80.
@@ -252,13 +251,11 @@ def _errors(
 
 def _row(peer: Peer | None, times: Times, added: Memory, errors: list[float] | None, has_convolutions: bool) -> Row:
     steps, paired = 1e3 * np.array(times.steps), 1e3 * np.array(times.paired)
-    operator = "none"
-    if peer is not None and errors is not None:
-        operator = "reshaped" if peer.reshaped and has_convolutions else "true"
+    operator = "none" if peer is None else peer.operator
     return Row(
         contender=PLAIN if peer is None else peer.name,
         title="plain training" if peer is None else peer.title,
-        operator=operator,
+        operator="true" if operator == "reshaped" and not has_convolutions else operator,
         n_blocks=len(steps),
         step_ms=_percentiles(steps),
         ratio=_percentiles(steps / paired),

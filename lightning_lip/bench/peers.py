@@ -75,7 +75,8 @@ class Peer:
         title: What the tables call it.
         prepare: Builds a contender.
         guarantee: What is known of the norms that it works with.
-        reshaped: Whether it takes a convolution's kernel as a matrix (c_out, -1), which is not its operator.
+        operator: `"true"`; `"reshaped"` for one that takes a convolution's kernel as a matrix (c_out, -1), which is
+            not its operator; `"none"` for one without norms.
         for_convolutions: Whether it differs from another peer for convolutions only.
         needs: A module to install that this package does not depend on.
     """
@@ -84,7 +85,7 @@ class Peer:
     title: str
     prepare: Callable[[Task], Contender]
     guarantee: str
-    reshaped: bool = False
+    operator: str = "true"
     for_convolutions: bool = False
     needs: str | None = None
 
@@ -254,23 +255,33 @@ PEERS = (
         for_convolutions=True,
     ),
     Peer("autograd_loop", "autograd through a loop of power iterations (r = 1)", autograd_loop, BELOW),
-    Peer("gradient_penalty", "gradient penalty on the inputs", gradient_penalty, "slope at the batch's inputs only"),
+    Peer(
+        "gradient_penalty",
+        "gradient penalty on the inputs",
+        gradient_penalty,
+        "slope at the batch's inputs only",
+        "none",
+    ),
     Peer(
         "torch_spectral_norm",
         "torch parametrizations.spectral_norm (r = 1)",
         torch_spectral_norm,
         "norm of the matrix near 1",
-        reshaped=True,
+        operator="reshaped",
     ),
     Peer(
-        "exact_svd", "autograd through torch.linalg.matrix_norm(W, 2)", exact_svd, "exact for the matrix", reshaped=True
+        "exact_svd",
+        "autograd through torch.linalg.matrix_norm(W, 2)",
+        exact_svd,
+        "exact for the matrix",
+        operator="reshaped",
     ),
     Peer(
         "torchlip",
         "deel-torchlip SpectralLinear, SpectralConv2d",
         torchlip,
         "all singular values of the matrix near 1",
-        reshaped=True,
+        operator="reshaped",
         needs="deel.torchlip",
     ),
 )

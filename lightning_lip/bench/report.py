@@ -60,8 +60,8 @@ def findings(result: Result) -> list[str]:
     plain, penalty = rows[PLAIN].step_ms[1], rows["penalty_r8"]
     own = penalty.own_ms or 0.0
     lines = [
-        f"The penalty (r = 8) takes {own:.3g} ms a step, {own / plain:.1%} of a plain step's {plain:.3g} ms. One read of "
-        f"its weights with a read and a write of their gradients takes {result.floor_ms:.3g} ms."
+        f"The penalty (r = 8) takes {own:.3g} ms a step, {own / plain:.1%} of a plain step's {plain:.3g} ms. One read "
+        f"of its weights with a read and a write of their gradients takes {result.floor_ms:.3g} ms."
     ]
     slower: list[str] = []
     faster: list[str] = []
