@@ -8,7 +8,7 @@ from typing import Any
 from lightning_lip.bench.growth import DEPTH_OF_WIDTHS, WIDTH_OF_DEPTHS
 from lightning_lip.paper.extras import extra
 
-COLOURS = {1: "#E69F00", 8: "#0072B2", "step": "#000000", "floor": "#999999", "peer": "#BBBBBB"}
+COLOURS = {1: "#E69F00", 8: "#0072B2", "step": "#000000", "floor": "#999999", "peer": "#777777"}
 """Okabe and Ito's, by block size and role."""
 
 Figure = Any
@@ -40,15 +40,17 @@ def steps(models: list[dict[str, Any]]) -> Figure:
     panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, model in zip(panels, models, strict=True):
         rows = [row for row in model["rows"] if row["contender"] != "plain"][::-1]
-        middle = [row["ratio"][1] for row in rows]
-        spread = [
-            [row["ratio"][1] - row["ratio"][0] for row in rows],
-            [row["ratio"][2] - row["ratio"][1] for row in rows],
-        ]
-        colours = [COLOURS[8] if row["own_ms"] is not None else COLOURS["peer"] for row in rows]
-        axes.barh([row["title"] for row in rows], middle, xerr=spread, color=colours, height=0.7)
+        for y, row in enumerate(rows):
+            p20, p50, p80 = row["ratio"]
+            colour = COLOURS[8] if row["own_ms"] is not None else COLOURS["peer"]
+            spread = [[p50 - p20], [p80 - p50]]
+            axes.errorbar(p50, y, xerr=spread, color=colour, marker="o", markersize=5, capsize=2)
+            axes.annotate(f"{p50:.3g}", (p50, y), (0, 4), textcoords="offset points", fontsize=6, ha="center")
+        axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.2)
         axes.axvline(1.0, color=COLOURS["step"], linewidth=0.8)
         axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
         axes.set_title(f"{model['model_title']}; batch {model['batch_size']}", fontsize=9, loc="left")
         axes.tick_params(labelsize=7)
     panels[-1].set_xlabel("time of a training step over the plain training's: median, p20 to p80", fontsize=8)

@@ -36,6 +36,12 @@ class Times:
     paired: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
 
+    def add(self, step: float, own: float | None, of_plain: float) -> None:
+        """Note one block: its step, the part of it in the penalty's hook, and the plain training's step."""
+        self.steps.append(step)
+        self.paired.append(of_plain)
+        self.own += [] if own is None else [own]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -139,13 +145,13 @@ def measure(
 
     contenders: dict[str, Contender] = {}
     memory: dict[str, Memory] = {}
-    first: dict[str, float] = {}
+    first: dict[str, tuple[float, float | None]] = {}
     for peer_name, prepare in [(PLAIN, plain), *((peer.name, peer.prepare) for peer in peers)]:
         on_step(f"{name}: {peer_name}")
 
         def start(prepare: Callable[[Task], Contender] = prepare, peer_name: str = peer_name) -> Contender:
             contenders[peer_name] = contender = prepare(task)
-            first[peer_name], _ = fit(contender.training, contender.callbacks, batch, N_BEFORE, 1)
+            first[peer_name] = fit(contender.training, contender.callbacks, batch, N_BEFORE, 1)
             # Lightning leaves a module on the CPU: what it holds between steps is to be counted where it is trained.
             contender.training.to(device)
             return contender
@@ -174,20 +180,24 @@ def measure(
 
 
 def in_turn(
-    contenders: dict[str, Contender], first: dict[str, float], batch: Batch, seconds: float
+    contenders: dict[str, Contender],
+    first: dict[str, tuple[float, float | None]],
+    batch: Batch,
+    seconds: float,
 ) -> dict[str, Times]:
     """Return the times of blocks of steps of all contenders, round by round.
 
     Args:
         contenders: By name; `"plain"` is one of them.
-        first: By name, the seconds of a step that has been made already, to size the blocks by.
+        first: By name, what :func:`~lightning_lip.bench.steps.fit` returned for a step that has been made already,
+            to size the blocks by.
         batch: The batch of every step.
         seconds: Time for all rounds, about.
     """
     times = {name: Times() for name in contenders}
-    n_steps = {name: block_steps(name, first[name]) for name in contenders}
+    n_steps = {name: block_steps(name, first[name][0]) for name in contenders}
     share = 2 * seconds / len(contenders)
-    fast = [name for name in contenders if name == PLAIN or first[name] * (N_BEFORE + n_steps[name]) <= share]
+    fast = [name for name in contenders if name == PLAIN or first[name][0] * (N_BEFORE + n_steps[name]) <= share]
     others = [name for name in fast if name != PLAIN]
     begin = time.perf_counter()
     n_rounds = 0
@@ -199,13 +209,10 @@ def in_turn(
             contender = contenders[name]
             step, own = fit(contender.training, contender.callbacks, batch, N_BEFORE, n_steps[name])
             of_plain = step if name == PLAIN else of_plain
-            times[name].steps.append(step)
-            times[name].paired.append(of_plain)
-            times[name].own += [] if own is None else [own]
+            times[name].add(step, own, of_plain)
         n_rounds += 1
     for name in contenders.keys() - set(fast):
-        times[name].steps.append(first[name])
-        times[name].paired.append(float(np.median(times[PLAIN].steps)))
+        times[name].add(*first[name], float(np.median(times[PLAIN].steps)))
     return times
 
 

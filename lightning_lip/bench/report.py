@@ -15,8 +15,8 @@ from lightning_lip.bench.measure import PLAIN, Result, Row
 
 SECTIONS = {
     "none": None,
-    "true": "on the convolutions' true operators",
-    "reshaped": "on kernels reshaped to (c_out, -1): a convolution's norm is another one",
+    "true": "the true operators",
+    "reshaped": "kernels as matrices (c_out, -1)",
 }
 
 

@@ -85,7 +85,5 @@ def chosen_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UsageError(f"Expected --device cpu, cuda or cuda:<number>, got {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"Expected a CUDA device that is there for --device {name}, found {torch.cuda.device_count()}."
-        )
+        raise UsageError(f"Expected --device {name} to be there, found {torch.cuda.device_count()} CUDA devices.")
     return device

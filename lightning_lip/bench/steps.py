@@ -49,11 +49,15 @@ class Training(pl.LightningModule):
         self._optimizer: Optimizer | None = None
 
     @override
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)  # type: ignore[no-any-return]
+
+    @override
     def training_step(self, batch: Batch) -> Tensor:
         inputs, targets = batch
         if self._inputs_need_grad:
             inputs = inputs.detach().requires_grad_()
-        outputs = self.network(inputs)
+        outputs = self(inputs)
         loss = self._loss(outputs, targets)
         return loss if self._term is None else loss + self._term(self.network, inputs, outputs)
 
