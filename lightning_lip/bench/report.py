@@ -63,21 +63,19 @@ def findings(result: Result) -> list[str]:
         f"The penalty (r = 8) takes {own:.3g} ms a step, {own / plain:.1%} of a plain step's {plain:.3g} ms. One read "
         f"of its weights with a read and a write of their gradients takes {result.floor_ms:.3g} ms."
     ]
-    slower: list[str] = []
-    faster: list[str] = []
+    lines.append(f"It adds {penalty.added_ms:.3g} ms to a whole step. Beside it, on whole steps:")
+    words: dict[str, list[str]] = {"more": [], "as much, within the spread of the blocks": [], "less": []}
     for row in result.rows:
-        if row.own_ms is not None or row.contender == PLAIN:
-            continue
-        text = f"{row.contender} {row.added_ms:.3g} ms"
-        if row.added_ms > 0:
-            text += f" ({row.added_ms / penalty.added_ms:.1f}x)" if penalty.added_ms > 0 else ""
-        (slower if row.added_ms > penalty.added_ms else faster).append(text)
-    lines.append(f"Added to a whole step: the penalty {penalty.added_ms:.3g} ms.")
-    if slower:
-        lines.append(f"More is added by {', '.join(slower)}.")
-    if faster:
-        lines.append(f"Less is added by {', '.join(faster)}.")
+        if row.own_ms is None and row.contender != PLAIN:
+            words[_compared(row, penalty)].append(f"{row.contender} {row.added_ms:.3g} ms")
+    lines += [f"  {', '.join(found)} add{'s' * (len(found) == 1)} {word}." for word, found in words.items() if found]
     return lines
+
+
+def _compared(row: Row, penalty: Row) -> str:
+    if row.ratio[2] < penalty.ratio[0]:
+        return "less"
+    return "more" if row.ratio[0] > penalty.ratio[2] else "as much, within the spread of the blocks"
 
 
 def print_growth(console: Console, points: Sequence[Point]) -> None:
