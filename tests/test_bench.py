@@ -132,6 +132,11 @@ def test_recording_the_input_shapes_leaves_the_network_alone():
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
+def test_a_linear_layer_maps_one_token():
+    block = TransformerBlock(8, 2, causal=True)
+    assert input_shapes(block, ["mlp.0", "mlp.2"], torch.randn(1, 5, 8)) == {"mlp.0": (8,), "mlp.2": (32,)}
+
+
 # The peers
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,16 @@ TOLERANCE = 1e-4
 
 
 def input_shapes(network: nn.Module, names: Sequence[str], inputs: Tensor) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one input of each named layer, as a forward pass on `inputs` shows it."""
+    """Return the shape of one input of each named layer, as a forward pass on `inputs` shows it.
+
+    Of a linear layer (n,), however many tokens it maps at a time; of a convolution (c_in, h, w).
+    """
     shapes: dict[str, tuple[int, ...]] = {}
-    hooks = [
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, given, name=name: shapes.update({name: tuple(given[0].shape[1:])})
-        )
-        for name in names
-    ]
+
+    def record(name: str, layer: nn.Module, given: Any) -> None:
+        shapes[name] = (layer.in_features,) if isinstance(layer, nn.Linear) else tuple(given[0].shape[1:])
+
+    hooks = [network.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
     # Batch normalisation must not see this batch.
     training = network.training
     try:
