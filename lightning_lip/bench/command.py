@@ -40,12 +40,14 @@ def bench(
         The contents of bench.json, documented at `lightning_lip.bench.results.document`.
 
     Raises:
-        UsageError: If a model is unknown, the device is not there, or `threads` is below 1.
+        UsageError: If a model is unknown, the device is not there, `out` is a file, or `threads` is below 1.
         MissingExtraError: If the `bench` extra is not installed, deel-torchlip aside, without which its row is missing.
     """
     names = chosen_models(models, quick)
     if threads is not None and threads < 1:
         raise UsageError(f"Expected --threads of at least 1, got {threads}.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"Expected --out to be a folder, {out} is a file.")
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")
     from lightning_lip.bench.run import chosen_device, run
