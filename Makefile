@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?=
 ARGS ?=
 
-.PHONY: reproduce test lint format bench clean
+.PHONY: reproduce test lint format bench bench-kernels clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/lightning-lip reproduce $(ARGS)
@@ -25,7 +25,12 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What the penalty costs in whole training steps.
 bench: $(VENV)/.installed
+	$(BIN)/lightning-lip bench $(ARGS)
+
+# The kernels alone, and how closely they follow the weights.
+bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels $(ARGS)
 	$(BIN)/python -m bench.tracking $(ARGS)
 
@@ -33,7 +38,7 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet -e ".[paper,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[paper,bench,dev]"
 	touch $@
 
 clean:

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 
 from lightning_lip.kernels import cpu_blas
 from lightning_lip.kernels.cpu_compiled import (
+    _BAND,
     _COEFFICIENTS_GIVEN,
     _GRAD,
     _GRAD_ALONG,
@@ -120,8 +121,7 @@ class CpuIteration:
         wide = [m < n for m, n in shapes]
         self._left = [views[5 * i + (4 if w else 3)] for i, w in enumerate(wide)]
         self._right = [views[5 * i + (3 if w else 4)] for i, w in enumerate(wide)]
-        band = max((_band_size(min(s), max(s)) for s in shapes), default=0)
-        self._band = torch.empty(band, **fp32)
+        self._band = torch.empty(0, **fp32)  # until there is a weight or gradient in bf16
         self._sigma = torch.full((n_layers,), math.nan, **fp64)
         self._coefficients = torch.zeros(n_layers, **fp32)
         self._scales = torch.ones(n_layers, **fp64)
@@ -253,7 +253,7 @@ class CpuIteration:
                     f"Expected weight {index} to have shape {(m, n)} as at construction, got {tuple(weight.shape)}: "
                     "construct a new iteration."
                 )
-            self._table[index, _WEIGHT : _WEIGHT_ALONG + 1] = _entry(weight)
+            self._table[index, _WEIGHT : _WEIGHT_ALONG + 1] = self._entry(weight)
             # An address identifies the weight, with its layout, as long as no other tensor can be given it.
             self._aliases[index] = weight.detach()
             self._weight_addresses[index] = weight.data_ptr()
@@ -286,9 +286,17 @@ class CpuIteration:
             if self._is_for_torch(index, grad):
                 self._torch_grads.append(index)
             else:
-                self._table[index, _GRAD : _GRAD_ALONG + 1] = _entry(grad)
+                self._table[index, _GRAD : _GRAD_ALONG + 1] = self._entry(grad)
             self._grad_keys[index] = key
         self._some_are_none = None in self._grad_keys
+
+    def _entry(self, matrix: Tensor) -> tuple[int, int, int, int]:
+        """Return a weight's or gradient's entry of the table, with the buffer that bf16 needs in place."""
+        if matrix.dtype == torch.bfloat16 and not len(self._band):
+            size = max(_band_size(min(shape), max(shape)) for shape in self._shapes)
+            self._band = torch.empty(size, dtype=torch.float32, device="cpu")
+            self._header[_BAND] = self._band.data_ptr()
+        return _entry(matrix)
 
     def _is_for_torch(self, index: int, grad: Tensor) -> bool:
         """Return whether a gradient is large, or has a dtype or strides that the compiled update does not know."""

@@ -256,15 +256,16 @@ class LipschitzRegularizer:
                     weight.grad = torch.zeros_like(weight)
                 grads[index] = weight.grad
                 continue
+            coefficient = coefficients[index].to(step.left[index])
             with torch.enable_grad():
-                norm = op.norm(step.left[index], step.right[index])
+                # The norm is linear in u: with c u its gradient needs no scaling of its own.
+                norm = op.norm(coefficient * step.left[index], step.right[index])
                 pulled = torch.autograd.grad(norm, trainable, allow_unused=True)
             for parameter, gradient in zip(trainable, pulled, strict=True):
                 if gradient is None:
                     continue
-                coefficient = coefficients[index].to(gradient.device)
                 # Not 0 * NaN where the weight has become NaN.
-                gradient = torch.where(coefficient == 0, torch.zeros_like(gradient), gradient * coefficient)
+                gradient = torch.where((coefficient == 0).to(gradient.device), 0.0, gradient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._norms.rank_one_update_(grads, coefficients)
 

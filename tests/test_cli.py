@@ -5,6 +5,7 @@ import pytest
 
 from lightning_lip import cli
 from lightning_lip.audit import BoundError, audit
+from lightning_lip.bench import bench
 from lightning_lip.checkpoints import AuditError
 from lightning_lip.paper import command, extras, reproduce
 
@@ -28,7 +29,7 @@ def test_help_names_the_command_and_its_purpose(capsys):
     assert "show what each layer adds to it" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("function", [audit, reproduce])
+@pytest.mark.parametrize("function", [audit, bench, reproduce])
 def test_help_explains_every_option(capsys, function):
     with pytest.raises(SystemExit):
         cli.main([function.__name__, "--help"])

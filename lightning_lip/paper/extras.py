@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-REMEDY = 'pip install "lightning-lip[paper]"'
 MODULES = ("matplotlib", "mlxtend", "scipy", "sklearn")
 
 
 class MissingExtraError(ModuleNotFoundError):
-    """A module of the `paper` extra is not installed; the message names the remedy."""
+    """A module of an extra is not installed; the message names the remedy."""
 
 
-def extra(module: str) -> ModuleType:
-    """Import a module of the `paper` extra.
+def extra(module: str, name: str = "paper") -> ModuleType:
+    """Import a module of an extra.
 
     Args:
         module: The dotted name, for instance `"scipy.stats"`.
+        name: The extra's.
 
     Returns:
         The module.
@@ -29,13 +29,13 @@ def extra(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            f"The paper's experiment needs {module.partition('.')[0]}, which is not installed "
-            f"({error}). Install the extra: {REMEDY}"
+            f"This command needs {module.partition('.')[0]}, which is not installed ({error}). "
+            f'Install the extra: pip install "lightning-lip[{name}]"'
         ) from error
 
 
 def require_extras() -> None:
-    """Import every module of the extra, so that one that is missing shows before anything is trained.
+    """Import every module of the `paper` extra, so that one that is missing shows before anything is trained.
 
     Raises:
         MissingExtraError: If one is not installed.
