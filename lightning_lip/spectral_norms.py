@@ -195,6 +195,29 @@ class SpectralNorms:
             uppers.append(torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma)
         return torch.stack(uppers)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def ritz_values(self) -> list[Tensor]:
+        """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
+
+        The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
+        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form.
+        """
+        step = self.current()
+        values = []
+        for op, weight, block, sigma in zip(self.operators, self._weights(), step.vectors, step.sigma, strict=True):
+            if op.leading_vectors() is not None:
+                values.append(sigma[None])
+                continue
+            if op.is_matrix:
+                matrix = weight.to(block.dtype)
+                images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+            else:
+                images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
+            values.append(torch.linalg.svdvals(images))
+        return values
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n))."""
         if not self._served:

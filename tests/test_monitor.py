@@ -11,7 +11,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty, NoisyValidation
-from lightning_lip.callbacks._heat_map import heat_map
+from lightning_lip.callbacks._figures import heat_map, share_chart
 from lightning_lip.callbacks.monitor import MAX_HISTORY, _Source
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -201,8 +201,9 @@ def test_a_zero_layer_is_logged(train, make_module):
 def test_history_is_thinned():
     source = _Source("lipschitz", None, None)
     for step in range(5 * MAX_HISTORY):
-        source.remember(step, [1.0])
+        source.remember(step, [1.0], [0.0])
     assert len(source.steps) <= MAX_HISTORY
+    assert len(source.norms) == len(source.shares) == len(source.steps)
     assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
 
 
@@ -225,8 +226,8 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [7, 15, 23, 31]), (2, [15, 31]), (0, None)])
-def test_heat_map_every_n_epochs(train, every, steps):
-    _, events = train([LipschitzMonitor(heat_map_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)
+def test_figures_every_n_epochs(train, every, steps):
+    _, events = train([LipschitzMonitor(figures_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)
     if steps is None:
         assert not events.Tags()["images"]
     else:

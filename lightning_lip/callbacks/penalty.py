@@ -131,6 +131,21 @@ class LipschitzPenalty(Callback):
         return f"lipschitz/{self.name}" if self.name else "lipschitz"
 
     @property
+    def hyperparameters(self) -> dict[str, float | str]:
+        """The arguments that tell training runs apart, as numbers and text."""
+        arguments = self._arguments
+        penalty = arguments["penalty"]
+        return {
+            "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
+            "coefficient": self.coefficient,
+            "layers": _text(arguments["layers"]),
+            "exclude": _text(arguments["exclude"]),
+            **{name: arguments[name] for name in ("target", "block_size", "n_iterations", "seed")},
+            "every_n_steps": self.every_n_steps,
+            "warmup_steps": self.warmup_steps,
+        }
+
+    @property
     def regularizer(self) -> LipschitzRegularizer:
         """The regulariser of the model in training.
 
@@ -336,6 +351,15 @@ class LipschitzPenalty(Callback):
         """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
         kept = {"_loaded": self.state_dict()["regularizer"], "_regularizer": None, "_model": None, "_selected": False}
         return own_state(self) | kept | {"_in_optimizer": {}, "_iterated_by": None}
+
+
+def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
+    """Return a selection of layers as text: names and patterns as they are, a submodule by its type."""
+    if selection is None or isinstance(selection, str):
+        return selection or ""
+    if isinstance(selection, nn.Module):
+        return type(selection).__name__
+    return ", ".join(_text(item) for item in selection)
 
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
