@@ -202,7 +202,8 @@ class SpectralNorms:
         """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
 
         The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
-        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form.
+        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. NaN
+        where the weight is not finite.
         """
         step = self.current()
         values = []
@@ -215,7 +216,9 @@ class SpectralNorms:
                 images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
             else:
                 images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
-            values.append(torch.linalg.svdvals(images))
+            # LAPACK raises on NaN and infinity.
+            is_finite = bool(images.isfinite().all())
+            values.append(torch.linalg.svdvals(images) if is_finite else images.new_full((len(block),), math.nan))
         return values
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -25,20 +25,20 @@ def heat_map(names: Sequence[str], steps: Sequence[int], norms: Sequence[Sequenc
     Returns:
         A matplotlib figure, or None where matplotlib is not installed or nothing was logged yet.
     """
-    figure = _figure(steps, height=1.6 + 0.28 * min(len(names), MAX_LABELS))
+    figure = _figure(steps, height=max(2.8, 1.4 + 0.18 * min(len(names), MAX_LABELS)))
     if figure is None:
         return None
     values = [[math.log10(n[i]) if n[i] > 0 else math.nan for n in norms] for i in range(len(names))]
     every = math.ceil(len(names) / MAX_LABELS)
     axes = figure.add_subplot()
     mesh = axes.pcolormesh(_edges(steps), range(len(names) + 1), values, cmap="cividis", shading="flat")
-    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], [names[i] for i in range(0, len(names), every)])
+    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("layer, input at the top")
-    axes.set_title("Spectral norms (estimates from below)")
+    axes.set_title("Spectral norms (estimates)")
     bar = figure.colorbar(mesh, ax=axes)
-    bar.set_label("log10 of the spectral norm")
+    bar.set_label("log10 spectral norm")
     return figure
 
 
@@ -57,7 +57,7 @@ def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Seq
     Returns:
         A matplotlib figure, or None where matplotlib is not installed or nothing was logged yet.
     """
-    figure = _figure(steps, height=4.5)
+    figure = _figure(steps, height=3.6)
     if figure is None:
         return None
     from matplotlib import colormaps
@@ -76,20 +76,18 @@ def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Seq
     axes.stackplot(edges, above, labels=names, colors=colours)
     axes.stackplot(edges, below, colors=colours)
     axes.axhline(0.0, color="black", linewidth=0.8)
-    (total,) = axes.plot(edges, [math.fsum(row) for row in rows], color="black", linewidth=1.8, linestyle="--")
+    axes.plot(edges, [math.fsum(row) for row in rows], color="black", linewidth=1.2)
     axes.margins(x=0)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"part of log {kind}")
-    axes.set_title(f"The layers' parts of log {kind} (estimates from below)")
+    axes.set_title("Parts (estimates) and their sum")
+    # Upwards from the input, as the layers above zero are stacked.
     if len(names) <= MAX_LEGEND:
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend([total, *handles], ["sum of the parts", *labels], loc="outside right upper", fontsize="small")
+        figure.legend(reverse=True, loc="outside right upper", fontsize="small")
     else:
-        figure.legend([total], ["sum of the parts"], loc="outside right upper", fontsize="small")
         bar = figure.colorbar(ScalarMappable(depth, "viridis"), ax=axes, ticks=[0, len(names) - 1])
-        bar.ax.set_yticklabels([names[0], names[-1]])
-        bar.ax.invert_yaxis()
-        bar.set_label("layer, input at the top")
+        bar.ax.set_yticklabels(["first", "last"])
+        bar.set_label("layer")
     return figure
 
 
@@ -99,7 +97,8 @@ def _figure(steps: Sequence[int], height: float) -> Any | None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return None
-    return Figure(figsize=(9, height), layout="constrained", dpi=100) if steps else None
+    # TensorBoard shrinks images to 350 pixels: text is large beside the figure.
+    return Figure(figsize=(6.4, height), layout="constrained", dpi=130) if steps else None
 
 
 def _edges(steps: Sequence[int]) -> list[float]:

@@ -21,15 +21,18 @@ def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], me
     Args:
         trainer: The trainer.
         pl_module: The module; what it and the datamodule saved with ``save_hyperparameters`` is taken as well.
-        arguments: The penalties' arguments, by the names to be shown.
+        arguments: The penalties' arguments, by the names to be shown; None for one that has no value in this run, but a
+            column: all runs share the columns of one of them.
         metrics: Tags of the scalars to show beside them; TensorBoard takes the last value of each.
     """
     saved: dict[str, Any] = {}
     for owner in (pl_module, trainer.datamodule):
         if owner is not None and owner._log_hyperparams:
             saved |= {key: value for key, value in owner.hparams_initial.items() if key != "_class_path"}
-    parameters = _sanitize_params(_flatten_dict(_convert_params({**saved, **arguments})))
-    experiment, start, _ = hparams(parameters, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+    saved = _sanitize_params(_flatten_dict(_convert_params(saved)))
+    columns = {name: 0.0 if value is None else value for name, value in arguments.items()}
+    experiment, _, _ = hparams({**saved, **columns}, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+    _, start, _ = hparams({**saved, **arguments}, {})  # type: ignore[no-untyped-call]
     for writer in tensorboard_writers(trainer):
         for summary in (experiment, start):
             writer._get_file_writer().add_summary(summary)

@@ -87,7 +87,8 @@ class LipschitzMonitor(Callback):
     logging step. TensorBoard also gets
 
     - a custom-scalars layout: all layers in one chart, the product between its estimate and its upper bound as a margin
-      chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified``;
+      chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified`` as
+      a band, with the line of ``lipschitz/estimate``, which lies above the band where a tighter method certified;
     - at the end of each epoch histograms ``lipschitz/spectrum/<layer>`` of the r leading singular values (Ritz values,
       *estimates from below*), and where matplotlib is installed the figures ``lipschitz/spectral_norms``, a
       layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the logarithm stacked over time (about a tenth
@@ -153,17 +154,17 @@ class LipschitzMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_strategy(trainer, self)
-            start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer, pl_module))
+            start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer))
 
-    def _metrics(self, trainer: Any, pl_module: LightningModule) -> list[str]:
+    def _metrics(self, trainer: Any) -> list[str]:
         """Return the tags of the scalars that tell how a run ended."""
         lends = self._layers is None and self._exclude is None
         tags = [penalty.tag for penalty in _penalties(trainer)] if lends else []
-        # All runs share the columns of one of them: that with a traced graph and that without.
-        metrics = [f"{tag}/{kind}" for tag in tags or ["lipschitz"] for kind in ("product", "bound", "penalty")]
-        if self._certified is not None or has_callback(trainer, "CertifiedValidation"):
-            metrics += ["lipschitz/lower", "lipschitz/certified"]
-        return [*metrics, *(name for name in monitored_metrics(trainer) if name not in metrics)]
+        certified = self._certified is not None or has_callback(trainer, "CertifiedValidation")
+        metrics = [*monitored_metrics(trainer), *(["lipschitz/certified", "lipschitz/lower"] if certified else [])]
+        # With a graph and without: all runs share the columns of one of them.
+        metrics += [f"{tag}/{kind}" for tag in tags or ["lipschitz"] for kind in ("bound", "product", "penalty")]
+        return metrics
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -181,7 +182,7 @@ class LipschitzMonitor(Callback):
         layout = _layout(self._sources)
         if self._certified is not None or has_callback(trainer, "CertifiedValidation"):
             interval = ["lipschitz/estimate", "lipschitz/lower", "lipschitz/certified"]
-            layout.setdefault("lipschitz", {})["certified interval"] = ["Margin", interval]
+            layout.setdefault("lipschitz", {})["certified interval (band), plain bound (line)"] = ["Margin", interval]
         for writer in tensorboard_writers(trainer):
             writer.add_custom_scalars(layout)
 
@@ -277,7 +278,8 @@ def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
     """Return what tells runs apart: the penalties' arguments, or that there is no penalty."""
     penalties = _penalties(trainer)
     if not penalties and not isinstance(pl_module, LipschitzMixin):
-        return {"lipschitz/penalty": "none", "lipschitz/coefficient": 0.0}
+        none: dict[str, Any] = dict.fromkeys(f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters)
+        return none | {"lipschitz/penalty": "none", "lipschitz/coefficient": 0.0}
     return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
 
 

@@ -133,16 +133,15 @@ class LipschitzPenalty(Callback):
     @property
     def hyperparameters(self) -> dict[str, float | str]:
         """The arguments that tell training runs apart, as numbers and text."""
-        arguments = self._arguments
-        penalty = arguments["penalty"]
+        penalty = self._arguments["penalty"]
+        selections = {name: _text(self._arguments[name]) for name in ("layers", "exclude")}
         return {
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
-            "layers": _text(arguments["layers"]),
-            "exclude": _text(arguments["exclude"]),
-            **{name: arguments[name] for name in ("target", "block_size", "n_iterations", "seed")},
+            **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
+            **{name: text for name, text in selections.items() if text},
         }
 
     @property
