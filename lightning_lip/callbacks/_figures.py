@@ -73,8 +73,9 @@ def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Seq
     axes = figure.add_subplot()
     above = [[max(row[i], 0.0) for row in rows] for i in range(len(names))]
     below = [[min(row[i], 0.0) for row in rows] for i in range(len(names))]
-    axes.stackplot(edges, above, labels=names, colors=colours)
-    axes.stackplot(edges, below, colors=colours)
+    # Without smoothed edges, which would leave light seams between the areas.
+    axes.stackplot(edges, above, labels=names, colors=colours, antialiased=False)
+    axes.stackplot(edges, below, colors=colours, antialiased=False)
     axes.axhline(0.0, color="black", linewidth=0.8)
     axes.plot(edges, [math.fsum(row) for row in rows], color="black", linewidth=1.2)
     axes.margins(x=0)

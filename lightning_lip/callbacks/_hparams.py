@@ -25,6 +25,9 @@ def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], me
             column: all runs share the columns of one of them.
         metrics: Tags of the scalars to show beside them; TensorBoard takes the last value of each.
     """
+    writers = tensorboard_writers(trainer)
+    if not writers:
+        return
     saved: dict[str, Any] = {}
     for owner in (pl_module, trainer.datamodule):
         if owner is not None and owner._log_hyperparams:
@@ -33,7 +36,7 @@ def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], me
     columns = {name: 0.0 if value is None else value for name, value in arguments.items()}
     experiment, _, _ = hparams({**saved, **columns}, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
     _, start, _ = hparams({**saved, **arguments}, {})  # type: ignore[no-untyped-call]
-    for writer in tensorboard_writers(trainer):
+    for writer in writers:
         for summary in (experiment, start):
             writer._get_file_writer().add_summary(summary)
 

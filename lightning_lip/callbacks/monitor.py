@@ -91,8 +91,8 @@ class LipschitzMonitor(Callback):
       a band, with the line of ``lipschitz/estimate``, which lies above the band where a tighter method certified;
     - at the end of each epoch histograms ``lipschitz/spectrum/<layer>`` of the r leading singular values (Ritz values,
       *estimates from below*), and where matplotlib is installed the figures ``lipschitz/spectral_norms``, a
-      layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the logarithm stacked over time (about a tenth
-      of a second each);
+      layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the logarithm stacked over time (a tenth to
+      half a second each);
     - in the HPARAMS tab the penalty's arguments beside the module's own saved hyperparameters, with the last values of
       the product (or bound), the penalty, and what ``EarlyStopping`` and ``ModelCheckpoint`` monitor. The module's
       ``hparams``, checkpoints and ``hparams.yaml`` are not touched.
