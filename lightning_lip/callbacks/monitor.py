@@ -14,7 +14,6 @@ from typing_extensions import override
 from lightning_lip.callbacks._figures import heat_map, share_chart
 from lightning_lip.callbacks._hparams import end_session, monitored_metrics, start_session
 from lightning_lip.callbacks._trainer import (
-    has_callback,
     is_logging_step,
     log_to_loggers,
     logging_step,
@@ -156,15 +155,17 @@ class LipschitzMonitor(Callback):
             refuse_strategy(trainer, self)
             start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer))
 
+    def _certifies(self, trainer: Any) -> bool:
+        """Whether this training logs the certified interval."""
+        return self._certified is not None or any(isinstance(c, CertifiedValidation) for c in trainer.callbacks)
+
     def _metrics(self, trainer: Any) -> list[str]:
         """Return the tags of the scalars that tell how a run ended."""
-        lends = self._layers is None and self._exclude is None
-        tags = [penalty.tag for penalty in _penalties(trainer)] if lends else []
-        certified = self._certified is not None or has_callback(trainer, "CertifiedValidation")
-        metrics = [*monitored_metrics(trainer), *(["lipschitz/certified", "lipschitz/lower"] if certified else [])]
+        interval = ["lipschitz/certified", "lipschitz/lower"] if self._certifies(trainer) else []
+        tags = [penalty.tag for penalty in _penalties(trainer)] or ["lipschitz"]
         # With a graph and without: all runs share the columns of one of them.
-        metrics += [f"{tag}/{kind}" for tag in tags or ["lipschitz"] for kind in ("bound", "product", "penalty")]
-        return metrics
+        bounds = [f"{tag}/{kind}" for tag in tags for kind in ("bound", "product", "penalty")]
+        return [*monitored_metrics(trainer), *interval, *bounds]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +181,7 @@ class LipschitzMonitor(Callback):
             self._restore(self._loaded)
             self._loaded = None
         layout = _layout(self._sources)
-        if self._certified is not None or has_callback(trainer, "CertifiedValidation"):
+        if self._certifies(trainer):
             interval = ["lipschitz/estimate", "lipschitz/lower", "lipschitz/certified"]
             layout.setdefault("lipschitz", {})["certified interval (band), plain bound (line)"] = ["Margin", interval]
         for writer in tensorboard_writers(trainer):
