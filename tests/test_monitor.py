@@ -344,6 +344,11 @@ def test_the_last_step_is_logged(train, settings):
     assert product[-1].value == pytest.approx(math.prod(norms_of(module)), rel=1e-4)
 
 
+def test_nothing_is_logged_where_logging_is_off(train):
+    _, events = train([LipschitzMonitor()], log_every_n_steps=0)
+    assert "lipschitz/product" not in events.Tags()["scalars"]
+
+
 def test_certified_interval_in_the_layout(train, make_module, make_trainer, regression_data, tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     callbacks = [LipschitzMonitor(), CertifiedValidation(task="regression")]  # also where it stands for itself

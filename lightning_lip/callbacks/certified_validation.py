@@ -147,9 +147,8 @@ class CertifiedValidation(Callback):
             mae = float(value)
             values = [certified_worst_case_mae(mae, lipschitz, e, self._n_outputs) for e in self.eps]
         metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(self.eps, values, strict=True)}
-        interval = {"lipschitz/certified": lipschitz}
-        if all(certificate.estimate is not None for certificate in certificates):
-            interval["lipschitz/estimate"] = max(certificate.estimate or 0.0 for certificate in certificates)
+        estimates = [math.nan if certificate.estimate is None else certificate.estimate for certificate in certificates]
+        interval = {"lipschitz/certified": lipschitz, "lipschitz/estimate": max(estimates)}
         if self._lower is not None:
             interval["lipschitz/lower"] = self._lower
         # Every rank holds the same values, for compute() has summed over them; but for the lower bound, of its own
