@@ -221,7 +221,7 @@ class LipschitzMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The HPARAMS tab compares the last values of runs: they must be those of the last step.
         step = logging_step(trainer) - 1
-        if trainer.log_every_n_steps and self._last_logged != step:
+        if trainer.log_every_n_steps and self._last_logged != step:  # type: ignore[attr-defined]
             for source in self._sources:
                 log_to_loggers(trainer, _measure(source)[0], step)
 
