@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?=
 ARGS ?=
 
-.PHONY: reproduce test lint format bench bench-kernels clean
+.PHONY: reproduce test lint format docs pictures bench bench-kernels clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/lightning-lip reproduce $(ARGS)
@@ -25,6 +25,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# The pictures in docs/pictures: needs Chromium and its driver.
+pictures: $(VENV)/.installed
+	$(BIN)/python docs/pictures.py docs/pictures
+
 # What the penalty costs in whole training steps.
 bench: $(VENV)/.installed
 	$(BIN)/lightning-lip bench $(ARGS)
@@ -38,8 +45,8 @@ $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet -e ".[paper,bench,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[paper,bench,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

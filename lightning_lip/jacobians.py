@@ -58,7 +58,9 @@ def largest_jacobian_norm(
         device = torch.device("cpu")
     generator = torch.Generator("cpu").manual_seed(0)
     largest, seen = -math.inf, 0
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), eval_mode(model):
+    # Compiled code has no second derivative.
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), eval_mode(model), eager:
         state = {name: _cast(tensor, device, dtype) for name, tensor in _named_tensors(model)}
         for names, tensors in _chunks(data, example_input, max_inputs):
             inputs = [_cast(tensor, device, dtype) for tensor in tensors]

@@ -325,6 +325,10 @@ class LipschitzRegularizer:
         """Return :meth:`sigma` by layer name, each of shape (), in the model's order."""
         return dict(zip((op.name for op in self.operators), self.sigma().unbind(), strict=True))
 
+    def ritz_values(self) -> list[Tensor]:
+        """Return estimates of the L layers' top singular values, (r_l,) each; see :meth:`SpectralNorms.ritz_values`."""
+        return self._norms.ritz_values()
+
     def log_bound(self) -> Tensor:
         """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
         return self.log_bound_of(self.log_sigma())

@@ -184,6 +184,31 @@ class ShardedIteration(ReferenceIteration):
         Returns:
             Shape (L,), fp64.
         """
+        grams = self._grams(weights)
+        uppers = torch.empty(len(weights), dtype=torch.float64, device=grams[0][0].device)
+        for indices, (gram, squares) in zip(self._batches, grams, strict=True):
+            first = ritz_rotation(gram)[:, :1]
+            rest = squares - gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+            uppers[indices] = ((first @ gram @ first.mT)[:, 0, 0] + rest.clamp(min=0.0)).sqrt()
+        return uppers
+
+    @torch.no_grad()
+    @without_autocast()
+    def ritz_values(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return the Ritz values, L tensors of shape (r_l,), fp64, descending; NaN where a weight is not finite.
+
+        See :meth:`lightning_lip.spectral_norms.SpectralNorms.ritz_values`.
+        """
+        values = [torch.empty(0)] * len(weights)
+        for indices, (gram, _) in zip(self._batches, self._grams(weights), strict=True):
+            rotation = ritz_rotation(gram)  # NaN stays NaN in what it rotates
+            of_batch = (rotation @ gram @ rotation.mT).diagonal(dim1=-2, dim2=-1).clamp(min=0.0).sqrt()
+            for index, of_layer in zip(indices, of_batch, strict=True):
+                values[index] = of_layer
+        return values
+
+    def _grams(self, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return ``G``, shape (K, r, r), and the squared Frobenius norms, shape (K,), of each batch, fp64."""
         matrices = self._gather(weights)
         layouts = [self._layouts[indices[0]] for indices in self._batches]
         parts = []
@@ -191,14 +216,8 @@ class ShardedIteration(ReferenceIteration):
             squares = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
             parts.append(torch.cat([_gram(*_scaled(t), layout).flatten(1), squares[:, None]], dim=1))
         sums = _summed(parts, [layout.groups for layout in layouts])
-        uppers = torch.empty(len(weights), dtype=torch.float64, device=sums[0].device)
-        for indices, total in zip(self._batches, sums, strict=True):
-            r = len(self.vectors[indices[0]])
-            gram, squares = total[:, :-1].reshape(-1, r, r), total[:, -1]
-            first = ritz_rotation(gram)[:, :1]
-            rest = squares - gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-            uppers[indices] = ((first @ gram @ first.mT)[:, 0, 0] + rest.clamp(min=0.0)).sqrt()
-        return uppers
+        sizes = [len(self.vectors[indices[0]]) for indices in self._batches]
+        return [(total[:, :-1].reshape(-1, r, r), total[:, -1]) for total, r in zip(sums, sizes, strict=True)]
 
     @torch.no_grad()
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:

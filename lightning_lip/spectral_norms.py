@@ -201,9 +201,8 @@ class SpectralNorms:
         step = self.current()
         weights = self._weights()
         of_sharded: dict[int, Tensor] = {}
-        for indices, iteration in self._groups:
-            if isinstance(iteration, ShardedIteration):
-                of_sharded = dict(zip(indices, iteration.upper([weights[i] for i in indices]), strict=True))
+        for indices, iteration in self._sharded():
+            of_sharded |= zip(indices, iteration.upper([weights[i] for i in indices]), strict=True)
         uppers = []
         for index, (op, weight, block, sigma) in enumerate(
             zip(self.operators, weights, step.vectors, step.sigma, strict=True)
@@ -219,6 +218,44 @@ class SpectralNorms:
             rest = matrix.square().sum() - images.square().sum()
             uppers.append(torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma)
         return torch.stack(uppers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def ritz_values(self) -> list[Tensor]:
+        """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
+
+        The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
+        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. NaN
+        where the weight is not finite.
+        """
+        step = self.current()
+        weights = self._weights()
+        of_sharded: dict[int, Tensor] = {}
+        for indices, iteration in self._sharded():
+            of_sharded |= zip(indices, iteration.ritz_values([weights[i] for i in indices]), strict=True)
+        values = []
+        for index, (op, weight, block, sigma) in enumerate(
+            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
+        ):
+            if index in of_sharded:
+                values.append(of_sharded[index])
+                continue
+            if op.leading_vectors() is not None:
+                values.append(sigma[None])
+                continue
+            if op.is_matrix:
+                matrix = weight.to(block.dtype)
+                images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+            else:
+                images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
+            # LAPACK raises on NaN and infinity.
+            is_finite = bool(images.isfinite().all())
+            values.append(torch.linalg.svdvals(images) if is_finite else images.new_full((len(block),), math.nan))
+        return values
+
+    def _sharded(self) -> list[tuple[list[int], ShardedIteration]]:
+        return [(indices, it) for indices, it in self._groups if isinstance(it, ShardedIteration)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n)).

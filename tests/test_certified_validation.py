@@ -169,3 +169,26 @@ def test_every_size_of_input_is_certified_for_itself(make_trainer):
     # A mean over 4 pixels has norm 1/2, one over 1024 pixels 1/32.
     weight = abs(float(module.net[2].weight.detach()))
     assert float(trainer.callback_metrics["lipschitz/certified"]) == pytest.approx(weight / 2, rel=1e-5)
+
+
+def test_lower_bound_over_the_first_inputs(make_module, make_trainer, regression_data):
+    module = make_module(lightning)
+    x = regression_data.dataset.tensors[0]
+    for n_inputs, expected in ((6, x[:6]), (1000, x)):  # batches of 4: the second one in part
+        callback = CertifiedValidation((0.0,), task="regression", max_inputs=n_inputs)
+        trainer = make_trainer(lightning, callbacks=[callback])
+        trainer.validate(module, regression_data, verbose=False)
+        result = certify(module, torch.zeros(2, 4), data=expected, max_inputs=1000)
+        logged = trainer.callback_metrics
+        assert float(logged["lipschitz/lower"]) == pytest.approx(result.lower, rel=1e-5)
+        assert float(logged["lipschitz/estimate"]) == pytest.approx(result.estimate, rel=1e-5)
+        assert float(logged["lipschitz/lower"]) <= float(logged["lipschitz/certified"])
+
+
+def test_no_lower_bound(make_module, make_trainer, regression_data):
+    trainer = make_trainer(lightning, callbacks=[CertifiedValidation(task="regression", max_inputs=0)])
+    trainer.validate(make_module(lightning), regression_data, verbose=False)
+    assert "lipschitz/lower" not in trainer.callback_metrics
+    assert "lipschitz/certified" in trainer.callback_metrics
+    with pytest.raises(ValueError, match="`max_inputs` to be an integer of at least 0, got -1"):
+        CertifiedValidation(max_inputs=-1)

@@ -190,3 +190,11 @@ def test_nan_weights():
         model[0].weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         largest_jacobian_norm(model, data())
+
+
+def test_a_compiled_network(path):
+    # Compiled code has no second derivative, which the iteration needs: the network runs uncompiled.
+    model = network()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(data())
+    assert largest_jacobian_norm(compiled, data()) == largest_jacobian_norm(model, data())

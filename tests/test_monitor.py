@@ -8,17 +8,18 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty, NoisyValidation
-from lightning_lip.callbacks._heat_map import heat_map
+from lightning_lip.callbacks._figures import heat_map, share_chart
 from lightning_lip.callbacks.monitor import MAX_HISTORY, _Source
 
 LAYERS = ["net.0", "net.2", "net.4"]
 
 
 def read_events(folder):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0, "histograms": 0})
     events.Reload()
     return events
 
@@ -236,11 +237,22 @@ def test_a_zero_layer_is_logged(train, make_module):
     assert events.Scalars("lipschitz/product")[-1].value == 0
 
 
+def test_weights_that_are_not_finite_stop_no_training(train, make_module):
+    module = make_module(lightning)
+    with torch.no_grad():
+        module.net[0].weight.fill_(math.nan)
+        module.net[2].weight.fill_(math.inf)
+    _, events = train([LipschitzMonitor()], module=module)
+    assert math.isnan(events.Scalars("lipschitz/product")[-1].value)
+    assert {"lipschitz/spectral_norms", "lipschitz/log_shares"} <= set(events.Tags()["images"])
+
+
 def test_history_is_thinned():
     source = _Source("lipschitz", None, None)
     for step in range(5 * MAX_HISTORY):
-        source.remember(step, [1.0])
+        source.remember(step, [1.0], [0.0])
     assert len(source.steps) <= MAX_HISTORY
+    assert len(source.norms) == len(source.shares) == len(source.steps)
     assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
 
 
@@ -257,14 +269,146 @@ def test_no_heat_map_before_the_first_logging_step():
     assert heat_map(["a"], [], []) is None
 
 
+def test_spectra_are_the_singular_values(train):
+    # Blocks of 8 on layers of at most 8: all singular values. Two epochs of 12 steps.
+    module, events = train([LipschitzMonitor(n_iterations=10)])
+    tags = [f"lipschitz/spectrum/{name}" for name in LAYERS]
+    assert set(tags) <= set(events.Tags()["histograms"])
+    for tag, index in zip(tags, (0, 2, 4), strict=True):
+        histograms = events.Histograms(tag)
+        assert [h.step for h in histograms] == [11, 23]
+        values = torch.linalg.svdvals(module.net[index].weight.detach().double())
+        last = histograms[-1].histogram_value
+        assert (last.num, last.max) == (len(values), pytest.approx(float(values[0]), rel=1e-4))
+        assert last.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-4)
+
+
+def test_log_shares_are_drawn_and_sum_to_the_log_of_the_product(train):
+    module, events = train([LipschitzMonitor(), LipschitzPenalty(0.05)])
+    assert [e.step for e in events.Images("lipschitz/log_shares")] == [11, 23]
+    shares = [events.Scalars(f"lipschitz/log_share/{name}")[-1].value for name in LAYERS]
+    figure = share_chart(LAYERS, [10, 20], [[2.0, 1.0, -0.5], shares], "product")
+    (axes,) = figure.axes
+    line = axes.lines[-1].get_ydata()
+    assert list(line) == pytest.approx([2.5, math.log(math.prod(norms_of(module)))], rel=1e-4)
+    # Above zero the layers of the first step stand on each other, below it the rest hangs.
+    tops = [max(path.vertices[:, 1].max() for path in area.get_paths()) for area in axes.collections]
+    lows = [min(path.vertices[:, 1].min() for path in area.get_paths()) for area in axes.collections]
+    assert max(tops) == pytest.approx(3.0)
+    assert min(lows) == pytest.approx(min(-0.5, sum(min(share, 0.0) for share in shares)))
+
+
+@pytest.mark.parametrize("n_layers", [1, 12, 100])
+def test_log_shares_of_one_step_a_zero_layer_and_many_layers(n_layers):
+    names = [f"block.{i}.linear" for i in range(n_layers)]
+    rows = [[0.1] * n_layers, [-math.inf] + [0.1] * (n_layers - 1), [0.2] * n_layers]
+    for steps in (1, 3):
+        figure = share_chart(names, list(range(steps)), rows[:steps], "bound")
+        figure.canvas.draw()
+        assert len(figure.axes) == (1 if n_layers <= 12 else 2)  # a colour bar instead of a legend
+        total = figure.axes[0].lines[-1].get_ydata()
+        assert [bool(math.isfinite(y)) for y in total] == ([True] * 2 if steps == 1 else [True, False, True])
+    assert share_chart(names, [], [], "bound") is None
+
+
+def session_of(events):
+    """Return what TensorBoard keeps of a run's hyperparameters and metrics: the first entry of each."""
+    contents = [events.summary_metadata[tag] for tag in (metadata.SESSION_START_INFO_TAG, metadata.EXPERIMENT_TAG)]
+    start, experiment = (summary.plugin_data.content for summary in contents)
+    hparams = metadata.parse_session_start_info_plugin_data(start).hparams
+    values = {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()}
+    infos = metadata.parse_experiment_plugin_data(experiment)
+    metrics = [info.name.tag for info in infos.metric_infos]
+    return values, {info.name for info in infos.hparam_infos}, metrics
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_hyperparameters_stand_beside_the_users_own(train, pl, make_module, tmp_path, saves):
+    base = type(make_module(pl))
+
+    class Module(base):
+        def __init__(self, width=8, nested=None):
+            super().__init__()
+            if saves:
+                self.save_hyperparameters()
+
+    monitors = pl.callbacks.EarlyStopping("val_loss", check_on_train_epoch_end=False, strict=False)
+    penalty = LipschitzPenalty(0.05, layers=["net.0", "net.2"], target=2.0)
+    _, events = train([LipschitzMonitor(), penalty, monitors], package=pl, module=Module(nested={"lr": 0.1}))
+    values, columns, metrics = session_of(events)
+    own = {"width": 8.0, "nested/lr": 0.1} if saves else {}
+    assert values == own | {
+        "lipschitz/penalty": "product",
+        "lipschitz/coefficient": 0.05,
+        "lipschitz/target": 2.0,
+        "lipschitz/block_size": 8.0,
+        "lipschitz/n_iterations": 1.0,
+        "lipschitz/every_n_steps": 1.0,
+        "lipschitz/warmup_steps": 0.0,
+        "lipschitz/layers": "net.0, net.2",
+    }
+    assert columns == set(values)
+    assert metrics == ["val_loss", "lipschitz/bound", "lipschitz/product", "lipschitz/penalty"]
+    assert metadata.SESSION_END_INFO_TAG in events.summary_metadata
+    # From hparams.yaml modules are built: it holds the user's own alone.
+    text = (tmp_path / "run" / "hparams.yaml").read_text()
+    assert ("width: 8" in text) == saves
+    assert "lipschitz" not in text
+
+
+def test_hyperparameters_without_a_penalty_have_the_same_columns(train):
+    _, events = train([LipschitzMonitor(certified=CertifiedValidation())])
+    values, columns, metrics = session_of(events)
+    assert values == {"lipschitz/penalty": "none", "lipschitz/coefficient": 0.0}
+    assert columns == {f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters}
+    assert metrics[:2] == ["lipschitz/certified", "lipschitz/lower"]
+
+
+def test_penalties_of_ones_own_are_named_in_the_hyperparameters():
+    def my_penalty(log_sigma, log_bound):
+        return log_bound
+
+    named = LipschitzPenalty(0.1, my_penalty, layers=nn.Linear(2, 2), exclude="net.*").hyperparameters
+    assert (named["penalty"], named["layers"], named["exclude"]) == ("my_penalty", "Linear", "net.*")
+
+
+@pytest.mark.parametrize("settings", [{"log_every_n_steps": 5}, {"log_every_n_steps": 4, "max_steps": 10}])
+def test_the_last_step_is_logged(train, settings):
+    module, events = train([LipschitzMonitor(), LipschitzPenalty(0.05)], **settings)
+    last = settings.get("max_steps", 24) - 1
+    every = settings["log_every_n_steps"]
+    product = events.Scalars("lipschitz/product")
+    assert [e.step for e in product] == [*range(every - 1, last, every), last]
+    assert product[-1].value == pytest.approx(math.prod(norms_of(module)), rel=1e-4)
+
+
+def test_nothing_is_logged_where_logging_is_off(train):
+    _, events = train([LipschitzMonitor()], log_every_n_steps=0)
+    assert "lipschitz/product" not in events.Tags()["scalars"]
+
+
+def test_certified_interval_in_the_layout(train, make_module, make_trainer, regression_data, tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callbacks = [LipschitzMonitor(), CertifiedValidation(task="regression")]  # also where it stands for itself
+    trainer = make_trainer(lightning, callbacks=callbacks, logger=logger, log_every_n_steps=4)
+    trainer.fit(make_module(lightning), regression_data, regression_data)
+    events = read_events(logger.log_dir)
+    (category,) = layout_of(events).category
+    (chart,) = [chart for chart in category.chart if "certified" in chart.title]
+    (series,) = chart.margin.series
+    values = [events.Scalars(tag)[-1] for tag in (series.lower, series.value, series.upper)]
+    assert 0 < values[0].value <= values[2].value
+    assert len({e.step for e in values}) == 1  # or TensorBoard could draw no band
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="`n_iterations` to be an integer of at least 1, got 0"):
         LipschitzMonitor(n_iterations=0)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, [7, 15, 23, 31]), (2, [15, 31]), (0, None)])
-def test_heat_map_every_n_epochs(train, every, steps):
-    _, events = train([LipschitzMonitor(heat_map_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)
+def test_figures_every_n_epochs(train, every, steps):
+    _, events = train([LipschitzMonitor(figures_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)
     if steps is None:
         assert not events.Tags()["images"]
     else:

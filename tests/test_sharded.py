@@ -104,6 +104,10 @@ def check_shards(mesh, placements, n_calls, cases=CASES):
             u, s, vh = torch.linalg.svd(layer.weight.detach().double())
             torch.testing.assert_close(sigma[index].double(), s[0], rtol=1e-5, atol=0)
             assert upper[index] >= s[0] * (1 - 1e-6)
+            # The last of a block have not settled; all lie below the singular values.
+            ritz = regularizer.ritz_values()[index].double()
+            torch.testing.assert_close(ritz[:1], s[:1], rtol=1e-5, atol=0)
+            assert (ritz <= s[: len(ritz)] * (1 + 1e-5) + 1e-6 * s[0]).all()
             grad = whole(model[index].weight.grad).double()
             torch.testing.assert_close(grad, torch.outer(u[:, 0], vh[0]), rtol=0, atol=tolerance)
         # Of the block's rank or less, the upper bounds are the norms.

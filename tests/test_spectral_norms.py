@@ -274,6 +274,41 @@ def test_upper_of_a_zero_layer_is_zero():
     assert (upper[[0, 2]] > 0).all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("block_size", [1, 4, 100])
+def test_ritz_values_lie_below_the_singular_values(block_size, scale):
+    model = net()
+    for p in model.parameters():
+        p.data.mul_(scale)
+    norms = norms_of(model, block_size=block_size)
+    norms.current()
+    before = norms.state_dict()
+    for layer, values in zip((model[0], model[2], model[4]), norms.ritz_values(), strict=True):
+        singular = torch.linalg.svdvals(layer.weight.detach().double())
+        assert values.shape == (min(block_size, len(singular)),)
+        assert (values.double() <= singular[: len(values)] * (1 + 1e-5)).all()
+        if len(values) == len(singular):
+            torch.testing.assert_close(values.double(), singular, rtol=1e-4, atol=1e-5 * scale)
+        else:
+            assert values[0] > 0.9 * singular[0]
+    assert same(before, norms.state_dict())
+
+
+def test_ritz_values_of_a_convolution_a_zero_layer_and_nan():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 5))
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[3].weight.fill_(float("nan"))
+    operators = find_operators(model)
+    model(torch.zeros(1, 2, 4, 4).requires_grad_())  # a convolution takes its size from the first forward pass
+    values = SpectralNorms(operators, block_size=32, n_iterations=3).ritz_values()
+    dense = model[0](torch.eye(32).view(32, 2, 4, 4)).flatten(1).detach().double()
+    torch.testing.assert_close(values[0].double(), torch.linalg.svdvals(dense), rtol=1e-4, atol=1e-5)
+    assert values[1].tolist() == [0.0] * 5
+    assert values[2].isnan().all()
+
+
 @pytest.mark.parametrize("argument", ["block_size", "n_iterations"])
 @pytest.mark.parametrize("value", [0, -1, 1.0, True, None, "8"])
 def test_arguments(argument, value):

@@ -229,7 +229,8 @@ def _normalised(vector: Tensor) -> Tensor:
 
 def _penalty_of(sigma: Tensor) -> Tensor:
     log_sigma = sigma.log()
-    return COEFFICIENT * get_penalty(PENALTY, TARGET)(log_sigma, log_sigma.sum())
+    penalty: Tensor = COEFFICIENT * get_penalty(PENALTY, TARGET)(log_sigma, log_sigma.sum())
+    return penalty
 
 
 EVERY = 4

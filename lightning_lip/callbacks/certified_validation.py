@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._batches import BatchToXY, unpack
-from lightning_lip.certificates import certify
+from lightning_lip.certificates import Certificate, certify
+from lightning_lip.jacobians import largest_jacobian_norm
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 
@@ -23,6 +24,10 @@ class CertifiedValidation(BaseCallback):
     """Certifies the network at every validation and logs what follows for perturbations of l2 norm at most eps.
 
     - ``lipschitz/certified``: the *certified upper bound* of the network's Lipschitz constant (``certify(...).upper``);
+    - ``lipschitz/estimate``: the product or graph bound at estimated norms (``certify(...).estimate``), which the
+      certified one may lie below where a tighter method found it;
+    - ``lipschitz/lower``: the largest Jacobian norm over the first `max_inputs` validation inputs of each rank, a
+      *lower bound*, true up to rounding in fp32;
     - a classifier: ``val/certified_accuracy/eps=0.1``, the share of samples that stay correctly classified under every
       perturbation of the input of norm at most 0.1;
     - a regression: ``val/certified_worst_case_mae/eps=0.1``, an upper bound of the mean absolute error under the worst
@@ -38,9 +43,12 @@ class CertifiedValidation(BaseCallback):
         task: ``"classification"`` (logits and integer targets) or ``"regression"`` (outputs shaped like the target).
         batch_to_xy: A callable from a batch to ``(inputs, target)``; needed where batches are no such pair.
         prefix: First part of the logged names.
+        max_inputs: How many inputs the lower bound is measured on; 0 measures none. Up to 32 outputs a sample it costs
+            one backward pass each, with more outputs 60 passes.
 
     Raises:
-        ValueError: If `eps` is empty, holds a number below 0 or not finite, or one twice, or `task` is unknown.
+        ValueError: If `eps` is empty, holds a number below 0 or not finite, or one twice, `task` is unknown, or
+            `max_inputs` is below 0. At validation: if a Jacobian is not finite.
         TypeError: At validation, for a batch that is no ``(inputs, target)`` pair of tensors.
     """
 
@@ -50,23 +58,29 @@ class CertifiedValidation(BaseCallback):
         task: Literal["classification", "regression"] = "classification",
         batch_to_xy: BatchToXY | None = None,
         prefix: str = "val",
+        max_inputs: int = 64,
     ) -> None:
         self.eps = tuple(float(e) for e in eps)
         if not self.eps or len(set(self.eps)) < len(self.eps) or not all(math.isfinite(e) and e >= 0 for e in self.eps):
             raise ValueError(f"Expected `eps` to be distinct finite numbers of at least 0, got {eps!r}.")
         if task not in ("classification", "regression"):
             raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
+        if not isinstance(max_inputs, int) or isinstance(max_inputs, bool) or max_inputs < 0:
+            raise ValueError(f"Expected `max_inputs` to be an integer of at least 0, got {max_inputs!r}.")
         self.task = task
         self.prefix = prefix
+        self.max_inputs = max_inputs
         self._batch_to_xy = batch_to_xy
-        self._certified: dict[torch.Size, float | None] = {}
+        self._certified: dict[torch.Size, Certificate | None] = {}
+        self._lower: float | None = None
+        self._n_measured = 0
         self._warned = False
         self._metric: Metric | None = None
         self._n_outputs = 1
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._certified = {}
+        self._certified, self._lower, self._n_measured = {}, None, 0
         metric: Metric = CertifiedAccuracy(list(self.eps)) if self.task == "classification" else MeanAbsoluteError()
         self._metric = metric.to(pl_module.device)
 
@@ -81,13 +95,14 @@ class CertifiedValidation(BaseCallback):
         size = inputs.shape[1:]
         if size not in self._certified:
             self._certified[size] = self._certify(pl_module, inputs)
-        lipschitz = self._certified[size]
-        if lipschitz is None:
+        certificate = self._certified[size]
+        if certificate is None:
             return
+        self._measure(pl_module, inputs)
         with trainer.precision_plugin.forward_context(), isolate_rng(), torch.no_grad():
             outputs = pl_module(inputs)
         if self.task == "classification":
-            self._metric.update(outputs, target, lipschitz)
+            self._metric.update(outputs, target, certificate.upper)
             return
         if outputs.shape != target.shape:
             raise ValueError(
@@ -97,23 +112,34 @@ class CertifiedValidation(BaseCallback):
         self._n_outputs = max(1, target[0].numel())
         self._metric.update(outputs.flatten(), target.flatten())
 
-    def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> float | None:
+    def _measure(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
+        """Raise the lower bound to the largest Jacobian norm over these inputs, while there are inputs to go."""
+        left = self.max_inputs - self._n_measured
+        if left > 0:
+            norm = largest_jacobian_norm(pl_module, inputs, max_inputs=left, dtype=torch.float32)
+            self._lower = norm if self._lower is None else max(self._lower, norm)
+            self._n_measured += len(inputs)
+
+    def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> Certificate | None:
         result = certify(pl_module, inputs[:2])
-        if not result.certified and not self._warned:
+        if result.certified:
+            return result
+        if not self._warned:
             self._warned = True
             warnings.warn(
                 "CertifiedValidation logs nothing, because the network has no certificate:\n  - "
                 + "\n  - ".join(result.refused),
                 stacklevel=2,
             )
-        return result.upper
+        return None
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
         if metric is None or not self._certified or None in self._certified.values():
             return
-        lipschitz = max(bound for bound in self._certified.values() if bound is not None)
+        certificates = [certificate for certificate in self._certified.values() if certificate is not None]
+        lipschitz = max(certificate.upper for certificate in certificates)
         value = metric.compute()
         if self.task == "classification":
             name, values = "certified_accuracy", value.tolist()
@@ -122,5 +148,10 @@ class CertifiedValidation(BaseCallback):
             mae = float(value)
             values = [certified_worst_case_mae(mae, lipschitz, e, self._n_outputs) for e in self.eps]
         metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(self.eps, values, strict=True)}
-        # Every rank holds the same values: compute() has summed over them.
-        pl_module.log_dict({"lipschitz/certified": lipschitz, **metrics}, sync_dist=True, reduce_fx="max")
+        estimates = [math.nan if certificate.estimate is None else certificate.estimate for certificate in certificates]
+        interval = {"lipschitz/certified": lipschitz, "lipschitz/estimate": max(estimates)}
+        if self._lower is not None:
+            interval["lipschitz/lower"] = self._lower
+        # Every rank holds the same values, for compute() has summed over them; but for the lower bound, of its own
+        # inputs, of which the largest counts.
+        pl_module.log_dict({**interval, **metrics}, sync_dist=True, reduce_fx="max")

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_lip.callbacks._base import BaseCallback
+from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
     has_callback,
     is_logging_step,
@@ -21,12 +21,11 @@ from lightning_lip.callbacks._trainer import (
     refuse_strategy,
 )
 from lightning_lip.projector import LipschitzProjector, Method, Projection, check_method, check_target
-from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import optimizer_steps
 from lightning_lip.spectra import Metric
 
 
-class LipschitzConstraint(Callback):
+class LipschitzConstraint(BaseCallback):
     """Projects the weights after every optimiser step, so that the network's Lipschitz bound stays within a budget M.
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
@@ -178,7 +177,7 @@ class LipschitzConstraint(Callback):
         # on_fit_start.
         projector = LipschitzProjector(pl_module, self.target, **self._arguments)
         if trainer.world_size > 1 and projector.bound_kind == "bound":
-            _refuse_statistics_of_one_rank(pl_module)
+            refuse_statistics_of_one_rank(pl_module, "the product of the layers, without an example input")
         if self._loaded is not None:
             projector.load_state_dict(self._loaded)
         elif self._projector is not None and self._model is pl_module:
@@ -209,7 +208,8 @@ class LipschitzConstraint(Callback):
             self._n_steps += 1
             if self._n_steps % self.every_n_steps == 0:
                 if trainer.world_size > 1 and not self._sizes_are_shared:
-                    self._refuse_sizes_of_one_rank()
+                    self._sizes_are_shared = True
+                    refuse_sizes_of_one_rank(self.projector.operators)
                 self.projector.target = self.present_target
                 self._last = self.projector.step()
         if self._last is None or not (is_logging_step(trainer) or trainer.is_last_batch):
@@ -242,24 +242,6 @@ class LipschitzConstraint(Callback):
         if self._before_saving is not None:
             self._before_saving.remove()
         self._before_saving = None
-
-    def _refuse_sizes_of_one_rank(self) -> None:
-        """Check once that every rank recorded the same input sizes of convolutions.
-
-        Raises:
-            RuntimeError: If they differ; the ranks' weights would drift apart.
-        """
-        self._sizes_are_shared = True
-        sizes = {op.name: op.domain_shape for op in self.projector.operators if isinstance(op, RecordedConvolution)}
-        if not sizes:
-            return
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, sizes)
-        if any(other != gathered[0] for other in gathered):
-            raise RuntimeError(
-                f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
-                "pass example_input= to choose one."
-            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -300,22 +282,3 @@ class _ExactBeforeSaving:
 
     def __reduce__(self) -> tuple[type, tuple[None]]:
         return _ExactBeforeSaving, (None,)
-
-
-def _refuse_statistics_of_one_rank(pl_module: nn.Module) -> None:
-    """Refuse a bound that reads running statistics which each rank forms of its own batches.
-
-    Raises:
-        RuntimeError: If there are such; the ranks' weights would drift apart.
-    """
-    own = [
-        name
-        for name, module in pl_module.named_modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, nn.SyncBatchNorm)
-    ]
-    if own:
-        raise RuntimeError(
-            f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: their "
-            "weights would drift apart. Use Trainer(sync_batchnorm=True), or the product of the layers, without an "
-            "example input."
-        )

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._heat_map import heat_map
+from lightning_lip.callbacks._figures import heat_map, share_chart
+from lightning_lip.callbacks._hparams import end_session, monitored_metrics, start_session
 from lightning_lip.callbacks._trainer import (
+    has_tensorboard,
     is_logging_step,
     log_to_loggers,
     logging_step,
@@ -28,7 +30,7 @@ from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.regularizer import LipschitzRegularizer
 
 MAX_HISTORY = 512
-"""Columns of the heat map: with more, every other one is dropped and the spacing doubles."""
+"""Steps that the figures show: with more, every other one is dropped and the spacing doubles."""
 
 
 @dataclass
@@ -40,6 +42,7 @@ class _Source:
     penalty: Callable[[Tensor], Tensor] | None
     steps: list[int] = field(default_factory=list)
     norms: list[list[float]] = field(default_factory=list)
+    shares: list[list[float]] = field(default_factory=list)
     spacing: int = 1
     seen: int = 0
 
@@ -53,13 +56,15 @@ class _Source:
         """Where the bound goes: the whole network's, if its graph is known, or the product's."""
         return f"{self.tag}/{self.regularizer.bound_kind}"
 
-    def remember(self, step: int, norms: list[float]) -> None:
+    def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
         if self.seen % self.spacing == 0:
             self.steps.append(step)
             self.norms.append(norms)
+            self.shares.append(shares)
         self.seen += 1
         if len(self.steps) > MAX_HISTORY:
-            self.steps, self.norms, self.spacing = self.steps[::2], self.norms[::2], 2 * self.spacing
+            self.steps, self.norms, self.shares = self.steps[::2], self.norms[::2], self.shares[::2]
+            self.spacing *= 2
 
 
 class LipschitzMonitor(BaseCallback):
@@ -80,9 +85,19 @@ class LipschitzMonitor(BaseCallback):
     - ``lipschitz/penalty``: the penalty as a step adds it, coefficient and warm-up included; absent without a penalty.
 
     ``lipschitz/product`` (or ``bound``) and ``lipschitz/penalty`` are also handed to Lightning: ``EarlyStopping`` and
-    ``ModelCheckpoint(monitor="lipschitz/product")``. TensorBoard gets a custom-scalars layout (all layers in one chart,
-    the product between its estimate and its upper bound as a margin chart) and, where matplotlib is installed, a
-    layer-by-step heat map ``lipschitz/spectral_norms`` at the end of each epoch (about a tenth of a second each).
+    ``ModelCheckpoint(monitor="lipschitz/product")``. After training the last values are logged, if the last step was no
+    logging step. TensorBoard also gets
+
+    - a custom-scalars layout: all layers in one chart, the product between its estimate and its upper bound as a margin
+      chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified`` as
+      a band, with the line of ``lipschitz/estimate``, which lies above the band where a tighter method certified;
+    - at the end of each epoch histograms ``lipschitz/spectrum/<layer>`` of the r leading singular values (Ritz values,
+      *estimates from below*), and where matplotlib is installed the figures ``lipschitz/spectral_norms``, a
+      layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the logarithm stacked over time (a tenth to
+      half a second each);
+    - in the HPARAMS tab the penalty's arguments beside the module's own saved hyperparameters, with the last values of
+      the product (or bound), the penalty, and what ``EarlyStopping`` and ``ModelCheckpoint`` monitor. The module's
+      ``hparams``, checkpoints and ``hparams.yaml`` are not touched.
 
     Each :class:`LipschitzPenalty` of the Trainer, or else the module's :class:`LipschitzMixin`, lends its layers and
     singular vectors; if there is none, or `layers` or `exclude` is given, the monitor iterates vectors of its own, on
@@ -95,7 +110,7 @@ class LipschitzMonitor(BaseCallback):
         n_iterations: Iterations of its own a logging step.
         seed: Seed of the private generator that its own vectors start from.
         example_input: An input of the model, whose graph is then traced; for the monitor's own iteration.
-        heat_map_every_n_epochs: Draw the heat map at the end of every n-th epoch only; 0 draws none.
+        figures_every_n_epochs: Draw figures and histograms at the end of every n-th epoch only; 0 draws none.
         certified: A :class:`CertifiedValidation` that this monitor runs at every validation: the certified bound, and
             the certified accuracy of a classifier or the certified worst-case MAE of a regression.
         name: Tells several monitors in one Trainer apart; it enters the logged names, ``lipschitz/<name>/product``. A
@@ -103,7 +118,7 @@ class LipschitzMonitor(BaseCallback):
             without a name those of every penalty that no other monitor is named after.
 
     Raises:
-        ValueError: If `block_size` or `n_iterations` is below 1, or `heat_map_every_n_epochs` below 0. At the start of
+        ValueError: If `block_size` or `n_iterations` is below 1, or `figures_every_n_epochs` below 0. At the start of
             training: if a selection matches nothing.
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
     """
@@ -116,18 +131,18 @@ class LipschitzMonitor(BaseCallback):
         n_iterations: int = 3,
         seed: int = 0,
         example_input: Any = None,
-        heat_map_every_n_epochs: int = 1,
+        figures_every_n_epochs: int = 1,
         certified: CertifiedValidation | None = None,
         name: str | None = None,
     ) -> None:
         for argument, value, least in (
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
-            ("heat_map_every_n_epochs", heat_map_every_n_epochs, 0),
+            ("figures_every_n_epochs", figures_every_n_epochs, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
-        self._heat_map_every_n_epochs = heat_map_every_n_epochs
+        self._figures_every_n_epochs = figures_every_n_epochs
         self._certified = certified
         self.name = name
         self._layers, self._exclude = layers, exclude
@@ -139,6 +154,7 @@ class LipschitzMonitor(BaseCallback):
         }
         self._own: LipschitzRegularizer | None = None
         self._sources: list[_Source] = []
+        self._last_logged = -1
         self._loaded: dict[str, Any] | None = None
 
     @property
@@ -163,10 +179,23 @@ class LipschitzMonitor(BaseCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             refuse_strategy(trainer, self)
+            start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer))
+
+    def _certifies(self, trainer: Any) -> bool:
+        """Whether this training logs the certified interval."""
+        return self._certified is not None or any(isinstance(c, CertifiedValidation) for c in trainer.callbacks)
+
+    def _metrics(self, trainer: Any) -> list[str]:
+        """Return the tags of the scalars that tell how a run ended."""
+        interval = ["lipschitz/certified", "lipschitz/lower"] if self._certifies(trainer) else []
+        tags = [penalty.tag for penalty in _penalties(trainer)] or ["lipschitz"]
+        # With a graph and without: all runs share the columns of one of them.
+        bounds = [f"{tag}/{kind}" for tag in tags for kind in ("bound", "product", "penalty")]
+        return [*monitored_metrics(trainer), *interval, *bounds]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sources, self._own = [], None
+        self._sources, self._own, self._last_logged = [], None, -1
         if self._layers is None and self._exclude is None:
             self._sources = self._lent_sources(trainer, pl_module)
         if not self._sources:
@@ -177,8 +206,12 @@ class LipschitzMonitor(BaseCallback):
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
+        layout = _layout(self._sources)
+        if self._certifies(trainer):
+            interval = ["lipschitz/estimate", "lipschitz/lower", "lipschitz/certified"]
+            layout.setdefault("lipschitz", {})["certified interval (band), plain bound (line)"] = ["Margin", interval]
         for writer in tensorboard_writers(trainer):
-            writer.add_custom_scalars(_layout(self._sources))
+            writer.add_custom_scalars(layout)
 
     @override
     def on_train_batch_end(
@@ -191,25 +224,39 @@ class LipschitzMonitor(BaseCallback):
             self._own.iterate()
         kept: dict[str, float] = {}
         for source in self._sources:
-            metrics, norms = _measure(source)
+            metrics, norms, shares = _measure(source)
             if logging:
-                source.remember(logging_step(trainer), norms)
+                source.remember(logging_step(trainer), norms, shares)
                 log_to_loggers(trainer, metrics)
+                self._last_logged = logging_step(trainer)
             kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
         pl_module.log_dict(kept, logger=False)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        every = self._heat_map_every_n_epochs
+        every = self._figures_every_n_epochs
         if every == 0 or (trainer.current_epoch + 1) % every:
             return
-        for writer in tensorboard_writers(trainer):
+        # The epoch's last step, as Lightning gives it to epoch-end metrics.
+        step = logging_step(trainer) - 1
+        if not has_tensorboard(trainer):
+            return
+        for source in self._sources:
+            spectra = source.regularizer.ritz_values()  # on every rank: those of sharded weights are sums over ranks
+            for writer in tensorboard_writers(trainer):
+                _draw(writer, source, spectra, step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The HPARAMS tab compares the last values of runs: they must be those of the last step.
+        step = logging_step(trainer) - 1
+        if trainer.log_every_n_steps and self._last_logged != step:  # type: ignore[attr-defined]
             for source in self._sources:
-                names = source.names
-                figure = heat_map(names, source.steps, source.norms)
-                if figure is not None:
-                    # The epoch's last step, as Lightning gives it to epoch-end metrics.
-                    writer.add_figure(f"{source.tag}/spectral_norms", figure, logging_step(trainer) - 1)
+                log_to_loggers(trainer, _measure(source)[0], step)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        end_session(trainer)
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,7 +279,7 @@ class LipschitzMonitor(BaseCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self._sources:
             return self._loaded or {}
-        histories = {s.tag: [s.steps, s.norms, s.spacing, s.seen] for s in self._sources}
+        histories = {s.tag: [s.steps, s.norms, s.shares, s.spacing, s.seen] for s in self._sources}
         return {"histories": histories, "own": None if self._own is None else self._own.state_dict()}
 
     @override
@@ -258,12 +305,26 @@ class LipschitzMonitor(BaseCallback):
         if self._own is not None and state["own"] is not None:
             self._own.load_state_dict(state["own"])
         for source in self._sources:
-            steps, norms, source.spacing, source.seen = state["histories"].get(source.tag, [[], [], 1, 0])
-            source.steps, source.norms = list(steps), list(norms)
+            empty: list[Any] = [[], [], [], 1, 0]
+            steps, norms, shares, source.spacing, source.seen = state["histories"].get(source.tag, empty)
+            source.steps, source.norms, source.shares = list(steps), list(norms), list(shares)
 
 
-def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:
-    """Return what a source logs, by name, and its spectral norms, with one copy from the device."""
+def _penalties(trainer: Any) -> list[LipschitzPenalty]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, LipschitzPenalty)]
+
+
+def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
+    """Return what tells runs apart: the penalties' arguments, or that there is no penalty."""
+    penalties = _penalties(trainer)
+    if not penalties and not isinstance(pl_module, LipschitzMixin):
+        none: dict[str, Any] = dict.fromkeys(f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters)
+        return none | {"lipschitz/penalty": "none", "lipschitz/coefficient": 0.0}
+    return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
+
+
+def _measure(source: _Source) -> tuple[dict[str, float], list[float], list[float]]:
+    """Return what a source logs, by name, its spectral norms and log shares, with one copy from the device."""
     regularizer = source.regularizer
     with torch.inference_mode(False), torch.enable_grad():
         log_sigma = regularizer.log_sigma().requires_grad_()
@@ -280,7 +341,20 @@ def _measure(source: _Source) -> tuple[dict[str, float], list[float]]:
         values = torch.cat([log_sigma.exp(), elasticity * log_sigma, torch.stack(list(scalars.values()))]).tolist()
     tags = [f"{source.tag}/spectral_norm/{name}" for name in source.names]
     tags += [f"{source.tag}/log_share/{name}" for name in source.names]
-    return dict(zip([*tags, *scalars], values, strict=True)), values[: len(source.names)]
+    n = len(source.names)
+    return dict(zip([*tags, *scalars], values, strict=True)), values[:n], values[n : 2 * n]
+
+
+def _draw(writer: Any, source: _Source, spectra: Sequence[Tensor], step: int) -> None:
+    """Give a TensorBoard writer the histograms and figures of a source."""
+    for name, values in zip(source.names, spectra, strict=True):
+        if bool(values.isfinite().all()):  # TensorBoard refuses others
+            writer.add_histogram(f"{source.tag}/spectrum/{name}", values, step)
+    heat = heat_map(source.names, source.steps, source.norms)
+    chart = share_chart(source.names, source.steps, source.shares, source.regularizer.bound_kind)
+    for tag, figure in (("spectral_norms", heat), ("log_shares", chart)):
+        if figure is not None:
+            writer.add_figure(f"{source.tag}/{tag}", figure, step)
 
 
 def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
+from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
     class_names,
     is_logging_step,
@@ -23,7 +23,6 @@ from lightning_lip.callbacks._trainer import (
     refuse_strategy,
 )
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
 
@@ -133,6 +132,20 @@ class LipschitzPenalty(BaseCallback):
         return f"lipschitz/{self.name}" if self.name else "lipschitz"
 
     @property
+    def hyperparameters(self) -> dict[str, float | str]:
+        """The arguments that tell training runs apart, as numbers and text."""
+        penalty = self._arguments["penalty"]
+        selections = {name: _text(self._arguments[name]) for name in ("layers", "exclude")}
+        return {
+            "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
+            "coefficient": self.coefficient,
+            **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
+            "every_n_steps": self.every_n_steps,
+            "warmup_steps": self.warmup_steps,
+            **{name: text for name, text in selections.items() if text},
+        }
+
+    @property
     def regularizer(self) -> LipschitzRegularizer:
         """The regulariser of the model in training.
 
@@ -161,45 +174,11 @@ class LipschitzPenalty(BaseCallback):
                     "line_search_fn=None."
                 )
         self.select_layers(pl_module)
-        if trainer.world_size > 1:
-            self._refuse_statistics_of_one_rank(pl_module)
-
-    def _refuse_statistics_of_one_rank(self, pl_module: LightningModule) -> None:
-        """Refuse a bound that reads running statistics which each rank forms of its own batches.
-
-        Raises:
-            RuntimeError: If there are such; the ranks' weights would drift apart.
-        """
-        own = [
-            name
-            for name, module in pl_module.named_modules()
-            if isinstance(module, _BatchNorm)
-            and module.track_running_stats
-            and not isinstance(module, nn.SyncBatchNorm)
-        ]
-        if own and self.regularizer.bound_kind == "bound":
-            raise RuntimeError(
-                f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: "
-                "their weights would drift apart. Use Trainer(sync_batchnorm=True), or LipschitzMixin, whose gradients "
-                "are averaged over ranks, or the product of the layers, without an example input."
-            )
-
-    def _check_sizes_over_ranks(self) -> None:
-        """Check once that every rank recorded the same input sizes.
-
-        Raises:
-            RuntimeError: If they differ; the ranks' weights would drift apart.
-        """
-        self._sizes_are_shared = True
-        sizes = {op.name: op.domain_shape for op in self.regularizer.operators if isinstance(op, RecordedConvolution)}
-        if not sizes:
-            return
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, sizes)
-        if any(other != gathered[0] for other in gathered):
-            raise RuntimeError(
-                f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
-                "pass example_input= to choose one."
+        if trainer.world_size > 1 and self.regularizer.bound_kind == "bound":
+            refuse_statistics_of_one_rank(
+                pl_module,
+                "LipschitzMixin, whose gradients are averaged over ranks, or the product of the layers, without an "
+                "example input",
             )
 
     def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
@@ -254,7 +233,8 @@ class LipschitzPenalty(BaseCallback):
         if (self._n_steps - 1) % self.every_n_steps:
             return
         if trainer.world_size > 1 and not self._sizes_are_shared:
-            self._check_sizes_over_ranks()
+            self._sizes_are_shared = True
+            refuse_sizes_of_one_rank(self.regularizer.operators)
         # One iteration a training batch. A second optimiser of the same batch takes the present vectors; the same
         # optimiser again is LBFGS, whose every closure sees other weights.
         advance = self._iterated_by is None or self._iterated_by is optimizer
@@ -341,6 +321,15 @@ class LipschitzPenalty(BaseCallback):
         """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
         kept = {"_loaded": self.state_dict()["regularizer"], "_regularizer": None, "_model": None, "_selected": False}
         return own_state(self) | kept | {"_in_optimizer": {}, "_iterated_by": None}
+
+
+def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
+    """Return a selection of layers as text: names and patterns as they are, a submodule by its type."""
+    if selection is None or isinstance(selection, str):
+        return selection or ""
+    if isinstance(selection, nn.Module):
+        return type(selection).__name__
+    return ", ".join(_text(item) for item in selection)
 
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:

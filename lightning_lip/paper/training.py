@@ -136,7 +136,7 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
     logger: TensorBoardLogger | bool = False
     if out is not None:
         # At every epoch the pictures would take eight times the training.
-        callbacks.append(LipschitzMonitor(heat_map_every_n_epochs=math.ceil(run.epochs / PICTURES)))
+        callbacks.append(LipschitzMonitor(figures_every_n_epochs=math.ceil(run.epochs / PICTURES)))
         logger = _logger(Path(out) / artefacts_of(run)["tensorboard"])
     trainer = pl.Trainer(
         max_epochs=run.epochs,
