@@ -11,7 +11,7 @@ import lightning_lip
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse's look at NumPy's names
 
-CALLBACKS = ["CertifiedValidation", "LipschitzMonitor", "LipschitzPenalty", "MaxNorm", "NoisyValidation"]
+CALLBACKS = sorted(lightning_lip.callbacks.__all__)
 
 
 def squared_log(log_sigma, log_bound):  # without annotations: the CLI must take it all the same
@@ -45,7 +45,7 @@ ARGUMENTS = {
         "n_iterations": 2,
         "seed": 1,
         "example_input": None,
-        "heat_map_every_n_epochs": 0,
+        "figures_every_n_epochs": 0,
         "certified": {"class_path": "CertifiedValidation", "init_args": {"eps": [0.1], "task": "regression"}},
         "name": "a",
     },
@@ -63,6 +63,22 @@ ARGUMENTS = {
         "task": "regression",
         "batch_to_xy": f"{__name__}.to_xy",
         "prefix": "test",
+        "max_inputs": 8,
+    },
+    "LipschitzConstraint": {
+        "target": 3.0,
+        "method": "log_clip",
+        "metric": "euclidean",
+        "layers": ["net.*"],
+        "exclude": "net.2",
+        "every_n_steps": 2,
+        "initial_target": 5.0,
+        "tighten_steps": 4,
+        "example_input": None,
+        "block_size": 4,
+        "n_iterations": 2,
+        "seed": 1,
+        "name": "a",
     },
     "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2"},
 }
@@ -114,6 +130,7 @@ def test_every_argument_from_yaml(cli, name, path):
         "LipschitzMonitor": lambda c: (c.name, c._layers, c._exclude, c._certified.eps, c._certified.task),
         "NoisyValidation": lambda c: (tuple(c.noise_levels), c.feature_min.tolist(), c.batch_to_xy, c.prefix),
         "CertifiedValidation": lambda c: (c.eps, c.task, c._batch_to_xy, c.prefix),
+        "LipschitzConstraint": lambda c: (c.target, c._arguments["method"], c._arguments["layers"], c.tighten_steps),
         "MaxNorm": lambda c: (c.max_value, c._layers, c._exclude),
     }[name](callback)
     wanted = {
@@ -121,6 +138,7 @@ def test_every_argument_from_yaml(cli, name, path):
         "LipschitzMonitor": ("a", "net.*", ["net.2"], (0.1,), "regression"),
         "NoisyValidation": ((0.0, 0.2), [0.0] * 4, to_xy, "val/noise"),
         "CertifiedValidation": ((0.1, 0.2), "regression", to_xy, "test"),
+        "LipschitzConstraint": (3.0, "log_clip", ["net.*"], 4),
         "MaxNorm": (3.0, ["net.*"], "net.2"),
     }[name]
     assert given == wanted

@@ -206,7 +206,8 @@ class LipschitzMonitor(BaseCallback):
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
-        layout = _layout(self._sources)
+        # TensorBoard keeps the last layout of a run: it has the charts of every monitor that has started.
+        layout = _layout([source for monitor in monitors_of(trainer) for source in monitor._sources])
         if self._certifies(trainer):
             interval = ["lipschitz/estimate", "lipschitz/lower", "lipschitz/certified"]
             layout.setdefault("lipschitz", {})["certified interval (band), plain bound (line)"] = ["Margin", interval]
