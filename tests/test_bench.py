@@ -1,5 +1,6 @@
 import csv
 import json
+import statistics
 import sys
 
 import pytest
@@ -263,9 +264,9 @@ def test_a_slow_contender_keeps_its_one_step():
     task, batch = task_of(SMALL_MLP)
     contenders = {"plain": peers.plain(task), "slow": peers.plain(task)}
     times = measure.in_turn(contenders, {"plain": (1e-3, None), "slow": (50.0, 2.0)}, batch, 0.01)
-    assert len(times["plain"].steps) == measure.MIN_ROUNDS
+    assert len(times["plain"].steps) >= 1
     assert (times["slow"].steps, times["slow"].own) == ([50.0], [2.0])
-    assert times["slow"].paired == [pytest.approx(sorted(times["plain"].steps)[1])]
+    assert times["slow"].paired == [pytest.approx(statistics.median(times["plain"].steps))]
 
 
 def test_blocks_hold_whole_periods_of_the_sparing_penalty():
