@@ -40,6 +40,7 @@ bench: $(VENV)/.installed
 bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels $(ARGS)
 	$(BIN)/python -m bench.tracking $(ARGS)
+	$(BIN)/python -m bench.step $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
