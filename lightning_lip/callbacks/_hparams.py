@@ -46,9 +46,3 @@ def end_session(trainer: Any) -> None:
     _, _, end = hparams({}, {})  # type: ignore[no-untyped-call]
     for writer in tensorboard_writers(trainer):
         writer._get_file_writer().add_summary(end)
-
-
-def monitored_metrics(trainer: Any) -> list[str]:
-    """Return the metrics that the trainer's callbacks watch: ``EarlyStopping`` and ``ModelCheckpoint`` name theirs."""
-    names = (getattr(callback, "monitor", None) for callback in trainer.callbacks)
-    return list(dict.fromkeys(name for name in names if isinstance(name, str)))

@@ -62,6 +62,22 @@ def log_to_loggers(trainer: Any, metrics: Mapping[str, float], step: int | None 
         logger.log_metrics(dict(metrics), step=logging_step(trainer) if step is None else step)
 
 
+def monitored_metrics(trainer: Any) -> list[str]:
+    """Return the metrics that are watched by callbacks (``EarlyStopping``, ``ModelCheckpoint``) or schedulers."""
+    watching = [*trainer.callbacks, *trainer.lr_scheduler_configs]
+    names = (getattr(one, "monitor", None) for one in watching)
+    return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def log_to_trainer(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:
+    """Put metrics among the trainer's ``callback_metrics`` at the end of an epoch; at every call if one is watched.
+
+    ``log_dict`` costs half a millisecond: as much as the training step of a small network.
+    """
+    if trainer.is_last_batch or not metrics.keys().isdisjoint(monitored_metrics(trainer)):
+        pl_module.log_dict(metrics, logger=False)
+
+
 def has_tensorboard(trainer: Any) -> bool:
     """Whether the trainer has a TensorBoard logger: the same on every rank."""
     return any("TensorBoardLogger" in class_names(logger) for logger in trainer.loggers)

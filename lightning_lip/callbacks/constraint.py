@@ -17,6 +17,7 @@ from lightning_lip.callbacks._trainer import (
     has_callback,
     is_logging_step,
     log_to_loggers,
+    log_to_trainer,
     own_state,
     refuse_strategy,
 )
@@ -219,7 +220,7 @@ class LipschitzConstraint(BaseCallback):
             metrics[f"{self.tag}/{self.projector.bound_kind}"] = self._last.bound
         if is_logging_step(trainer):
             log_to_loggers(trainer, metrics)
-        pl_module.log_dict(metrics, logger=False)
+        log_to_trainer(trainer, pl_module, metrics)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,12 +13,14 @@ from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._figures import heat_map, share_chart
-from lightning_lip.callbacks._hparams import end_session, monitored_metrics, start_session
+from lightning_lip.callbacks._hparams import end_session, start_session
 from lightning_lip.callbacks._trainer import (
     has_tensorboard,
     is_logging_step,
     log_to_loggers,
+    log_to_trainer,
     logging_step,
+    monitored_metrics,
     monitors_of,
     own_state,
     refuse_strategy,
@@ -231,7 +233,7 @@ class LipschitzMonitor(BaseCallback):
                 log_to_loggers(trainer, metrics)
                 self._last_logged = logging_step(trainer)
             kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
-        pl_module.log_dict(kept, logger=False)
+        log_to_trainer(trainer, pl_module, kept)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

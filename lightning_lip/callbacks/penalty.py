@@ -18,6 +18,7 @@ from lightning_lip.callbacks._trainer import (
     class_names,
     is_logging_step,
     log_to_loggers,
+    log_to_trainer,
     monitors_of,
     own_state,
     refuse_strategy,
@@ -260,7 +261,7 @@ class LipschitzPenalty(BaseCallback):
             metrics[f"{self.tag}/{self.regularizer.bound_kind}"] = bound
         if is_logging_step(trainer):
             log_to_loggers(trainer, metrics)
-        pl_module.log_dict(metrics, logger=False)
+        log_to_trainer(trainer, pl_module, metrics)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
