@@ -214,11 +214,6 @@ def projected_layers(
     found: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
     for index, op in enumerate(operators):
-        if any(type(p.data).__name__ == "DTensor" for p in op.parameters):
-            raise UnsupportedLayerError(
-                f"The weight of layer {op.name!r} is a DTensor (FSDP2, tensor parallel), which cannot be "
-                "projected: train with DDP or on a single device."
-            )
         parameter = _writable(op)
         if isinstance(parameter, str):
             reasons[index] = parameter

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_lip.allocation import Method
 from lightning_lip.callbacks._trainer import (
     has_callback,
     is_logging_step,
@@ -20,7 +21,7 @@ from lightning_lip.callbacks._trainer import (
     own_state,
     refuse_strategy,
 )
-from lightning_lip.projector import LipschitzProjector, Method, Projection, check_method, check_target
+from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
 from lightning_lip.recorded import RecordedConvolution
 from lightning_lip.regularizer import optimizer_steps
 from lightning_lip.spectra import Metric
