@@ -176,6 +176,13 @@ class ClippedLayer(ProjectedLayer):
 
     def clip_(self, triplets: Triplets, cap: float) -> None:
         """Write the weight with the given singular values clipped at `cap`: ``A - U (Sigma - cap)_+ V^T``."""
+        if cap < triplets.sigma[0] / 2:
+            # That would cancel, down to roundings of the size of the norm, not of the cap.
+            if triplets.sigma.dtype != torch.float64 or triplets.sigma.numel() < min(self.parameter.shape):
+                triplets = self.svd()
+            clipped = (triplets.left * triplets.sigma.clamp(max=cap)) @ triplets.right.mT
+            self._matrix().copy_(clipped)
+            return
         n_over = int((triplets.sigma > cap).sum())
         left = triplets.left[:, :n_over] * (triplets.sigma[:n_over] - cap)
         correction = left @ triplets.right[:, :n_over].mT
