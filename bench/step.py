@@ -1,9 +1,9 @@
 """What the callbacks add to a Trainer's step, on the paper's network.
 
 ``python -m bench.step [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50 with Adam on one thread in
-seven configurations, interleaved step by step: each is a Trainer in a thread of its own, of which one runs at a time. It
-writes ``step.csv``: medians with the 20th and 80th percentiles of the time from one step to the next, in microseconds of
-this process's CPU, and the median over rounds of the ratio to the configuration without the callback.
+seven configurations, interleaved step by step: each is a Trainer in a thread of its own, of which one runs at a time.
+It writes ``step.csv``: medians with the 20th and 80th percentiles of the time from one step to the next, in
+microseconds of this process's CPU, and the median over rounds of the ratio to the configuration without the callback.
 """
 
 from __future__ import annotations

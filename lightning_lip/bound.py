@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip import rules_pointwise, rules_shape  # noqa: F401  (they register their rules)
-from lightning_lip.bound_program import BoundProgram
+from lightning_lip.bound_program import BoundProgram, log_up
 from lightning_lip.operators import LinearOperator, UnsupportedLayerError
+from lightning_lip.rounding import UNIT_ROUNDOFF, sum_up
 from lightning_lip.rules import RULES, Builder, Dependent, GraphNode, Independent, Refusal, Refused, RefusedError, rule
-from lightning_lip.rules_linear import _scale
+from lightning_lip.rules_linear import scale
 from lightning_lip.rules_pointwise import recognised_product
 from lightning_lip.tracing import TracedModel, trace
 
-__all__ = ["GraphNode", "NetworkBound"]
+__all__ = ["GraphNode", "NetworkBound", "log_bound_up"]
 
 REASONS = {
     "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
@@ -136,6 +138,38 @@ class NetworkBound:
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""
         return list(self._nodes)
+
+
+def log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, list[float]]:
+    """Return an upper bound of the logarithm of the graph's bound, and its slopes in the log norms.
+
+    The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum of
+    all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded up.
+    """
+    logs = [log_up(norm) for norm in norms]
+    if math.inf in logs:
+        return math.inf, [math.nan] * len(logs)
+    with torch.enable_grad():
+        log_sigma = torch.tensor(logs, dtype=torch.float64, device="cpu", requires_grad=True)
+        log_bound = network.log_bound(log_sigma)
+        slopes = torch.zeros_like(log_sigma)
+        if log_bound.requires_grad and bool(log_bound.isfinite()):
+            slopes = torch.autograd.grad(log_bound, log_sigma, allow_unused=True)[0]
+    value = float(log_bound.detach())
+    if not math.isfinite(value):
+        return value, slopes.tolist()
+    uses = sum(operator.multiplicity for operator in network.operators)
+    constants = [log_up(node.constant) for node in network.explain()]
+    n_roundings = uses + len(constants) + 16
+    largest = n_roundings + sum(
+        abs(log) * count
+        for log, count in [
+            *((log, operator.multiplicity) for log, operator in zip(logs, network.operators, strict=True)),
+            *((log, 1) for log in constants),
+        ]
+        if math.isfinite(log)
+    )
+    return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest]), slopes.tolist()
 
 
 def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
@@ -267,4 +301,4 @@ def _product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         if recognised is not None:
             value, constant = recognised
             return builder.chain(node, value, constant, how="x sigmoid(c x) or x / (1 + |x|), written out")
-    return _scale(builder, node, a)
+    return scale(builder, node, a)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.bound import GraphNode, NetworkBound
+from lightning_lip.bound import GraphNode, NetworkBound, log_bound_up
 from lightning_lip.bound_program import log_up
 from lightning_lip.chain_bounds import chain_cost, combettes_pesquet, eclipse_fast
 from lightning_lip.chains import chain_of
@@ -19,7 +19,7 @@ from lightning_lip.jacobians import largest_jacobian_norm
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.matrix_norms import certified_matrix_norm
 from lightning_lip.operators import LinearOperator, UnsupportedLayerError, operator_of
-from lightning_lip.rounding import UNIT_ROUNDOFF, multiply_up, sum_up, up
+from lightning_lip.rounding import exp_up, multiply_up
 from lightning_lip.sharded import refuse_sharded
 from lightning_lip.spectral_norms import SpectralNorms
 from lightning_lip.tracing import trace
@@ -188,8 +188,8 @@ def certify(
         parts = tuple(map(_part, network.operators, sigmas, certified, constants))
         return Uncertified(lower, estimate, parts, graph, refused)
     norms = [norm for norm in certified if norm is not None]
-    log_bound, slopes = _log_bound_up(network, norms)
-    bounds, skipped = _bounds(model, example_input, network.operators, _exp_up(log_bound), max_chain_flops)
+    log_bound, slopes = log_bound_up(network, norms)
+    bounds, skipped = _bounds(model, example_input, network.operators, exp_up(log_bound), max_chain_flops)
     tighter = min(bounds, key=lambda method: bounds[method])
     upper = bounds[tighter]
     log_upper = min(log_bound, log_up(upper)) if upper < math.inf else log_bound
@@ -241,38 +241,6 @@ def _certified_norms(operators: Sequence[LinearOperator]) -> tuple[list[float | 
             norms.append(None)
             refused.append(f"{operator.name} ({type(operator.module).__name__}): {error}")
     return norms, tuple(refused)
-
-
-def _log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, list[float]]:
-    """Return an upper bound of the logarithm of the graph's bound, and its slopes in the log norms.
-
-    The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum of
-    all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded up.
-    """
-    logs = [log_up(norm) for norm in norms]
-    if math.inf in logs:
-        return math.inf, [math.nan] * len(logs)
-    with torch.enable_grad():
-        log_sigma = torch.tensor(logs, dtype=torch.float64, device="cpu", requires_grad=True)
-        log_bound = network.log_bound(log_sigma)
-        slopes = torch.zeros_like(log_sigma)
-        if log_bound.requires_grad and bool(log_bound.isfinite()):
-            slopes = torch.autograd.grad(log_bound, log_sigma, allow_unused=True)[0]
-    value = float(log_bound.detach())
-    if not math.isfinite(value):
-        return value, slopes.tolist()
-    uses = sum(operator.multiplicity for operator in network.operators)
-    constants = [_log(node.constant) for node in network.explain()]
-    n_roundings = uses + len(constants) + 16
-    largest = n_roundings + sum(
-        abs(log) * count
-        for log, count in [
-            *((log, operator.multiplicity) for log, operator in zip(logs, network.operators, strict=True)),
-            *((log, 1) for log in constants),
-        ]
-        if math.isfinite(log)
-    )
-    return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest]), slopes.tolist()
 
 
 def _bounds(
@@ -341,8 +309,3 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def _exp_up(value: float) -> float:
-    """Return an upper bound of ``e^value``, two floats above the computed one; 0 for -inf."""
-    return 0.0 if value == -math.inf else up(up(_exp(value)))

@@ -176,6 +176,13 @@ class ClippedLayer(ProjectedLayer):
 
     def clip_(self, triplets: Triplets, cap: float) -> None:
         """Write the weight with the given singular values clipped at `cap`: ``A - U (Sigma - cap)_+ V^T``."""
+        if cap < triplets.sigma[0] / 2:
+            # That would cancel, down to roundings of the size of the norm, not of the cap.
+            if triplets.sigma.dtype != torch.float64 or triplets.sigma.numel() < min(self.parameter.shape):
+                triplets = self.svd()
+            clipped = (triplets.left * triplets.sigma.clamp(max=cap)) @ triplets.right.mT
+            self._matrix().copy_(clipped)
+            return
         n_over = int((triplets.sigma > cap).sum())
         left = triplets.left[:, :n_over] * (triplets.sigma[:n_over] - cap)
         correction = left @ triplets.right[:, :n_over].mT
@@ -214,11 +221,6 @@ def projected_layers(
     found: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
     for index, op in enumerate(operators):
-        if any(type(p.data).__name__ == "DTensor" for p in op.parameters):
-            raise UnsupportedLayerError(
-                f"The weight of layer {op.name!r} is a DTensor (FSDP2, tensor parallel), which cannot be "
-                "projected: train with DDP or on a single device."
-            )
         parameter = _writable(op)
         if isinstance(parameter, str):
             reasons[index] = parameter

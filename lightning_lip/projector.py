@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
+from lightning_lip.allocation import Allocation, Method, logarithms
+from lightning_lip.bound import log_bound_up
 from lightning_lip.bound_program import log_up
-from lightning_lip.certificates import _exp_up, _log_bound_up
 from lightning_lip.clipping import FloatArray
 from lightning_lip.graph_operators import certified_norm
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator, UnsupportedLayerError
 from lightning_lip.projected_layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
-from lightning_lip.projection import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
+from lightning_lip.projection import Caps
 from lightning_lip.recorded import RecordedConvolution
-from lightning_lip.regularizer import _trace
-from lightning_lip.rounding import sum_up
+from lightning_lip.regularizer import trace_selected
+from lightning_lip.rounding import exp_up, sum_up
 from lightning_lip.selection import Selection, find_operators
 from lightning_lip.sharded import refuse_sharded
 from lightning_lip.spectra import Metric
 from lightning_lip.spectral_norms import SpectralNorms
-
-Method = Literal["joint", "log_clip", "per_layer", "scaling"]
-"""How the budget is spent among the layers; see :class:`LipschitzProjector`."""
 
 STEP_MARGIN = 1e-4
 """A step aims this far (relative) below the target, for what the estimated norms miss."""
@@ -39,9 +37,6 @@ REACHED = 1e-6
 
 CERTIFICATE_SLACK = 1e-10
 """How far (relative) a matrix's certificate lies above its norm, at most, for matrices of moderate size."""
-
-LARGEST_SHIFT = 1000.0
-"""Beyond the range of fp64: a norm lowered by e^-1000 is zero."""
 
 N_ATTEMPTS = 20
 """Attempts of the exact projection, each with a wider margin for the rounding of weights and certificates."""
@@ -73,7 +68,7 @@ class Projection:
     @property
     def bound(self) -> float:
         """The exponential of `log_bound`, rounded up; inf where it overflows."""
-        return _exp_up(self.log_bound)
+        return exp_up(self.log_bound)
 
 
 class LipschitzProjector:
@@ -156,7 +151,7 @@ class LipschitzProjector:
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
         refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
-        self._network, self._selected = _trace(model, example_input, layers, exclude)
+        self._network, self._selected = trace_selected(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = (
             find_operators(model, layers, exclude) if self._network is None else self._network.operators
         )
@@ -215,22 +210,22 @@ class LipschitzProjector:
             triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
             for clipped, found in triplets.items():
                 clipped.keep(found)
-        problem = self._problem(movable, triplets, log_norms)
-        caps = problem.caps(aim)
+        allocation = self._allocation(movable, triplets, log_norms)
+        caps = allocation.caps(aim, self._method, self._metric)
         while small := [
             layer
-            for layer, cap in zip(problem.layers, caps.caps, strict=True)
+            for layer, cap in zip(allocation.layers, caps.caps, strict=True)
             if isinstance(layer, ClippedLayer) and layer.needs_more(triplets[layer], cap)
         ]:
             triplets |= {layer: layer.grown() for layer in small}
-            problem = self._problem(movable, triplets, log_norms)
-            caps = problem.caps(aim)
-        for layer, cap in zip(problem.layers, caps.caps.tolist(), strict=True):
+            allocation = self._allocation(movable, triplets, log_norms)
+            caps = allocation.caps(aim, self._method, self._metric)
+        for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
             if isinstance(layer, ClippedLayer):
                 layer.clip_(triplets[layer], cap)
             else:
-                layer.scale_(layer.original(), cap / problem.norm(layer))
-        log_norms = problem.log_norms(np.log(caps.caps))
+                layer.scale_(layer.original(), cap / allocation.norm(layer))
+        log_norms = allocation.log_norms(np.log(caps.caps))
         return self._result(caps, log_norms, self._log_bound(log_norms), certified=False)
 
     @torch.inference_mode(False)
@@ -253,29 +248,29 @@ class LipschitzProjector:
         # Rounded down, for the roundings of this logarithm and of the bound's exponential.
         log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf) - 2.0**-50
         if log_bound <= log_target:
-            return self._result(None, _logs(norms), log_bound, certified=True)
+            return self._result(None, logarithms(norms), log_bound, certified=True)
         movable = self._movable()
         triplets = {layer: layer.svd() for layer in movable if isinstance(layer, ClippedLayer)}
         originals = {layer: layer.original() for layer in movable if not isinstance(layer, ClippedLayer)}
-        problem = self._problem(movable, triplets, _logs(norms))
+        allocation = self._allocation(movable, triplets, logarithms(norms))
         eps = max((torch.finfo(layer.parameter.dtype).eps for layer in movable), default=0.0)
         margin = CERTIFICATE_SLACK + eps / 8 * sum(op.multiplicity for op in self.operators)
         for _ in range(N_ATTEMPTS):
-            caps = problem.caps(log_target - margin)
-            for layer, cap in zip(problem.layers, caps.caps.tolist(), strict=True):
+            caps = allocation.caps(log_target - margin, self._method, self._metric)
+            for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
                 if isinstance(layer, ClippedLayer):
                     layer.clip_(triplets[layer], cap)
                 else:
-                    layer.scale_(originals[layer], cap / problem.norm(layer))
+                    layer.scale_(originals[layer], cap / allocation.norm(layer))
             norms = self._certified_norms()
             log_bound = self._certified_log_bound(norms)
             if log_bound <= log_target:
                 for layer, found in triplets.items():
                     layer.keep(found)
-                return self._result(caps, _logs(norms), log_bound, certified=True)
+                return self._result(caps, logarithms(norms), log_bound, certified=True)
             margin += margin + log_bound - log_target
         raise RuntimeError(
-            f"The certified {self.bound_kind} stays at {_exp_up(log_bound):.6g}, above the target "
+            f"The certified {self.bound_kind} stays at {exp_up(log_bound):.6g}, above the target "
             f"{self._target:.6g}, after {N_ATTEMPTS} attempts: the weights' dtype rounds too coarsely."
         )
 
@@ -299,9 +294,14 @@ class LipschitzProjector:
             )
         return [layer for layer in self._layers if layer.parameter.requires_grad]
 
-    def _problem(
+    def _allocation(
         self, movable: Sequence[ProjectedLayer], triplets: Mapping[ClippedLayer, Triplets], log_norms: FloatArray
-    ) -> _Problem:
+    ) -> Allocation:
+        """Return how to divide the budget among the layers that may be written, zero layers left out.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
         log_norms = log_norms.copy()
         spectra, frobenius = [], []
         layers = []
@@ -309,7 +309,7 @@ class LipschitzProjector:
             first = layer.operators[0]
             if isinstance(layer, ClippedLayer):
                 spectrum = triplets[layer].sigma.double().cpu().numpy()
-                log_norms[first] = _logs(spectrum[:1])[0]
+                log_norms[first] = logarithms(spectrum[:1])[0]
                 weight_norm = None
             else:
                 spectrum = np.exp(log_norms[first : first + 1])
@@ -318,15 +318,22 @@ class LipschitzProjector:
                 layers.append(layer)
                 spectra.append(spectrum)
                 frobenius.append(weight_norm)
-        return _Problem(self, layers, spectra, frobenius, log_norms)
+        if not layers:
+            bound = exp_up(self._log_bound(log_norms))
+            raise ValueError(
+                f"The {self.bound_kind} is {bound:.6g}, above the target {self._target:.6g}, and no selected layer is "
+                f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
+            )
+        multiplicities = [op.multiplicity for op in self.operators]
+        return Allocation(layers, spectra, frobenius, log_norms, multiplicities, self._network)
 
     def _estimated_log_norms(self, triplets: Mapping[ClippedLayer, Triplets]) -> FloatArray:
         """Return the operators' estimated log norms, shape (L,)."""
         log_norms = np.empty(len(self.operators))
         for layer, found in triplets.items():
-            log_norms[layer.operators[0]] = _logs([float(found.sigma[0])])[0]
+            log_norms[layer.operators[0]] = logarithms([float(found.sigma[0])])[0]
         if self._others:
-            estimates = _logs(self._other_norms.step().sigma.tolist())
+            estimates = logarithms(self._other_norms.step().sigma.tolist())
             log_norms[self._others] = estimates + [self._slack[i] for i in self._others]
         return self._checked(log_norms)
 
@@ -341,9 +348,9 @@ class LipschitzProjector:
         others = [self.operators[i] for i in self._others]
         if not others or any(isinstance(op, RecordedConvolution) and op.spatial is None for op in others):
             return
-        estimates = _logs(self._other_norms.current().sigma.tolist())
+        estimates = logarithms(self._other_norms.current().sigma.tolist())
         for index, op, estimate in zip(self._others, others, estimates, strict=True):
-            slack = _logs([self._certified_norm(op)])[0] - estimate
+            slack = logarithms([self._certified_norm(op)])[0] - estimate
             self._slack[index] = float(slack) if math.isfinite(slack) else 0.0
 
     def _certified_norm(self, op: LinearOperator) -> float:
@@ -357,7 +364,7 @@ class LipschitzProjector:
 
     def _certified_log_bound(self, norms: Sequence[float]) -> float:
         if self._network is not None:
-            return _log_bound_up(self._network, norms)[0]
+            return log_bound_up(self._network, norms)[0]
         logs = [log_up(norm) for norm, op in zip(norms, self.operators, strict=True) for _ in range(op.multiplicity)]
         return -math.inf if -math.inf in logs else sum_up(logs)
 
@@ -399,97 +406,6 @@ class LipschitzProjector:
         )
 
 
-class _Problem:
-    """Which norms can move, G of the L, and the bound as a function of their logarithms.
-
-    Args:
-        projector: The projector.
-        layers: The G layers.
-        spectra: Their singular values, or norm where they are scaled.
-        frobenius: None where they are clipped.
-        log_norms: Of all operators, shape (L,).
-    """
-
-    def __init__(
-        self,
-        projector: LipschitzProjector,
-        layers: Sequence[ProjectedLayer],
-        spectra: Sequence[FloatArray],
-        frobenius: Sequence[float | None],
-        log_norms: FloatArray,
-    ) -> None:
-        self.layers = list(layers)
-        self._projector = projector
-        self._spectra, self._frobenius = spectra, frobenius
-        # Operators of one parameter move together: log_norms = constant + position of the layer's first.
-        self._constant = log_norms.copy()
-        self._targets = [index for layer in layers for index in layer.operators]
-        self._sources = [position for position, layer in enumerate(layers) for _ in layer.operators]
-        first = [layers[position].operators[0] for position in self._sources]
-        self._constant[self._targets] -= log_norms[first]
-
-    def norm(self, layer: ProjectedLayer) -> float:
-        """Return the norm of a layer before the projection."""
-        return float(self._spectra[self.layers.index(layer)][0])
-
-    def log_norms(self, logs: FloatArray) -> FloatArray:
-        """Return the log norms of all operators, shape (L,), for those of the layers, shape (G,)."""
-        log_norms: FloatArray = self._constant.copy()
-        log_norms[self._targets] += logs[self._sources]
-        return log_norms
-
-    def caps(self, log_target: float) -> Caps:
-        """Return the layers' caps.
-
-        Raises:
-            ValueError: If no caps reach the target.
-        """
-        p = self._projector
-        if not self.layers:
-            bound = _exp_up(p._log_bound(self._constant))
-            raise ValueError(
-                f"The {p.bound_kind} is {bound:.6g}, above the target {p.target:.6g}, and no selected layer is "
-                f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
-            )
-        shared: dict[str, Any] = {"metric": p._metric, "frobenius": self._frobenius}
-        if p._network is not None:
-            return self._bound_caps(log_target, shared)
-        shared["multiplicities"] = [sum(p.operators[i].multiplicity for i in layer.operators) for layer in self.layers]
-        repeats = [op.multiplicity for op in p.operators]
-        log_target -= math.fsum(k * c for k, c in zip(repeats, self._constant, strict=True))
-        if p._method == "joint":
-            return joint_caps(self._spectra, log_target, **shared)
-        if p._method == "per_layer":
-            return per_layer_caps(self._spectra, log_target=log_target, **shared)
-        return log_clip_caps(self._spectra, log_target, **shared)
-
-    def _bound_caps(self, log_target: float, shared: dict[str, Any]) -> Caps:
-        method = self._projector._method
-        if method == "joint":
-            return bound_caps(self._spectra, self._log_bound, log_target, **shared)
-        logs = np.log([spectrum[0] for spectrum in self._spectra])
-        if method == "per_layer":
-            top = float(logs.max())
-            level = _smallest_shift(lambda shift: self._log_bound(np.minimum(logs, top - shift))[0], log_target)
-            return per_layer_caps(self._spectra, np.exp(np.minimum(logs, top - level)).tolist(), **shared)
-        shift = _smallest_shift(lambda shift: self._log_bound(logs - shift)[0], log_target)
-        return per_layer_caps(self._spectra, np.exp(logs - shift).tolist(), **shared)
-
-    def _log_bound(self, logs: FloatArray) -> tuple[float, FloatArray]:
-        """Return the logarithm of the network's bound and its gradient, shape (G,)."""
-        network = self._projector._network
-        assert network is not None
-        with torch.enable_grad():
-            log_norms = torch.from_numpy(self.log_norms(logs)).requires_grad_()
-            value = network.log_bound(log_norms)
-            slopes = (
-                torch.autograd.grad(value, log_norms)[0].numpy() if value.requires_grad else np.zeros(len(log_norms))
-            )
-        gradient = np.zeros(len(self.layers))
-        np.add.at(gradient, self._sources, slopes[self._targets])
-        return float(value.detach()), gradient
-
-
 def project(model: nn.Module, target: float, **arguments: Any) -> Projection:
     """Project a model's weights once, exactly, onto the budget: its *certified upper bound* is then at most `target`.
 
@@ -529,29 +445,3 @@ def check_method(method: str, metric: str) -> None:
     for argument, value, known in (("method", method, get_args(Method)), ("metric", metric, get_args(Metric))):
         if value not in known:
             raise ValueError(f"Expected `{argument}` to be one of {known}, got {value!r}.")
-
-
-def _smallest_shift(log_bound: Callable[[float], float], log_target: float) -> float:
-    """Return the smallest shift >= 0, up to rounding, at which a nonincreasing function is at most the target.
-
-    Raises:
-        ValueError: If it is above the target at every shift.
-    """
-    high = 1.0
-    while log_bound(high) > log_target:
-        high *= 2
-        if high > LARGEST_SHIFT:
-            smallest = _exp_up(log_bound(high))
-            raise ValueError(
-                f"No weights of the selected layers reach the target: the smallest bound is {smallest:.6g}. "
-                "Raise the target, or select more layers."
-            )
-    low = 0.0
-    while (middle := (low + high) / 2) not in (low, high):
-        low, high = (low, middle) if log_bound(middle) <= log_target else (middle, high)
-    return high
-
-
-def _logs(norms: Sequence[float] | FloatArray) -> FloatArray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(np.asarray(norms, dtype=np.float64))

@@ -94,7 +94,7 @@ class LipschitzRegularizer:
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)
-        self._network, self._penalised = _trace(model, example_input, layers, exclude)
+        self._network, self._penalised = trace_selected(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = (
             find_operators(model, layers, exclude) if self._network is None else self._network.operators
         )
@@ -441,7 +441,7 @@ class _Partial(torch.autograd.Function):
         return (None, None, None, None, *(None if g is None else grads[0].to(g) * g for g in found))
 
 
-def _trace(
+def trace_selected(
     model: nn.Module, example_input: Any, layers: Selection | None, exclude: Selection | None
 ) -> tuple[NetworkBound | None, set[int] | None]:
     """Return the bound over the graph that an example input shows, and the ids of the selected parameters in it.

@@ -52,6 +52,16 @@ def sqrt_up(value: float) -> float:
     return up(math.sqrt(value))
 
 
+def exp_up(value: float) -> float:
+    """Return an upper bound of ``e^value``, two floats above the computed one; 0 for -inf, inf where it overflows."""
+    if value == -math.inf:
+        return 0.0
+    try:
+        return up(up(math.exp(value)))
+    except OverflowError:
+        return math.inf
+
+
 def ldexp_up(value: float, exponent: int) -> float:
     """Return ``value * 2^exponent`` for `value` >= 0: exact, or rounded up if subnormal; inf above 1.8e308."""
     try:

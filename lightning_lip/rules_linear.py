@@ -245,7 +245,8 @@ def node_shape(node: torch.fx.Node) -> tuple[int, ...]:
 
 
 @rule("mul", "multiply", "div", "divide", "true_divide")
-def _scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Return the value of a product or quotient of which one side does not depend on the input."""
     first, second = a["self"], a["other"]
     divides = "div" in _base_name(node)
     if isinstance(first, Dependent) and isinstance(second, Dependent):

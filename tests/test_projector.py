@@ -222,6 +222,14 @@ class TestExact:
         assert product(model) <= target * (1 + 1e-4)
         assert projector.exact().bound <= target
 
+    def test_a_target_below_the_rounding_of_the_weights(self):
+        model = mlp(8, 16, 4)
+        with torch.no_grad():
+            model[0].weight.mul_(1e37)
+            model[2].weight.mul_(1e37)
+        result = project(model, 1.0)
+        assert 0.99 < certified_product(model) <= result.bound <= 1.0
+
     def test_not_finite(self):
         model = mlp(6, 12, 3)
         with torch.no_grad():
@@ -342,6 +350,17 @@ class TestStep:
         assert bound > target * (0.5 if method == "per_layer" else 1 - 1e-3)
         assert result.bound == pytest.approx(bound, rel=1e-4)
 
+    @pytest.mark.parametrize(("dtype", "ratio"), [(torch.float32, 1e5), (torch.float32, 1e18), (torch.float64, 1e18)])
+    def test_norms_far_apart(self, dtype, ratio):
+        # Clipped by a factor that no subtraction survives.
+        model = mlp(40, 40, 40).to(dtype)
+        with torch.no_grad():
+            model[0].weight.mul_(ratio)
+            model[2].weight.div_(ratio)
+        result = LipschitzProjector(model, 1.0, method="per_layer").step()
+        assert result.changed
+        assert certified_matrix_norm(model[0].weight.detach()) == pytest.approx(result.norms["0"], rel=1e-6)
+
     def test_bfloat16(self):
         model = mlp(20, 40, 40, 5, dtype=torch.bfloat16)
         target = product(model) / 1.5
@@ -391,9 +410,7 @@ class TestRefusals:
 
         model = nn.Linear(3, 3)
         model.weight = nn.Parameter(torch.randn(3, 3).as_subclass(DTensor))
-        with pytest.raises(
-            UnsupportedLayerError, match=r"LipschitzProjector needs whole weights, and those of .* are sharded"
-        ):
+        with pytest.raises(UnsupportedLayerError, match=r"LipschitzProjector .* those of .* are sharded"):
             LipschitzProjector(model, 1.0)
 
     def test_a_parametrised_weight(self):

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_lip.allocation import Method
 from lightning_lip.callbacks._base import BaseCallback
 from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
@@ -21,7 +22,7 @@ from lightning_lip.callbacks._trainer import (
     own_state,
     refuse_strategy,
 )
-from lightning_lip.projector import LipschitzProjector, Method, Projection, check_method, check_target
+from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
 from lightning_lip.regularizer import optimizer_steps
 from lightning_lip.spectra import Metric
 
