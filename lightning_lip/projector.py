@@ -202,10 +202,11 @@ class LipschitzProjector:
         triplets = {layer: layer.ritz(self._n_iterations) for layer in self._clipped}
         log_norms = self._estimated_log_norms(triplets)
         log_bound = self._log_bound(log_norms)
-        aim = math.log(self._target) - STEP_MARGIN
+        movable = self._movable()
+        # Frozen layers cannot be lowered by the margin.
+        aim = math.log(self._target) - (STEP_MARGIN if movable else 0.0)
         if log_bound <= aim + REACHED:
             return self._result(None, log_norms, log_bound, certified=False)
-        movable = self._movable()
         if log_bound - aim > math.log(2):
             triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
             for clipped, found in triplets.items():

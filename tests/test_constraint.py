@@ -413,6 +413,64 @@ def test_validate_before_fit_and_fit_twice(make_module, make_trainer, regression
     assert constraint.state_dict()["n_steps"] == 12
 
 
+@pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_a_fit_that_trains_nothing_changes_nothing(make_module, make_trainer, regression_data, settings):
+    module = make_module(lightning)
+    before = weights_of(module)
+    make_trainer(lightning, callbacks=[LipschitzConstraint(TARGET)], **settings).fit(module, regression_data)
+    assert torch.equal(weights_of(module), before)
+
+
+def test_a_finished_run_resumed(make_module, make_trainer, regression_data, tmp_path):
+    trainer = make_trainer(lightning, callbacks=[LipschitzConstraint(TARGET)])
+    trainer.fit(make_module(lightning), regression_data)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    module = make_module(lightning)
+    trainer = make_trainer(lightning, callbacks=[LipschitzConstraint(TARGET)])
+    trainer.fit(module, regression_data, ckpt_path=tmp_path / "end.ckpt")
+    assert certified(module.state_dict()) <= TARGET
+
+
+@pytest.mark.parametrize("taken_by", ["this trainer", "another"])
+def test_after_an_exception_another_stage_is_left_alone(pl, make_module, make_trainer, regression_data, taken_by):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("an exception in training")
+
+    module = make_module(pl)
+    trainer = make_trainer(pl, callbacks=[LipschitzConstraint(TARGET), Stop()])
+    with pytest.raises(RuntimeError, match="an exception in training"):
+        trainer.fit(module, regression_data)
+    if taken_by == "another":
+        trainer = make_trainer(pl)
+    with torch.no_grad():
+        module.net[0].weight.mul_(3)
+    before = weights_of(module)
+    trainer.validate(module, regression_data, verbose=False)
+    module.state_dict()
+    assert torch.equal(weights_of(module), before)
+
+
+def test_a_refused_start_leaves_no_hook(make_module, make_trainer, regression_data):
+    module = make_module(lightning)
+    module.requires_grad_(False)
+    module.net[4].requires_grad_(True)
+    with pytest.raises(ValueError, match="no selected layer is trainable"):
+        make_trainer(lightning, callbacks=[LipschitzConstraint(0.01, layers="net.0")]).fit(module, regression_data)
+    module.state_dict()
+
+
+def test_a_state_dict_that_passes_by_is_refused(pl, make_module, make_trainer, regression_data):
+    own = make_module(pl)
+    type(own).state_dict = lambda self, *args, **kwargs: self.net.state_dict(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"call super\(\)\.state_dict\(\)"):
+        make_trainer(pl, callbacks=[LipschitzConstraint(TARGET)]).fit(own, regression_data)
+    module = make_module(pl)
+    type(module).state_dict = lambda self, *args, **kwargs: pl.LightningModule.state_dict(self, *args, **kwargs)
+    make_trainer(pl, callbacks=[LipschitzConstraint(TARGET)]).fit(module, regression_data)
+    assert certified(module.state_dict()) <= TARGET
+
+
 def test_copies_leave_the_model_behind(make_module, make_trainer, regression_data):
     copied = []
 

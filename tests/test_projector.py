@@ -314,6 +314,12 @@ class TestStep:
         projector = LipschitzProjector(model, 0.1, exact_every_n_steps=3)
         assert [projector.step().certified for _ in range(6)] == [False, False, True] * 2
 
+    def test_frozen_layers_may_fill_the_target(self):
+        model = mlp(4, 8, 2).requires_grad_(False)
+        projector = LipschitzProjector(model, certified_product(model) * (1 + 1e-9))
+        assert not projector.exact().changed
+        assert not projector.step().changed
+
     def test_a_new_target(self):
         model = mlp(6, 12, 3)
         projector = LipschitzProjector(model, 1.0)

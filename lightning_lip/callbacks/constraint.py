@@ -41,6 +41,9 @@ class LipschitzConstraint(BaseCallback):
     What is bounded is the product of the selected layers' spectral norms or, with an example input, the bound of the
     whole network. The callback's state in a checkpoint has the ``target`` and the ``certified_bound``.
 
+    Validation or testing outside of training changes nothing. After an exception in training, ``state_dict()`` goes on
+    projecting until this or another Trainer takes the module.
+
     On several ranks every rank projects alike: call ``state_dict()`` on all of them, as Lightning does. An optimiser
     that keeps copies of the weights (fp32 masters) would undo the projection; none of ``torch.optim`` does.
 
@@ -71,8 +74,9 @@ class LipschitzConstraint(BaseCallback):
             target cannot be reached. In training: if a weight holds NaN or an infinity.
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known, or a
             selected trainable weight cannot be written.
-        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, beside WeightAveraging, or on
-            several ranks with a bound that reads unsynchronised batch normalisation.
+        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, beside WeightAveraging, for a
+            module with a ``state_dict()`` of its own that does not call super's, or on several ranks with a bound that
+            reads unsynchronised batch normalisation.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -163,6 +167,7 @@ class LipschitzConstraint(BaseCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()  # left by a fit that an exception ended
         if stage != "fit":
             return
         refuse_strategy(trainer, self)
@@ -188,10 +193,18 @@ class LipschitzConstraint(BaseCallback):
             self._n_steps = 0  # another model tightens anew
         self._projector, self._loaded, self._model = projector, None, pl_module
         self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
-        self._release()
-        hook = _ExactBeforeSaving(self)
-        self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
         self.project()
+        hook = _ExactBeforeSaving(self, pl_module._trainer)
+        self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        if type(pl_module).state_dict is not nn.Module.state_dict:
+            self._certified = None
+            pl_module.state_dict()
+            if self._certified is None:
+                self._release()
+                raise RuntimeError(
+                    f"The state_dict() of {type(pl_module).__name__} does not call that of LightningModule, so that "
+                    "its checkpoints would hold weights above the budget: call super().state_dict() in it."
+                )
 
     def project(self) -> Projection:
         """Project exactly now; every rank must call it."""
@@ -235,9 +248,11 @@ class LipschitzConstraint(BaseCallback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After on_train_end, where StochasticWeightAveraging puts its average into the module.
-        self.project()
-        self._release()
+        # After on_train_end, where StochasticWeightAveraging puts its average into the module. Without a hook nothing
+        # was trained: no batches, or no epochs left.
+        if self._before_saving is not None:
+            self.project()
+            self._release()
 
     def _release(self) -> None:
         """Take the hook off the module."""
@@ -272,15 +287,16 @@ class LipschitzConstraint(BaseCallback):
 class _ExactBeforeSaving:
     """A pre-hook of ``state_dict``: only this sees checkpoints of every kind, weights-only ones too.
 
-    A copy of the module gets a hook that does nothing: the copy is no module in training.
+    A copy of the module gets a hook that does nothing: the copy is no module in training. Nor is a module that another
+    Trainer took over after an exception.
     """
 
-    def __init__(self, constraint: LipschitzConstraint | None) -> None:
-        self._constraint = constraint
+    def __init__(self, constraint: LipschitzConstraint | None, trainer: Any) -> None:
+        self._constraint, self._trainer = constraint, trainer
 
-    def __call__(self, *_: Any) -> None:
-        if self._constraint is not None:
+    def __call__(self, module: LightningModule, *_: Any) -> None:
+        if self._constraint is not None and module._trainer is self._trainer:
             self._constraint.project()
 
-    def __reduce__(self) -> tuple[type, tuple[None]]:
-        return _ExactBeforeSaving, (None,)
+    def __reduce__(self) -> tuple[type, tuple[None, None]]:
+        return _ExactBeforeSaving, (None, None)
