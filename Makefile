@@ -41,6 +41,7 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.kernels $(ARGS)
 	$(BIN)/python -m bench.tracking $(ARGS)
 	$(BIN)/python -m bench.step $(ARGS)
+	$(BIN)/python -m bench.constraint $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -105,3 +105,12 @@ def test_the_wheel_works_without_the_checkout(unpacked, tmp_path):
     assert len(files) == len(packages()) + 1
     elsewhere = [file for file in files if unpacked.resolve() not in file.parents]
     assert not elsewhere, f"imported from outside the wheel, so missing in pyproject.toml: {elsewhere}"
+
+
+def test_importing_keeps_the_logger_of_lightnings_messages():
+    """Who silenced ``lightning.pytorch`` must not hear from ``pytorch_lightning`` instead."""
+    code = (
+        "import lightning.pytorch; from lightning_utilities.core import rank_zero; before = rank_zero.log; "
+        "import lightning_lip; assert rank_zero.log is before, rank_zero.log"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
 else:
     from lightning.pytorch import Callback
+    from lightning_utilities.core import rank_zero
 
+    # Each package sends the messages of both to a logger of its own when it is imported: it must not change hands here.
+    log = rank_zero.log
     try:
         from pytorch_lightning import Callback as OtherCallback
     except ImportError:
         BaseCallback = Callback
     else:
+        rank_zero.log = log
 
         class BaseCallback(Callback, OtherCallback):
             """A callback of both Lightning packages."""
