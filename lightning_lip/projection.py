@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -58,10 +59,11 @@ def joint_caps(
 ) -> Caps:
     """Return the caps of the joint projection onto ``{prod_l ||W_l||_2^k_l <= M}``.
 
-    *Exact* (the nearest point of the set, to a relative 1e-9 of the squared distance) where ``Caps.exact`` says so;
-    always if the product exceeds M by a factor of at most ``2^min(k)``. Beyond, the nearest point may collapse one
-    layer; the *non-collapsing* projection is returned instead: rounds of the same convex problem, each of which takes
-    no layer below half its norm; every round but the last halves every layer.
+    *Exact* (the nearest point of the set, to a relative 1e-9 of the squared distance, or to the rounding of log M where
+    the product exceeds M by less than a millionth) where ``Caps.exact`` says so; always if the product exceeds M by a
+    factor of at most ``2^min(k)``. Beyond, the nearest point may collapse one layer; the *non-collapsing* projection is
+    returned instead: rounds of the same convex problem, each of which takes no layer below half its norm; every round
+    but the last halves every layer.
 
     Guaranteed for the floats returned: ``math.fsum(k * math.log(c) for k, c in zip(multiplicities, caps)) <=
     log_target``, or a cap is 0. Projecting what was projected changes nothing, bit for bit.
@@ -87,7 +89,7 @@ def joint_caps(
     # The last round is never empty.
     full_rounds = math.ceil(excess / (LOG_2 * k.sum())) - 1
     start = np.ldexp(layers.norms, -full_rounds)
-    _refuse_underflow(start, log_target)
+    _refuse_underflow(start, layers.norms, log_target)
     rest = _excess(start, k, log_target)
     if rest <= 0.0:
         return _result(layers, start, rounds=full_rounds, exact=False)
@@ -107,7 +109,8 @@ def bound_caps(
 ) -> Caps:
     """Return the caps of the joint projection onto ``{log_bound(log c) <= log M}``, for a bound that is no product.
 
-    *Exact* (to a relative 1e-9 of the squared distance) where ``Caps.exact`` says so: a sequence of half-spaces that
+    *Exact* (to a relative 1e-9 of the squared distance, or where the bound exceeds M by less than a thousandth to a
+    rounding of about 1e-13 in log M) where ``Caps.exact`` says so: a sequence of half-spaces that
     contain the feasible set (its tangents) gives nearest points from below, until one of them is feasible to rounding.
     Beyond, as in :func:`joint_caps`, the *non-collapsing* projection: while halving everything does not reach M, a
     round halves every layer whose elasticity is positive. For a linear `log_bound` this is :func:`joint_caps`.
@@ -141,7 +144,8 @@ def bound_caps(
         if rounds == 0:
             _refuse_unreachable(float(log_bound(np.full_like(start, -np.inf))[0]), log_target)
         start = np.where(a > 0.0, 0.5 * start, start)
-        _refuse_underflow(start[layers.norms > 0.0], log_target)
+        positive = layers.norms > 0.0
+        _refuse_underflow(start[positive], layers.norms[positive], log_target)
         rounds += 1
         value, a = evaluate(start)
     if value <= log_target:
@@ -269,7 +273,7 @@ def _multiplicities(multiplicities: Sequence[float] | None, n_layers: int) -> Fl
 
 
 def _finite(log_target: float | None) -> float:
-    if log_target is None or not math.isfinite(log_target):
+    if not isinstance(log_target, Real) or not math.isfinite(log_target):
         raise ValueError(f"Expected a finite `log_target`, the logarithm of a target M > 0, got {log_target!r}.")
     return float(log_target)
 
@@ -298,9 +302,12 @@ def _lowered(caps: FloatArray, k: FloatArray, log_target: float, layer: int) -> 
     return caps
 
 
-def _refuse_underflow(caps: FloatArray, log_target: float) -> None:
-    if (caps < np.finfo(np.float64).tiny).any():
-        raise ValueError(f"`log_target` = {log_target} needs a cap below 2e-308, the smallest float64: raise it.")
+def _refuse_underflow(caps: FloatArray, norms: FloatArray, log_target: float) -> None:
+    if (caps < np.finfo(np.float64).tiny * np.maximum(norms, 1.0)).any():
+        raise ValueError(
+            f"`log_target` = {log_target} needs a cap below 2e-308, the smallest float64, or below 2e-308 of the "
+            "layer's norm: raise it."
+        )
 
 
 def _factor(norms: FloatArray, k: FloatArray, log_target: float) -> float:
@@ -310,7 +317,7 @@ def _factor(norms: FloatArray, k: FloatArray, log_target: float) -> float:
     step = 0.0
     while excess > 0.0:
         factor = math.exp(-share) * (1.0 - step)
-        _refuse_underflow(norms * factor, log_target)
+        _refuse_underflow(norms * factor, norms, log_target)
         excess = _excess(norms * factor, k, log_target)
         step = 2.0 * step + 2.0**-53
     return factor

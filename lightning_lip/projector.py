@@ -194,7 +194,8 @@ class LipschitzProjector:
         Raises:
             ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
             UnsupportedLayerError: If a layer that was unfrozen cannot be written.
-            RuntimeError: If the input size of a convolution is not known yet.
+            RuntimeError: If the input size of a convolution is not known yet, or a weight was replaced by another
+                parameter.
         """
         self._n_steps += 1
         if self._exact_every_n_steps and self._n_steps % self._exact_every_n_steps == 0:
@@ -241,7 +242,8 @@ class LipschitzProjector:
         Raises:
             ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
             UnsupportedLayerError: If a layer that was unfrozen cannot be written.
-            RuntimeError: If the rounding of the weights' dtype keeps them above the target.
+            RuntimeError: If the rounding of the weights' dtype keeps them above the target, or a weight was replaced by
+                another parameter.
         """
         self._measure_slack()
         norms = self._certified_norms()
@@ -279,8 +281,18 @@ class LipschitzProjector:
         """Return the layers that may be written now.
 
         Raises:
+            RuntimeError: If a layer has another parameter than when the projector was made.
             UnsupportedLayerError: If a selected layer is trainable but cannot be written.
         """
+        replaced = [
+            layer.name
+            for layer in self._layers
+            if all(layer.parameter is not p for p in self.operators[layer.operators[0]].parameters)
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"The weights of {replaced} are other parameters than when this projector was made: make a new one."
+            )
         refused = {
             op.name: reason
             for op, reason in ((self.operators[i], reason) for i, reason in self._reasons.items())

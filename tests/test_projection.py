@@ -517,6 +517,8 @@ def test_a_bound_that_is_not_convex_still_ends_feasible():
         ([[1.0]], {"metric": [0.0]}, "positive finite `metric`"),
         ([[1e200]], {"metric": "euclidean"}, "exceeds float64"),
         ([[1.0]], {"frobenius": []}, "1 entries of `frobenius`"),
+        ([[2.0]], {"log_target": "1"}, "finite `log_target`.*got '1'"),
+        ([[1e308], [1e308]], {"log_target": -1400.0}, "or below 2e-308 of the layer's norm: raise it"),
         ([[1.0]], {"frobenius": [0.0]}, "positive Frobenius norm, got 0.0 for layer 0"),
     ],
 )

@@ -499,6 +499,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             LipschitzProjector(mlp(3, 2), **({"target": 1.0} | arguments))
 
+    def test_a_replaced_weight(self):
+        model = mlp(4, 8, 2)
+        projector = LipschitzProjector(model, 0.1)
+        model[0].weight = nn.Parameter(torch.randn(8, 4))
+        for projection in (projector.step, projector.exact):
+            with pytest.raises(RuntimeError, match=r"weights of \['0'\] are other parameters"):
+                projection()
+
     def test_a_copy(self):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             pickle.dumps(LipschitzProjector(mlp(3, 2), 1.0))
