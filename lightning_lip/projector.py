@@ -54,8 +54,8 @@ class Projection:
         norms: The operators' norms behind it, by layer name; certified or estimated as well.
         distance: How far the weights moved, in the metric: ``sqrt(sum_l w_l |dW_l|_F^2)`` with
             ``w_l = 1 / sigma_l^2`` (relative) or 1 (euclidean).
-        nearest: Whether it was the nearest point of the set, up to what the margins take; False says only that this
-            is not proven.
+        nearest: Whether it was the nearest point of the set that clipping, and scaling of the weights that are only
+            scaled, can reach, up to what the margins take; False says only that this is not proven.
     """
 
     changed: bool
@@ -94,10 +94,10 @@ class LipschitzProjector:
     Args:
         model: The model. Its weights are written in place.
         target: M, positive. May be changed later: :attr:`target`.
-        method: ``"joint"`` is the nearest point of the whole set (proven where P <= 2M, otherwise the non-collapsing
-            projection: see :func:`~lightning_lip.projection.joint_caps`); ``"log_clip"`` clips each layer at the same
-            fraction of its norm; ``"per_layer"`` clips each at the same norm; ``"scaling"`` multiplies each by the
-            same factor.
+        method: ``"joint"`` is the nearest point of the whole set, for a weight that is scaled among its multiples
+            (proven where P <= 2M, otherwise the non-collapsing projection: see
+            :func:`~lightning_lip.projection.joint_caps`); ``"log_clip"`` clips each layer at the same fraction of its
+            norm; ``"per_layer"`` clips each at the same norm; ``"scaling"`` multiplies each by the same factor.
         metric: Of ``"joint"``: ``"relative"`` (``w_l = 1 / sigma_l^2``) or ``"euclidean"``.
         layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
         exclude: Names, glob patterns or submodules to leave out.

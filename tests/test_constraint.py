@@ -413,6 +413,18 @@ def test_validate_before_fit_and_fit_twice(make_module, make_trainer, regression
     assert constraint.state_dict()["n_steps"] == 12
 
 
+def test_several_budgets_of_the_same_layers_hold_together(make_module, make_trainer, regression_data):
+    module = make_module(lightning)
+    whole = LipschitzConstraint(TARGET, name="whole")
+    first = LipschitzConstraint(0.3, layers="net.0", name="first")
+    two = LipschitzConstraint(0.15, layers=["net.0", "net.2"], method="scaling", name="two")
+    make_trainer(lightning, callbacks=[two, whole, first]).fit(module, regression_data)
+    norms = [certified_matrix_norm(module.net[i].weight.detach()) for i in (0, 2, 4)]
+    assert norms[0] <= 0.3
+    assert norms[0] * norms[1] <= 0.15
+    assert math.prod(norms) <= TARGET
+
+
 @pytest.mark.parametrize("settings", [{"max_epochs": 0}, {"limit_train_batches": 0}])
 def test_a_fit_that_trains_nothing_changes_nothing(make_module, make_trainer, regression_data, settings):
     module = make_module(lightning)

@@ -42,7 +42,8 @@ class LipschitzConstraint(BaseCallback):
     whole network. The callback's state in a checkpoint has the ``target`` and the ``certified_bound``.
 
     Validation or testing outside of training changes nothing. After an exception in training, ``state_dict()`` goes on
-    projecting until this or another Trainer takes the module.
+    projecting until this or another Trainer takes the module. Where it changes weights between a forward and its
+    backward pass, autograd raises an error.
 
     On several ranks every rank projects alike: call ``state_dict()`` on all of them, as Lightning does. An optimiser
     that keeps copies of the weights (fp32 masters) would undo the projection; none of ``torch.optim`` does.
@@ -67,7 +68,7 @@ class LipschitzConstraint(BaseCallback):
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
         name: Tells several of these callbacks in one Trainer apart; it enters the logged names,
-            ``lipschitz/<name>/target``.
+            ``lipschitz/<name>/target``. Their layers may overlap: a projection only lowers norms, so all budgets hold.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or the
