@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_lip.callbacks import LipschitzPenalty
+from lightning_lip.paper.quiet import quiet
 
 Batch = tuple[Tensor, Tensor]
 Term = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -180,7 +178,7 @@ def fit(
     clock = _Clock(n_before, n_steps, reset)
     device = batch[0].device
     loader = DataLoader(_Repeated(batch), batch_size=None, shuffle=False)
-    with _quiet():
+    with quiet():
         trainer = pl.Trainer(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
@@ -200,19 +198,3 @@ def synchronise(device: torch.device) -> None:
     """Wait for a CUDA device; on the CPU nothing is pending."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's advice on hardware and workers, which does not apply to fits of a few steps."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,6 +17,7 @@ from typing_extensions import override
 from lightning_lip.callbacks import LipschitzMonitor, LipschitzPenalty, MaxNorm, NoisyValidation
 from lightning_lip.paper.data import Array, Dataset, Split, split
 from lightning_lip.paper.model import PaperRegressor
+from lightning_lip.paper.quiet import quiet
 from lightning_lip.paper.settings import (
     BATCH_SIZE,
     MAX_NORM,
@@ -105,7 +103,7 @@ def train(run: Run, data: Dataset, out: str | None = None) -> Record:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with _quiet():
+        with quiet():
             return _train(run, split(data, run.seed, run.scaling), out)
     finally:
         torch.set_num_threads(threads)
@@ -202,19 +200,3 @@ def _logger(folder: Path) -> TensorBoardLogger:
     for events in folder.glob(EVENTS):
         events.unlink()
     return TensorBoardLogger(folder.parent, name="", version=folder.name)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's advice on hardware and workers: it does not apply to runs of three seconds."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"lightning\.")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
