@@ -378,6 +378,9 @@ def _train_all(indices: Sequence[int], folder: Path) -> None:
         except Exception as error:  # the table names it
             if int(os.environ.get("RANK", 0)) == 0:
                 stem.with_suffix(".err").write_text(f"{type(error).__name__}: {error}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        os._exit(0)  # gloo can abort while the interpreter ends
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
