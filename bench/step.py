@@ -1,21 +1,29 @@
 """What the callbacks add to a Trainer's step, on the paper's network.
 
-``python -m bench.step [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50 with Adam on one thread in
-seven configurations, interleaved step by step: each is a Trainer in a thread of its own, of which one runs at a time.
-It writes ``step.csv``: medians with the 20th and 80th percentiles of the time from one step to the next, in
-microseconds of this process's CPU, and the median over rounds of the ratio to the configuration without the callback.
+``python -m bench.step [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50 with Adam on one thread.
+Trainings that are set up apart differ by several percent for no visible reason (where their memory lies, among others),
+which is as much as the callbacks take. So each comparison is *one* training, whose Trainer has the callback in its list
+for a block of steps and not for the next: model, data, optimiser, loggers and everything else are the same objects. It
+is repeated in fresh processes.
+
+It writes ``step.csv``: microseconds a step without and with the callback, and the ratio of neighbouring blocks, each as
+the median with the 20th and 80th percentiles over all blocks of all processes, and the range of the processes' medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import logging
+import os
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +38,43 @@ from typing_extensions import override
 from bench.kernels import machine
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
 
-# configuration -> the one that it is compared with
-BASES = {
-    "Trainer": "Trainer",
-    "Trainer, empty callback": "Trainer",
-    "Trainer, penalty": "Trainer",
-    "TensorBoard": "TensorBoard",
-    "TensorBoard, penalty": "TensorBoard",
-    "TensorBoard, penalty, monitor": "TensorBoard, penalty",
-    "TensorBoard, monitor": "TensorBoard",
+BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A Trainer, and the callback whose cost is asked for.
+
+    Attributes:
+        trainer: What is trained, in words.
+        callback: Makes the callback that comes and goes.
+        always: Makes the callbacks that are there in every block.
+        tensorboard: Whether there is a TensorBoard logger; ``logger=False`` otherwise.
+        bare: Whether Trainer's progress bar, checkpoints and summary are off, which leaves the fastest step there is.
+    """
+
+    trainer: str
+    callback: Callable[[], pl.Callback]
+    always: Callable[[], list[pl.Callback]] = list
+    tensorboard: bool = False
+    bare: bool = True
+
+
+def _penalty() -> LipschitzPenalty:
+    return LipschitzPenalty(1e-3)
+
+
+COMPARISONS = {
+    "penalty": Comparison("logger=False", _penalty, bare=False),
+    "penalty, bare Trainer": Comparison("logger=False, no progress bar, no checkpoints", _penalty),
+    "empty callback, bare Trainer": Comparison("logger=False, no progress bar, no checkpoints", pl.Callback),
+    "monitor": Comparison(
+        "TensorBoard, penalty, no progress bar, no checkpoints",
+        LipschitzMonitor,
+        lambda: [_penalty()],
+        tensorboard=True,
+    ),
 }
-BLOCK = 50  # steps in a turn, one logging interval, so that every turn of a configuration holds one logging step
 
 
 class Regressor(pl.LightningModule):
@@ -63,92 +97,110 @@ class Regressor(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-class Turns(pl.Callback):
-    """Lets one Trainer at a time run for a block of steps, and times the block."""
+class ComesAndGoes(pl.Callback):
+    """Takes a callback out of the Trainer's list for a block of steps, puts it back for the next, and times both."""
 
-    def __init__(self, mine: threading.Semaphore, finished: threading.Semaphore) -> None:
-        self.mine, self.finished = mine, finished
-        self.times: list[float] = []
+    def __init__(self, callback: pl.Callback) -> None:
+        self.callback = callback
+        self.times: dict[bool, list[float]] = {False: [], True: []}
         self.start = 0.0
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % BLOCK == 0:
-            if trainer.global_step:
-                self.times.append((time.thread_time() - self.start) / BLOCK * 1e6)
-            self.finished.release()
-            self.mine.acquire()
-            self.start = time.thread_time()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # It is the last of the list: all of the step that is ending, but for Lightning's own end of it, is behind.
+        if trainer.fit_loop.epoch_loop._batches_that_stepped % BLOCK != BLOCK - 1:
+            return
+        is_there = self.callback in trainer.callbacks
+        self.times[is_there].append((time.perf_counter() - self.start) / BLOCK * 1e6)
+        # A new list, since Lightning is going through the old one. In turn with, without, without, with.
+        comes = sum(map(len, self.times.values())) % 4 in (0, 3)
+        others = [c for c in trainer.callbacks if c is not self.callback]
+        trainer.callbacks = [*others[:-1], self.callback, others[-1]] if comes else others
+        self.start = time.perf_counter()
 
 
-def trainer_for(name: str, turns: Turns, folder: str, n_steps: int) -> pl.Trainer:
-    """Return a Trainer of one configuration that stops after `n_steps`."""
-    callbacks: list[pl.Callback] = [turns]
-    if "empty callback" in name:  # what Lightning itself takes to call the hooks of any callback
-        callbacks.append(pl.Callback())
-    if "penalty" in name:
-        callbacks.append(LipschitzPenalty(1e-3))
-    if "monitor" in name:
-        callbacks.append(LipschitzMonitor())
-    return pl.Trainer(
-        accelerator="cpu",
-        max_steps=n_steps,
-        max_epochs=-1,
-        logger=TensorBoardLogger(folder, name=name) if "TensorBoard" in name else False,
-        callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def measure(rounds: int) -> dict[str, np.ndarray]:
-    """Return the microseconds a step of each configuration, by round."""
-    # One epoch of 1000 batches: the default logging interval of 50 steps, a heat map each epoch.
-    x = torch.randn(50_000, 13, generator=torch.Generator().manual_seed(1))
-    data = TensorDataset(x, x.sin().sum(1, keepdim=True))
-    finished = threading.Semaphore(0)
-    turns = {name: Turns(threading.Semaphore(0), finished) for name in BASES}
+def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
+    """Return the microseconds a step in blocks without (False) and with the callback, `blocks` of each, in pairs."""
+    # An odd number of blocks an epoch, so that the turn of the epochs falls on either kind.
+    x = torch.randn(BLOCK * 50 * 21, 13, generator=torch.Generator().manual_seed(1))
+    loader = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=50)
+    switch = ComesAndGoes(comparison.callback())
     with tempfile.TemporaryDirectory() as folder:
-        threads = []
-        for name, turn in turns.items():
-            # The first block starts kernels and loggers; the last one is cut off by the end of training.
-            trainer = trainer_for(name, turn, folder, (rounds + 2) * BLOCK)
-            loader = DataLoader(data, batch_size=50)
-            threads.append(threading.Thread(target=trainer.fit, args=(Regressor(), loader), daemon=True))
-            threads[-1].start()
-            finished.acquire()
-        for _ in range(rounds + 1):
-            for turn in turns.values():
-                turn.mine.release()
-                finished.acquire()
-        for turn, thread in zip(turns.values(), threads, strict=True):
-            turn.mine.release()
-            thread.join()
-    return {name: np.array(turn.times[1 : rounds + 1]) for name, turn in turns.items()}
+        options: dict[str, Any] = {}
+        if comparison.bare:
+            options = {"enable_progress_bar": False, "enable_checkpointing": False}
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            # The first four blocks start kernels and loggers.
+            max_steps=BLOCK * (2 * blocks + 4),
+            max_epochs=-1,
+            default_root_dir=folder,
+            logger=TensorBoardLogger(folder) if comparison.tensorboard else False,
+            # The callback is there when training starts, and selects its layers.
+            callbacks=[*comparison.always(), switch.callback, switch],
+            enable_model_summary=False,
+            **options,
+        )
+        trainer.fit(Regressor(), loader)
+    return {is_there: times[2:] for is_there, times in switch.times.items()}
+
+
+def _in_a_process(name: str, blocks: int) -> dict[bool, list[float]]:
+    """Return what :func:`measure` returns in a fresh process."""
+    command = [sys.executable, "-m", "bench.step", "--worker", name, "--blocks", str(blocks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    without, with_it = json.loads(run.stdout.splitlines()[-1])
+    return {False: without, True: with_it}
+
+
+def _work(name: str, blocks: int) -> None:
+    torch.set_num_threads(1)
+    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    times = measure(COMPARISONS[name], blocks)
+    print("\n" + json.dumps([times[False], times[True]]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 rounds instead of 200")
+    parser.add_argument("--quick", action="store_true", help="2 processes of 10 blocks instead of 8 of 40")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=COMPARISONS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    times = measure(20 if options.quick else 200)
+    if options.worker:
+        _work(options.worker, options.blocks)
+        return
+    n_processes, blocks = (2, 10) if options.quick else (8, 40)
+    runs: dict[str, list[dict[bool, np.ndarray]]] = {name: [] for name in COMPARISONS}
+    for _ in range(n_processes):  # in turn, so that a busy spell falls on all
+        for name, done in runs.items():
+            done.append({key: np.array(times) for key, times in _in_a_process(name, blocks).items()})
     options.output.mkdir(parents=True, exist_ok=True)
     with (options.output / "step.csv").open("w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in machine().items())
         writer = csv.writer(file)
-        writer.writerow(["configuration", "p20_us", "median_us", "p80_us", "compared_with", "median_ratio"])
-        for name, base in BASES.items():
-            p20, median, p80 = np.percentile(times[name], [20, 50, 80])
-            ratio = np.median(times[name] / times[base])
-            writer.writerow([name, f"{p20:.1f}", f"{median:.1f}", f"{p80:.1f}", base, f"{ratio:.3f}"])
-            print(f"{name:32} {p20:8.1f} {median:8.1f} {p80:8.1f}   {ratio:.3f} of {base}")
+        spread = [f"{what}_{p}" for what in ("without_us", "with_us", "ratio") for p in ("p20", "p50", "p80")]
+        columns = ["callback", "trainer", "processes", "blocks", *spread, "lowest_median_ratio", "highest_median_ratio"]
+        writer.writerow(columns)
+        for name, done in runs.items():
+            without, with_it = (np.concatenate([times[key] for times in done]) for key in (False, True))
+            medians = [float(np.median(times[True] / times[False])) for times in done]
+            found = [np.percentile(values, [20, 50, 80]) for values in (without, with_it, with_it / without)]
+            figures = [f"{x:.1f}" for x in np.concatenate(found[:2])] + [f"{x:.4f}" for x in [*found[2], min(medians), max(medians)]]
+            writer.writerow([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
+            print(f"{name:30} {found[0][1]:7.1f} us, with it {found[1][1]:7.1f}, ratio {found[2][1]:.4f} ({found[2][0]:.4f} to {found[2][2]:.4f}; processes {min(medians):.4f} to {max(medians):.4f})")
 
 
 if __name__ == "__main__":

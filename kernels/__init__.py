@@ -72,7 +72,10 @@ class Iteration(Protocol):
         scale: float,
         multiplicities: Sequence[int],
     ) -> Tensor:
-        """Advance, and add the gradient of ``scale * penalty`` of :func:`penalty_slope`; return that, shape ()."""
+        """Advance, and add the gradient of ``scale * penalty`` of :func:`penalty_slope`; return that, shape ().
+
+        The next call may overwrite what is returned.
+        """
 
 
 def _implementation(backend: str) -> type[Iteration]:

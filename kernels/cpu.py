@@ -6,8 +6,10 @@ Weights above :func:`lightning_lip.kernels.cpu_blas.is_large` go through torch's
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,16 +24,16 @@ from lightning_lip.kernels import cpu_blas
 from lightning_lip.kernels.cpu_compiled import (
     _BAND,
     _COEFFICIENTS_GIVEN,
-    _GRAD,
     _GRAD_ALONG,
+    _GRAD_LD,
     _LARGE,
     _MULTIPLICITY,
     _N_FIELDS,
     _NO_UPDATE,
     _R,
     _TALL,
-    _WEIGHT,
     _WEIGHT_ALONG,
+    _WEIGHT_LD,
     MAX_BLOCK_SIZE,
     _band_width,
     _finish_large,
@@ -43,6 +45,9 @@ _logger = logging.getLogger("lightning_lip")
 
 _BF16 = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGNMENT = 16  # fp32 elements: a cache line
+
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of a gradient."""
 
 
 class CpuIteration:
@@ -56,8 +61,8 @@ class CpuIteration:
         vectors: The starting blocks, each of shape (r_l, min(m_l, n_l)), with orthonormal rows; they are copied.
 
     Attributes:
-        n_refreshes: Entries of the pointer table written so far: one for each weight or gradient that was new, moved
-            or changed its layout.
+        n_refreshes: Entries of the table of layouts written so far: one for each weight that was new or moved, and for
+            each gradient that was new or changed its layout. Addresses of gradients are written at every step.
 
     Raises:
         ValueError: If :meth:`why_not` has a reason against a weight, or a block does not fit its weight.
@@ -99,7 +104,7 @@ class CpuIteration:
         self._multiplicities: Sequence[int] = []
         self._weight_addresses = [0] * n_layers
         self._aliases: list[Tensor | None] = [None] * n_layers
-        self._grad_keys: list[tuple[int, tuple[int, ...], torch.dtype] | None] = [None] * n_layers
+        self._grad_layouts: list[_Layout | None] = [None] * n_layers
         self._torch_grads: list[int] = []
         self._some_are_none = True
         self.n_refreshes = 0
@@ -127,6 +132,9 @@ class CpuIteration:
         self._scales = torch.ones(n_layers, **fp64)
         self._value = torch.zeros((), **fp32)
         self._small = torch.empty(2 * MAX_BLOCK_SIZE**2, **fp64)
+        # Gradients move at every step, after `zero_grad`; a numpy array is filled several times slower.
+        self._addresses = np.zeros(2 * n_layers, np.int64)
+        self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses, 0)
 
         for index, ((m, n), block) in enumerate(zip(shapes, vectors, strict=True)):
             self._blocks[index].copy_(block)
@@ -135,9 +143,8 @@ class CpuIteration:
             self._table[index, _R : _LARGE + 1] = [len(block), min(m, n), max(m, n), *addresses, large]
         self._large = np.flatnonzero(self._table[:, _LARGE]).tolist()
         buffers = (self._sigma, self._coefficients, self._scales, self._value, self._small, self._band)
-        self._header = np.array(
-            [n_layers, self._table.ctypes.data, *(buffer.data_ptr() for buffer in buffers)], np.int64
-        )
+        arrays = [self._table.ctypes.data, self._addresses.ctypes.data]
+        self._header = np.array([n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)], np.int64)
         self._header_address: int = self._header.ctypes.data
         _load_compiled(_run, "void(int64, int64, int64, float64, float64)")
         if self._large:
@@ -175,6 +182,7 @@ class CpuIteration:
         """
         if [w.data_ptr() for w in weights] != self._weight_addresses:
             self._take_weights(weights)
+        self._write_addresses(*self._weight_addresses, *[0] * len(weights))
         _run(self._header_address, n_iterations, _NO_UPDATE, 0.0, 0.0)
         if self._large:
             self._iterate_large(weights, n_iterations)
@@ -187,8 +195,7 @@ class CpuIteration:
             grads: The L gradients, each of shape (m_l, n_l), of any floating dtype and strides; None skips a layer.
             coefficients: ``c``, shape (L,); a layer whose coefficient is 0 is skipped.
         """
-        if [None if g is None else (g.data_ptr(), g.stride(), g.dtype) for g in grads] != self._grad_keys:
-            self._take_grads(grads)
+        self._take_grads(grads)
         self._coefficients.copy_(coefficients)
         _run(self._header_address, -1, _COEFFICIENTS_GIVEN, 0.0, 0.0)
         self._update_with_torch(grads)
@@ -217,13 +224,12 @@ class CpuIteration:
             multiplicities: How often each layer counts, shape (L,).
 
         Returns:
-            ``scale * penalty``, shape (), fp32, a new tensor. A layer that is exactly zero gets no gradient, nor does
-            one whose coefficient is not finite.
+            ``scale * penalty``, shape (), fp32; the next call overwrites it. A layer that is exactly zero gets no
+            gradient, nor does one whose coefficient is not finite.
         """
         if [w.data_ptr() for w in weights] != self._weight_addresses:
             self._take_weights(weights)
-        if [None if g is None else (g.data_ptr(), g.stride(), g.dtype) for g in grads] != self._grad_keys:
-            self._take_grads(grads)
+        self._take_grads(grads)
         if multiplicities != self._multiplicities:
             self._table[:, _MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
@@ -237,7 +243,7 @@ class CpuIteration:
         # The kernel wrote behind autograd's back.
         written = [g for g in grads if g is not None] if self._some_are_none else grads
         increment_version(written)  # type: ignore[arg-type]  # a cast would cost a microsecond's tenth
-        return self._value.clone()
+        return self._value
 
     def _take_weights(self, weights: Sequence[Tensor]) -> None:
         """Rewrite the table where a weight has moved."""
@@ -253,26 +259,28 @@ class CpuIteration:
                     f"Expected weight {index} to have shape {(m, n)} as at construction, got {tuple(weight.shape)}: "
                     "construct a new iteration."
                 )
-            self._table[index, _WEIGHT : _WEIGHT_ALONG + 1] = self._entry(weight)
+            self._table[index, _WEIGHT_LD : _WEIGHT_ALONG + 1] = self._entry(weight)
             # An address identifies the weight, with its layout, as long as no other tensor can be given it.
             self._aliases[index] = weight.detach()
             self._weight_addresses[index] = weight.data_ptr()
             self.n_refreshes += 1
 
     def _take_grads(self, grads: Sequence[Tensor | None]) -> None:
-        """Rewrite the table where a gradient's address or layout is not that of the last step."""
-        for index, (grad, old) in enumerate(zip(grads, self._grad_keys, strict=True)):
-            key = None if grad is None else (grad.data_ptr(), grad.stride(), grad.dtype)
-            if key == old:
+        """Write the addresses, and the table where a gradient's layout is not that of the last step."""
+        layouts = [None if g is None else (g.shape, g.stride(), g.dtype) for g in grads]
+        if layouts != self._grad_layouts:
+            self._take_layouts(grads, layouts)
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        for index in self._torch_grads:
+            addresses[index] = 0
+        self._write_addresses(*self._weight_addresses, *addresses)
+
+    def _take_layouts(self, grads: Sequence[Tensor | None], layouts: Sequence[_Layout | None]) -> None:
+        for index, (grad, layout, old) in enumerate(zip(grads, layouts, self._grad_layouts, strict=True)):
+            if layout == old:
                 continue
-            known = grad is not None and grad.shape == self._shapes[index] and not self._torch_grads
-            if known and key is not None and old is not None and key[1:] == old[1:]:
-                # Gradients move at every step, after `zero_grad`: there is nothing else to look at.
-                self._grad_keys[index], self._table[index, _GRAD] = key, key[0]
-                self.n_refreshes += 1
-                continue
-            # Consistent at every point, should the next line raise: no key, no address.
-            self._grad_keys[index], self._table[index, _GRAD] = None, 0
+            # Consistent at every point, should the next line raise: no layout, no place in the list.
+            self._grad_layouts[index] = None
             if index in self._torch_grads:
                 self._torch_grads.remove(index)
             self.n_refreshes += 1
@@ -286,11 +294,11 @@ class CpuIteration:
             if self._is_for_torch(index, grad):
                 self._torch_grads.append(index)
             else:
-                self._table[index, _GRAD : _GRAD_ALONG + 1] = self._entry(grad)
-            self._grad_keys[index] = key
-        self._some_are_none = None in self._grad_keys
+                self._table[index, _GRAD_LD : _GRAD_ALONG + 1] = self._entry(grad)
+            self._grad_layouts[index] = layout
+        self._some_are_none = None in self._grad_layouts
 
-    def _entry(self, matrix: Tensor) -> tuple[int, int, int, int]:
+    def _entry(self, matrix: Tensor) -> tuple[int, int, int]:
         """Return a weight's or gradient's entry of the table, with the buffer that bf16 needs in place."""
         if matrix.dtype == torch.bfloat16 and not len(self._band):
             size = max(_band_size(min(shape), max(shape)) for shape in self._shapes)
@@ -343,13 +351,13 @@ def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | N
     return dim, strides[1 - dim]
 
 
-def _entry(matrix: Tensor) -> tuple[int, int, int, int]:
-    """Return a weight's or gradient's address, leading dimension, whether it is bf16, and ALONG, for the table."""
+def _entry(matrix: Tensor) -> tuple[int, int, int]:
+    """Return a weight's or gradient's leading dimension, whether it is bf16, and ALONG, for the table."""
     layout = _layout(matrix.shape, matrix.stride())
     assert layout is not None
     dim, stride = layout
     long_dim = 1 if matrix.shape[0] < matrix.shape[1] else 0
-    return matrix.data_ptr(), stride, _BF16[matrix.dtype], int(dim == long_dim)
+    return stride, _BF16[matrix.dtype], int(dim == long_dim)
 
 
 def _band_size(p: int, q: int) -> int:

@@ -37,14 +37,12 @@ MAX_BLOCK_SIZE = 16
 
 PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CODES.values()
 
-# A layer's row in the table. Addresses are in bytes, leading dimensions (LD) in elements. ALONG is 0 where the
-# contiguous dimension is the shorter side p, 1 where it is q. BF16 is 0 for fp32.
+# A layer's row in the table. Leading dimensions (LD) are in elements. ALONG is 0 where the contiguous dimension is the
+# shorter side p, 1 where it is q. BF16 is 0 for fp32.
 (
-    _WEIGHT,
     _WEIGHT_LD,
     _WEIGHT_BF16,
     _WEIGHT_ALONG,
-    _GRAD,  # 0: leave this layer's gradient alone
     _GRAD_LD,
     _GRAD_BF16,
     _GRAD_ALONG,
@@ -59,10 +57,11 @@ PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CO
     _LARGE,  # 1: not in the compiled call
     _MULTIPLICITY,
     _N_FIELDS,
-) = range(19)
+) = range(17)
 
-# The header: L, then the addresses of the table and of what has one entry a layer, and of the scratch.
-_LAYERS, _TABLE, _SIGMA, _COEFFICIENTS, _SCALES, _VALUE, _SMALL, _BAND, _N_HEADER = range(9)
+# The header: L, then the addresses of the table, of the L addresses of weights and L of gradients (0: leave it alone),
+# of what else has one entry a layer, and of the scratch.
+_LAYERS, _TABLE, _ADDRESSES, _SIGMA, _COEFFICIENTS, _SCALES, _VALUE, _SMALL, _BAND, _N_HEADER = range(10)
 
 # 64 kB of V and Z leave room for four rows in a first-level cache; wider blocks go in tiles of columns.
 _TILE = 512
@@ -257,7 +256,7 @@ def _band_width(p: int) -> int:
 
 
 @_compiled
-def _multiply_one(row: _I64, scale: np.float32, band: int, with_products: bool) -> None:
+def _multiply_one(row: _I64, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
     """Do what `_multiply` does, for one vector and rows of ``A`` contiguous: four rows serve at once, in one go."""
     p, q, ld, bf16 = row[_P], row[_Q], row[_WEIGHT_LD], row[_WEIGHT_BF16]
     step = 2 if bf16 else 4
@@ -265,7 +264,7 @@ def _multiply_one(row: _I64, scale: np.float32, band: int, with_products: bool) 
     product[:] = 0
     fours = q // 4 * 4
     for i in range(0, fours, 4):
-        a, a_ld = row[_WEIGHT] + step * ld * i, ld
+        a, a_ld = weight + step * ld * i, ld
         if bf16:
             for k in range(4):
                 _widen(band + 4 * p * k, a + step * ld * k, p)
@@ -281,7 +280,7 @@ def _multiply_one(row: _I64, scale: np.float32, band: int, with_products: bool) 
         if with_products:
             _axpy4(product, image, a0, a1, a2, a3)
     for i in range(fours, q):
-        a = row[_WEIGHT] + step * ld * i
+        a = weight + step * ld * i
         if bf16:
             _widen(band, a, p)
             a = band
@@ -292,13 +291,13 @@ def _multiply_one(row: _I64, scale: np.float32, band: int, with_products: bool) 
 
 
 @_compiled
-def _multiply(row: _I64, scale: np.float32, band: int, with_products: bool) -> None:
+def _multiply(row: _I64, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
     """Form ``T = scale V A^T`` and ``Z = T A``, reading the weight once."""
     r, p, q = row[_R], row[_P], row[_Q]
     if r == 1 and row[_WEIGHT_ALONG] == 0:
-        _multiply_one(row, scale, band, with_products)
+        _multiply_one(row, weight, scale, band, with_products)
         return
-    weight, ld, bf16 = row[_WEIGHT], row[_WEIGHT_LD], row[_WEIGHT_BF16]
+    ld, bf16 = row[_WEIGHT_LD], row[_WEIGHT_BF16]
     vectors, products, images = row[_VECTORS], row[_PRODUCTS], row[_IMAGES]
     step = 2 if bf16 else 4
     _f32(images, r * q)[:] = 0
@@ -540,6 +539,7 @@ def _finish(header: _I64, layer: int, advance: bool) -> bool:
 @_compiled
 def _iterate(header: _I64, n_iterations: int) -> None:
     scales = _f64(header[_SCALES], header[_LAYERS])
+    weights = _i64(header[_ADDRESSES], header[_LAYERS])
     for layer in range(header[_LAYERS]):
         row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
         if row[_LARGE]:
@@ -547,7 +547,7 @@ def _iterate(header: _I64, n_iterations: int) -> None:
         for _ in range(max(n_iterations, 1)):
             again = True
             while again:
-                _multiply(row, np.float32(scales[layer]), header[_BAND], n_iterations > 0)
+                _multiply(row, weights[layer], np.float32(scales[layer]), header[_BAND], n_iterations > 0)
                 again = _finish(header, layer, n_iterations > 0)
 
 
@@ -593,10 +593,12 @@ def _weigh(header: _I64, code: int, target_log: float, factor: float) -> None:
 @_compiled
 def _update(header: _I64) -> None:
     """Add ``c u v^T`` to each gradient that has an address, in fp32, rounded once."""
-    coefficients = _f32(header[_COEFFICIENTS], header[_LAYERS])
-    for layer in range(header[_LAYERS]):
+    n_layers = header[_LAYERS]
+    coefficients = _f32(header[_COEFFICIENTS], n_layers)
+    grads = _i64(header[_ADDRESSES] + 8 * n_layers, n_layers)
+    for layer in range(n_layers):
         row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
-        grad, ld, bf16 = row[_GRAD], row[_GRAD_LD], row[_GRAD_BF16]
+        grad, ld, bf16 = grads[layer], row[_GRAD_LD], row[_GRAD_BF16]
         if grad == 0 or coefficients[layer] == 0:
             continue
         outer, inner = _f32(row[_LONG], row[_Q]), _f32(row[_SHORT], row[_P])

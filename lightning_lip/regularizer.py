@@ -180,6 +180,12 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
+        return self.accumulate_(scale, advance, parameters).clone()
+
+    def accumulate_(
+        self, scale: float | Tensor = 1.0, advance: bool = True, parameters: Collection[Tensor] | None = None
+    ) -> Tensor:
+        """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
         self._step_version = None
         allowed = None if parameters is None else {id(p) for p in parameters}
         n_iterations = self._norms.n_iterations if advance else 0

@@ -242,7 +242,7 @@ class LipschitzPenalty(BaseCallback):
         if advance:
             self._iterated_by = optimizer
         scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
-        self.regularizer.add_grad_(scale, advance=advance, parameters=parameters)
+        self.regularizer.accumulate_(scale, advance, parameters)
 
     @override
     def on_train_batch_end(
