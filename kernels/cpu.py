@@ -1,7 +1,6 @@
 """The CPU backend: persistent blocks of all weights, iterated by one compiled call.
 
 The functions are in :mod:`lightning_lip.kernels.cpu_compiled`; this module owns the buffers and the table of addresses.
-Weights above :func:`lightning_lip.kernels.cpu_blas.is_large` go through torch's threaded BLAS instead.
 """
 
 from __future__ import annotations
@@ -20,23 +19,27 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_lip.kernels import cpu_blas
+from lightning_lip.kernels import cpu_compiled, cpu_threads
 from lightning_lip.kernels.cpu_compiled import (
     _BAND,
+    _BAND_SIZE,
+    _CHUNKS,
     _COEFFICIENTS_GIVEN,
     _GRAD_ALONG,
     _GRAD_LD,
-    _LARGE,
     _MULTIPLICITY,
     _N_FIELDS,
+    _N_HEADER,
     _NO_UPDATE,
+    _POOL,
     _R,
-    _TALL,
+    _SMALL,
+    _SMALL_SIZE,
+    _THREADS,
     _WEIGHT_ALONG,
     _WEIGHT_LD,
     MAX_BLOCK_SIZE,
     _band_width,
-    _finish_large,
     _run,
 )
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
@@ -45,6 +48,12 @@ _logger = logging.getLogger("lightning_lip")
 
 _BF16 = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGNMENT = 16  # fp32 elements: a cache line
+
+CHUNK = 1 << 16
+"""Elements of a weight for each part of its work."""
+
+PARALLEL = 1 << 17
+"""Elements of all weights from which on several threads serve: to wake them takes microseconds."""
 
 _Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a gradient."""
@@ -114,41 +123,69 @@ class CpuIteration:
         fp64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
         sizes: list[int] = []
         for (m, n), block in zip(shapes, vectors, strict=True):
-            r, p, q = len(block), min(m, n), max(m, n)
-            sizes += [r * p, r * p, r * q, q, p]
+            lanes, p, q = _lanes(len(block)), min(m, n), max(m, n)
+            sizes += [lanes * p, _chunks(m * n) * lanes * p, lanes * q, q, p]
         starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes])
         # NaN, so that an element that was never written shows.
         arena = torch.full((int(starts[-1]),), math.nan, **fp32)
         views = [arena[start : start + size] for start, size in zip(starts[:-1].tolist(), sizes, strict=True)]
-        self._blocks = [views[5 * i].view(block.shape) for i, block in enumerate(vectors)]
-        self._products = [views[5 * i + 1].view(block.shape) for i, block in enumerate(vectors)]
-        self._images = [views[5 * i + 2].view(len(block), -1) for i, block in enumerate(vectors)]
+        self._buffers = views
+        self._blocks = []
+        for index, block in enumerate(vectors):
+            columns = views[5 * index].view(block.shape[1], _lanes(len(block))).zero_()
+            self._blocks.append(columns.T[: len(block)].copy_(block))
         wide = [m < n for m, n in shapes]
         self._left = [views[5 * i + (4 if w else 3)] for i, w in enumerate(wide)]
         self._right = [views[5 * i + (3 if w else 4)] for i, w in enumerate(wide)]
-        self._band = torch.empty(0, **fp32)  # until there is a weight or gradient in bf16
         self._sigma = torch.full((n_layers,), math.nan, **fp64)
         self._coefficients = torch.zeros(n_layers, **fp32)
         self._scales = torch.ones(n_layers, **fp64)
         self._value = torch.zeros((), **fp32)
-        self._small = torch.empty(2 * MAX_BLOCK_SIZE**2, **fp64)
         # Gradients move at every step, after `zero_grad`; a numpy array is filled several times slower.
         self._addresses = np.zeros(2 * n_layers, np.int64)
         self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses, 0)
-
+        self._tasks = np.array([(i, c) for i, (m, n) in enumerate(shapes) for c in range(_chunks(m * n))], np.int64)
         for index, ((m, n), block) in enumerate(zip(shapes, vectors, strict=True)):
-            self._blocks[index].copy_(block)
             addresses = [view.data_ptr() for view in views[5 * index : 5 * index + 5]]
-            large = cpu_blas.is_large(m * n)
-            self._table[index, _R : _LARGE + 1] = [len(block), min(m, n), max(m, n), *addresses, large]
-        self._large = np.flatnonzero(self._table[:, _LARGE]).tolist()
-        buffers = (self._sigma, self._coefficients, self._scales, self._value, self._small, self._band)
+            sizes = [len(block), _lanes(len(block)), min(m, n), max(m, n)]
+            self._table[index, _R : _CHUNKS + 1] = [*sizes, *addresses, _chunks(m * n)]
+
         arrays = [self._table.ctypes.data, self._addresses.ctypes.data]
-        self._header = np.array([n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)], np.int64)
+        buffers = (self._sigma, self._coefficients, self._scales, self._value)
+        self._header = np.zeros(_N_HEADER, np.int64)
+        given = [n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)]
+        given += [self._tasks.ctypes.data, len(self._tasks)]
+        self._header[: len(given)] = given
         self._header_address: int = self._header.ctypes.data
+        self._is_parallel = sum(m * n for m, n in shapes) >= PARALLEL
+        self._has_bf16 = False
+        self._threads_for: tuple[int, int] | None = None
+        self._take_threads(1)
         _load_compiled(_run, "void(int64, int64, int64, float64, float64)")
-        if self._large:
-            _load_compiled(_finish_large, "boolean(int64, int64, boolean)")
+
+    def _take_threads(self, n_threads: int) -> None:
+        """Provide for so many threads: scratch for each, and the pool that they come from."""
+        pool = cpu_threads.pool_address() if n_threads > 1 else 0
+        n_threads = n_threads if pool else 1
+        thread = cpu_compiled.thread.address if pool else 0
+        self._header[_POOL : _THREADS + 1] = [pool, thread, n_threads]
+        self._small = torch.empty(n_threads * _SMALL_SIZE, dtype=torch.float64, device="cpu")
+        self._header[_SMALL] = self._small.data_ptr()
+        self._take_band()
+
+    def _take_band(self) -> None:
+        """Provide the fp32 copies that bf16 needs, for each thread."""
+        size = max(_band_size(min(shape), max(shape)) for shape in self._shapes) if self._has_bf16 else 0
+        self._band = torch.empty(int(self._header[_THREADS]) * size, dtype=torch.float32, device="cpu")
+        self._header[_BAND : _BAND_SIZE + 1] = [self._band.data_ptr(), size]
+
+    def _run(self, n_iterations: int, code: int, target_log: float, factor: float) -> None:
+        if self._is_parallel:
+            threads_for = torch.get_num_threads(), cpu_threads.n_forks
+            if threads_for != self._threads_for:
+                self._take_threads(threads_for[0])
+                self._threads_for = threads_for
+        _run(self._header_address, n_iterations, code, target_log, factor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -183,9 +220,7 @@ class CpuIteration:
         if [w.data_ptr() for w in weights] != self._weight_addresses:
             self._take_weights(weights)
         self._write_addresses(*self._weight_addresses, *[0] * len(weights))
-        _run(self._header_address, n_iterations, _NO_UPDATE, 0.0, 0.0)
-        if self._large:
-            self._iterate_large(weights, n_iterations)
+        self._run(n_iterations, _NO_UPDATE, 0.0, 0.0)
         return self.last_step
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -197,7 +232,7 @@ class CpuIteration:
         """
         self._take_grads(grads)
         self._coefficients.copy_(coefficients)
-        _run(self._header_address, -1, _COEFFICIENTS_GIVEN, 0.0, 0.0)
+        self._run(-1, _COEFFICIENTS_GIVEN, 0.0, 0.0)
         self._update_with_torch(grads)
         increment_version([grad for grad in grads if grad is not None])
 
@@ -233,11 +268,7 @@ class CpuIteration:
         if multiplicities != self._multiplicities:
             self._table[:, _MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
-        if self._large:
-            _run(self._header_address, n_iterations, _NO_UPDATE, 0.0, 0.0)
-            self._iterate_large(weights, n_iterations)
-            n_iterations = -1
-        _run(self._header_address, n_iterations, code, float(target_log), float(scale))
+        self._run(n_iterations, code, float(target_log), float(scale))
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.
@@ -291,7 +322,7 @@ class CpuIteration:
                 raise ValueError(
                     f"Expected gradient {index} to have shape {(m, n)}, as its weight, got {tuple(grad.shape)}."
                 )
-            if self._is_for_torch(index, grad):
+            if _is_for_torch(grad):
                 self._torch_grads.append(index)
             else:
                 self._table[index, _GRAD_LD : _GRAD_ALONG + 1] = self._entry(grad)
@@ -300,46 +331,29 @@ class CpuIteration:
 
     def _entry(self, matrix: Tensor) -> tuple[int, int, int]:
         """Return a weight's or gradient's entry of the table, with the buffer that bf16 needs in place."""
-        if matrix.dtype == torch.bfloat16 and not len(self._band):
-            size = max(_band_size(min(shape), max(shape)) for shape in self._shapes)
-            self._band = torch.empty(size, dtype=torch.float32, device="cpu")
-            self._header[_BAND] = self._band.data_ptr()
+        if matrix.dtype == torch.bfloat16 and not self._has_bf16:
+            self._has_bf16 = True
+            self._take_band()
         return _entry(matrix)
-
-    def _is_for_torch(self, index: int, grad: Tensor) -> bool:
-        """Return whether a gradient is large, or has a dtype or strides that the compiled update does not know."""
-        layout = _layout(grad.shape, grad.stride())
-        if grad.dtype not in _BF16 or layout is None:
-            return True
-        # Rows that overlap (an expanded tensor): torch refuses to write there, and says so.
-        dim, stride = layout
-        overlap = grad.shape[1 - dim] > 1 and stride < grad.shape[dim]
-        return overlap or bool(self._table[index, _LARGE] and grad.dtype == torch.float32)
-
-    @torch.no_grad()
-    def _iterate_large(self, weights: Sequence[Tensor], n_iterations: int) -> None:
-        for index in self._large:
-            m, n = self._shapes[index]
-            matrix = weights[index].T if m < n else weights[index]
-            buffers = self._blocks[index], self._images[index], self._products[index]
-            for _ in range(max(n_iterations, 1)):
-                again = True
-                while again:
-                    cpu_blas.multiply_(matrix, *buffers, float(self._scales[index]), n_iterations > 0)
-                    again = _finish_large(self._header_address, index, n_iterations > 0)
 
     @torch.no_grad()
     def _update_with_torch(self, grads: Sequence[Tensor | None]) -> None:
-        """Update large fp32 gradients with torch's threads, and those of a dtype or layout that the kernel has not."""
+        """Update gradients of a dtype or layout that the kernel has not."""
         for index in self._torch_grads:
-            grad, coefficient = grads[index], float(self._coefficients[index])
-            if grad is None or coefficient == 0:
-                continue
-            left, right = self._left[index], self._right[index]
-            if grad.dtype == torch.float32:
-                grad.addr_(left, right, alpha=coefficient)
-            else:
-                rank_one_update_([grad], self._coefficients[index : index + 1], [left], [right])
+            grad = grads[index]
+            if grad is not None:
+                vectors = [self._left[index]], [self._right[index]]
+                rank_one_update_([grad], self._coefficients[index : index + 1], *vectors)
+
+
+def _is_for_torch(grad: Tensor) -> bool:
+    """Return whether a gradient has a dtype or strides that the compiled update does not know."""
+    layout = _layout(grad.shape, grad.stride())
+    if grad.dtype not in _BF16 or layout is None:
+        return True
+    # Rows that overlap (an expanded tensor): torch refuses to write there, and says so.
+    dim, stride = layout
+    return grad.shape[1 - dim] > 1 and stride < grad.shape[dim]
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
@@ -362,7 +376,17 @@ def _entry(matrix: Tensor) -> tuple[int, int, int]:
 
 def _band_size(p: int, q: int) -> int:
     """Return the elements that the fp32 copies of a bf16 weight or gradient need at a time."""
-    return max(_TALL * p, p * _band_width(p), q)
+    return max(8 * p, p * _band_width(p), q)
+
+
+def _lanes(r: int) -> int:
+    """Return how many vectors the buffers of a block of r hold."""
+    return 1 if r == 1 else 8 if r <= 8 else 16
+
+
+def _chunks(n_elements: int) -> int:
+    """Return the parts that a layer's work is split into: by its size alone, so that results depend on nothing else."""
+    return max(1, min(16, n_elements // CHUNK))
 
 
 _loaded: set[str] = set()

@@ -1,13 +1,19 @@
 """The compiled functions of the CPU backend: all layers in one call, each weight read once a step.
 
-The functions below are compiled by Numba: single-threaded (its threading layers break forked workers), without the
-GIL, cached between processes. They know addresses only. A table of int64 has one row a layer, whose fields are named
-below; everything that one object works on lies in buffers of its own, so that objects in several threads never meet.
-They stand in one file, because Numba's cache looks at the file of the function called only.
+The functions below are compiled by Numba without the GIL and cached between processes. They know addresses only. A
+table of int64 has one row a layer, whose fields are named below; everything that one object works on lies in buffers of
+its own, so that objects in several threads never meet. They stand in one file, because Numba's cache looks at the file
+of the function called only.
 
-Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. Along the contiguous dimension of
-the weight the loops differ: with rows of ``A`` contiguous, four rows serve ``T`` and ``Z`` while they lie in the cache;
-with columns contiguous, a band of columns small enough for the cache is read twice.
+Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. Matrices with one row for each of
+p or q and one column for each vector of the block ("lanes": 8, or 16 where r > 8; those beyond r are zero) serve its
+products, so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no
+vector types: the few loops over registers are written in LLVM's own terms, by the functions named ``_build_*``.
+
+Work is split into chunks of rows of ``A`` (of columns, where these are contiguous) by shape alone, each with a partial
+``Z`` of its own: what one thread computes after the other equals bit for bit what several compute at a time. Those are
+the threads of torch's own OpenMP runtime, which are awake already; Numba's threading layers would be threads beside
+them, and break forked workers.
 
 Deltas from the specification, :mod:`lightning_lip.kernels.reference`:
 
@@ -16,7 +22,8 @@ Deltas from the specification, :mod:`lightning_lip.kernels.reference`:
    a new one, so fp32 holds at weights of 1e+-30 too.
 2. ``Z`` is formed of the images as they come and rotated afterwards. After the first steps the rotation is close to
    the identity.
-3. The Gram matrix and its eigen-decomposition (cyclic Jacobi) are in fp64.
+3. The Gram matrix and its eigen-decomposition (Jacobi) are in fp64; rotations that move no Ritz value by more than a
+   tenth of fp32's rounding are left out.
 """
 
 from __future__ import annotations
@@ -27,7 +34,9 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -47,31 +56,56 @@ PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CO
     _GRAD_BF16,
     _GRAD_ALONG,
     _R,
+    _LANES,
     _P,
     _Q,
-    _VECTORS,  # V (r, p) fp32
-    _PRODUCTS,  # Z (r, p) fp32
-    _IMAGES,  # T (r, q) fp32
+    _VECTORS,  # V (p, lanes) fp32
+    _PRODUCTS,  # Z (chunks, p, lanes) fp32; their sum is in the first
+    _IMAGES,  # T (q, lanes) fp32
     _LONG,  # the singular vector of q elements, fp32
     _SHORT,  # the singular vector of p elements, fp32
-    _LARGE,  # 1: not in the compiled call
+    _CHUNKS,
     _MULTIPLICITY,
+    _AGAIN,  # 1: T is to be formed (again)
+    _CHUNKS_LEFT,  # whose T and Z are not formed yet
     _N_FIELDS,
-) = range(17)
+) = range(20)
 
-# The header: L, then the addresses of the table, of the L addresses of weights and L of gradients (0: leave it alone),
-# of what else has one entry a layer, and of the scratch.
-_LAYERS, _TABLE, _ADDRESSES, _SIGMA, _COEFFICIENTS, _SCALES, _VALUE, _SMALL, _BAND, _N_HEADER = range(10)
+# The header. The addresses are those of the table, of L weights and then L gradients (0: leave it alone), of what else
+# has one entry a layer, of the tasks, of the scratch of each thread, and of the two functions that threads start with.
+(
+    _LAYERS,
+    _TABLE,
+    _ADDRESSES,
+    _SIGMA,
+    _COEFFICIENTS,
+    _SCALES,
+    _VALUE,
+    _TASKS,  # (n, 2): the layer and its chunk
+    _N_TASKS,
+    _SMALL,  # (threads, small) fp64
+    _BAND,  # (threads, band) fp32
+    _BAND_SIZE,
+    _POOL,  # GOMP_parallel, 0 where there is none
+    _THREAD,  # what each thread runs
+    _THREADS,  # how many threads, 1 for none but the caller
+    _PHASE,
+    _ADVANCE,
+    _NEXT_TASK,
+    _NEXT_THREAD,
+    _N_HEADER,
+) = range(20)
 
-# 64 kB of V and Z leave room for four rows in a first-level cache; wider blocks go in tiles of columns.
-_TILE = 512
-_TALL = 16
-_UNTILED = 8192
-_BAND_ELEMENTS = 1 << 18
+_ITERATE, _UPDATE = range(2)
+
+_SMALL_SIZE = 3 * MAX_BLOCK_SIZE**2 + 4 * MAX_BLOCK_SIZE
+_BAND_ELEMENTS = 1 << 16
+"""Columns of ``A^T`` (p, q) that are read twice are as many as lie in a second-level cache of 512 kB."""
 
 # Bits of 2^-8, 2^8 and infinity in fp32.
 _LOW, _HIGH, _INFINITE = (127 - 8) << 23, (127 + 8) << 23, 255 << 23
 _MIN_NORM, _MAX_NORM = 2.0**-8, 2.0**8
+_NEGLIGIBLE = 5e-9
 
 _COEFFICIENTS_GIVEN, _NO_UPDATE = -1, -2
 
@@ -134,6 +168,263 @@ def _u32(address: int, size: int) -> NDArray[np.uint32]:
     return view
 
 
+# Loops over registers of eight lanes, and what else Python has no words for. Addresses and counts are int64, leading
+# dimensions in elements.
+
+_W = 8
+_INT, _FLOAT, _DOUBLE = ir.IntType(64), ir.FloatType(), ir.DoubleType()
+_VECTOR, _WIDE = ir.VectorType(_FLOAT, _W), ir.VectorType(_DOUBLE, _W)
+_FAST = ("reassoc", "contract", "nsz", "arcp")
+
+
+class _Emitter:
+    """Writes LLVM instructions on fp32 (or fp64) memory at computed addresses."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def at(self, base: Any, *offsets: Any, size: int = 4) -> Any:
+        """Return ``base + size * sum(offsets)``."""
+        for offset in offsets:
+            base = self.builder.add(base, self.builder.mul(offset, _INT(size)))
+        return base
+
+    def load(self, address: Any, kind: Any) -> Any:
+        value = self.builder.load(self.builder.inttoptr(address, kind.as_pointer()))
+        value.align = 8 if kind in (_WIDE, _DOUBLE) else 4
+        return value
+
+    def store(self, value: Any, address: Any) -> None:
+        instruction = self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()))
+        instruction.align = 8 if value.type == _WIDE else 4
+
+    def prefetch(self, address: Any) -> None:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0i8")
+        # To read, into the second-level cache, data.
+        self.builder.call(function, [self.builder.inttoptr(address, pointer), number(0), number(2), number(1)])
+
+    def splat(self, scalar: Any, kind: Any) -> Any:
+        one = self.builder.insert_element(ir.Constant(kind, ir.Undefined), scalar, ir.IntType(32)(0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), _W), [0] * _W)
+        return self.builder.shuffle_vector(one, one, mask)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.builder.fadd(a, b, flags=_FAST)
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.builder.fmul(a, b, flags=_FAST)
+
+    def variables(self, kind: Any, count: int) -> list[Any]:
+        """Return stack slots set to zero, which LLVM turns into registers."""
+        slots = [cgutils.alloca_once(self.builder, kind) for _ in range(count)]
+        for slot in slots:
+            self.builder.store(ir.Constant(kind, None), slot)
+        return slots
+
+    def add_to(self, slot: Any, value: Any) -> None:
+        self.builder.store(self.add(self.builder.load(slot), value), slot)
+
+    def for_range(self, count: Any) -> Any:
+        return cgutils.for_range(self.builder, count, intp=_INT)
+
+
+def _emitted(n_arguments: int, emit: Callable[..., Any], result: Any = types.void) -> Any:
+    """Return a function of `n_arguments` int64 for compiled code, whose instructions `emit` writes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = emit(_Emitter(builder), *arguments)
+        return context.get_dummy_value() if value is None else value
+
+    names = ", ".join(f"a{i}" for i in range(n_arguments))
+    signature = result(*[types.int64] * n_arguments)
+    # `intrinsic` looks at the number of parameters.
+    typed = eval(f"lambda context, {names}: found", {"found": (signature, generate)})
+    typed.__name__ = emit.__name__
+    return intrinsic(typed)
+
+
+def _build_dots(n_rows: int) -> Any:
+    def dots(e: _Emitter, a: Any, a_ld: Any, size: Any, x: Any, x_ld: Any, out: Any, out_ld: Any, ahead: Any) -> None:
+        sums = e.variables(_VECTOR, n_rows)
+        rows = [e.at(a, e.builder.mul(a_ld, _INT(k))) for k in range(n_rows)]
+
+        def add(column: Any) -> None:
+            vector = e.load(e.at(x, e.builder.mul(column, x_ld)), _VECTOR)
+            for row, total in zip(rows, sums, strict=True):
+                e.add_to(total, e.mul(e.splat(e.load(e.at(row, column), _FLOAT), _VECTOR), vector))
+
+        # A cache line of each row at a time. The next rows are asked for: they are often pages away, where the
+        # processor would not guess.
+        lines = e.builder.lshr(size, _INT(4))
+        with e.for_range(lines) as line:
+            first = e.builder.shl(line.index, _INT(4))
+            for row in rows:
+                e.prefetch(e.at(row, first, ahead))
+            with e.for_range(_INT(16)) as loop:
+                add(e.builder.add(first, loop.index))
+        done = e.builder.shl(lines, _INT(4))
+        with e.for_range(e.builder.sub(size, done)) as loop:
+            add(e.builder.add(done, loop.index))
+        for k, total in enumerate(sums):
+            target = e.at(out, e.builder.mul(out_ld, _INT(k)))
+            e.store(e.add(e.load(target, _VECTOR), e.builder.load(total)), target)
+
+    return _emitted(8, dots)
+
+
+def _build_axpys(n_rows: int) -> Any:
+    def axpys(e: _Emitter, a: Any, a_ld: Any, size: Any, x: Any, x_ld: Any, out: Any, out_ld: Any) -> None:
+        factors = [e.load(e.at(x, e.builder.mul(x_ld, _INT(k))), _VECTOR) for k in range(n_rows)]
+        rows = [e.at(a, e.builder.mul(a_ld, _INT(k))) for k in range(n_rows)]
+        with e.for_range(size) as loop:
+            target = e.at(out, e.builder.mul(loop.index, out_ld))
+            terms = [
+                e.mul(e.splat(e.load(e.at(row, loop.index), _FLOAT), _VECTOR), factor)
+                for row, factor in zip(rows, factors, strict=True)
+            ]
+            # Two chains: one of eight additions would have to wait for itself.
+            chains = [e.load(target, _VECTOR), *terms[:1]]
+            for k, term in enumerate(terms[1:]):
+                chains[k % 2] = e.add(chains[k % 2], term)
+            e.store(e.add(*chains), target)
+
+    return _emitted(7, axpys)
+
+
+_dots8, _dots1 = _build_dots(8), _build_dots(1)
+"""Add ``A X`` to `out`: A (8 or 1, size), X (size, 8), out (8 or 1, 8), each with its leading dimension behind it.
+
+The last argument is how far behind its like in A an element lies that will be read soon."""
+_axpys8, _axpys1 = _build_axpys(8), _build_axpys(1)
+"""Add ``A^T X`` to `out`: A (8 or 1, size), X (8 or 1, 8), out (size, 8)."""
+
+
+def _build_gram() -> Any:
+    def gram(e: _Emitter, x: Any, y: Any, ld: Any, size: Any, out: Any, out_ld: Any) -> None:
+        sums = e.variables(_WIDE, _W)
+        with e.for_range(size) as loop:
+            offset = e.builder.mul(loop.index, ld)
+            vector = e.builder.fpext(e.load(e.at(y, offset), _VECTOR), _WIDE)
+            for k, total in enumerate(sums):
+                factor = e.builder.fpext(e.load(e.at(x, offset, _INT(k)), _FLOAT), _DOUBLE)
+                e.add_to(total, e.mul(e.splat(factor, _WIDE), vector))
+        for k, total in enumerate(sums):
+            e.store(e.builder.load(total), e.at(out, e.builder.mul(out_ld, _INT(k)), size=8))
+
+    return _emitted(6, gram)
+
+
+_gram = _build_gram()
+"""Write ``X^T Y`` in fp64 to `out` (8, 8): X and Y (size, 8) in fp32 with one leading dimension."""
+
+
+def _build_combine() -> Any:
+    def combine(e: _Emitter, x: Any, ld: Any, size: Any, weights: Any, out: Any) -> None:
+        factors = e.load(weights, _VECTOR)
+        name = "llvm.vector.reduce.fadd.v8f32"
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
+        total = cgutils.get_or_insert_function(e.builder.module, kind, name)
+        with e.for_range(size) as loop:
+            vector = e.mul(e.load(e.at(x, e.builder.mul(loop.index, ld)), _VECTOR), factors)
+            target = e.at(out, loop.index)
+            found = e.builder.call(total, [e.load(target, _FLOAT), vector], fastmath=_FAST)
+            e.store(found, target)
+
+    return _emitted(5, combine)
+
+
+_combine = _build_combine()
+"""Add ``X w`` to `out` (size,): X (size, 8), w (8,) in fp32."""
+
+
+def _build_rotate() -> Any:
+    def rotate(e: _Emitter, x: Any, y: Any, factors: Any) -> None:
+        cos, sin = (e.splat(e.load(e.at(factors, _INT(k), size=8), _DOUBLE), _WIDE) for k in range(2))
+        a, b = e.load(x, _WIDE), e.load(y, _WIDE)
+        e.store(e.builder.fsub(e.mul(cos, a), e.mul(sin, b), flags=_FAST), x)
+        e.store(e.add(e.mul(sin, a), e.mul(cos, b)), y)
+
+    return _emitted(3, rotate)
+
+
+_rotate = _build_rotate()
+"""Rotate two rows of eight numbers in fp64 by the cosine and sine at `factors`."""
+
+
+def _build_column_dots() -> Any:
+    def column_dots(e: _Emitter, column: Any, x: Any, ld: Any, size: Any, out: Any) -> None:
+        # Four sums: one would wait for its own addition in every row.
+        sums = e.variables(_VECTOR, 4)
+
+        def add(row: Any, total: Any) -> None:
+            offset = e.builder.mul(row, ld)
+            factor = e.splat(e.load(e.at(column, offset), _FLOAT), _VECTOR)
+            e.add_to(total, e.mul(factor, e.load(e.at(x, offset), _VECTOR)))
+
+        fours = e.builder.lshr(size, _INT(2))
+        with e.for_range(fours) as loop:
+            first = e.builder.shl(loop.index, _INT(2))
+            for k, total in enumerate(sums):
+                add(e.builder.add(first, _INT(k)), total)
+        done = e.builder.shl(fours, _INT(2))
+        with e.for_range(e.builder.sub(size, done)) as loop:
+            add(e.builder.add(done, loop.index), sums[0])
+        a, b, c, d = (e.builder.load(total) for total in sums)
+        e.store(e.add(e.add(a, b), e.add(c, d)), out)
+
+    return _emitted(5, column_dots)
+
+
+_column_dots = _build_column_dots()
+"""Write ``x^T Y`` to `out` (8,): x (size,) and Y (size, 8), both with the same leading dimension."""
+
+
+def _build_reflect() -> Any:
+    def reflect(e: _Emitter, column: Any, x: Any, ld: Any, size: Any, factors: Any) -> None:
+        kept, added = e.load(factors, _VECTOR), e.load(e.at(factors, _INT(_W)), _VECTOR)
+        with e.for_range(size) as loop:
+            offset = e.builder.mul(loop.index, ld)
+            factor = e.splat(e.load(e.at(column, offset), _FLOAT), _VECTOR)
+            target = e.at(x, offset)
+            e.store(e.add(e.mul(kept, e.load(target, _VECTOR)), e.mul(factor, added)), target)
+
+    return _emitted(5, reflect)
+
+
+_reflect = _build_reflect()
+"""Replace Y (size, 8) by ``Y diag(f) + x g^T``: x (size,), with the same leading dimension; f and g at `factors`."""
+
+
+def _build_fetch_add() -> Any:
+    def fetch_add(e: _Emitter, address: Any, amount: Any) -> Any:
+        return e.builder.atomic_rmw("add", e.builder.inttoptr(address, _INT.as_pointer()), amount, "acq_rel")
+
+    return _emitted(2, fetch_add, types.int64)
+
+
+_fetch_add = _build_fetch_add()
+"""Return the number at an address and add to it, whatever other threads do there."""
+
+
+def _build_start() -> Any:
+    def start(e: _Emitter, pool: Any, thread: Any, header: Any, threads: Any) -> None:
+        # void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags)
+        number = ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, number, number])
+        arguments = [e.builder.inttoptr(thread, pointer), e.builder.inttoptr(header, pointer)]
+        arguments += [e.builder.trunc(threads, number), number(0)]
+        e.builder.call(e.builder.inttoptr(pool, kind.as_pointer()), arguments)
+
+    return _emitted(4, start)
+
+
+_start_threads = _build_start()
+"""Run a function of the header in so many threads, the calling one among them, and wait for all."""
+
+
 @_compiled
 def _widen(target: int, source: int, size: int) -> None:
     """Copy `size` bf16 numbers to fp32."""
@@ -150,188 +441,122 @@ def _copy(target: _F32, source: _F32) -> None:
 
 
 @_compiled
-def _dot(x: _F32, a: _F32) -> Any:  # np.float32
-    total = np.float32(0)
-    for j in range(x.size):
-        total += x[j] * a[j]
-    return total
-
-
-@_compiled
-def _dot4(x: _F32, a: _F32, b: _F32, c: _F32, d: _F32) -> tuple[np.float32, np.float32, np.float32, np.float32]:
-    s0 = s1 = s2 = s3 = np.float32(0)
-    for j in range(x.size):
-        s0 += x[j] * a[j]
-        s1 += x[j] * b[j]
-        s2 += x[j] * c[j]
-        s3 += x[j] * d[j]
-    return s0, s1, s2, s3
-
-
-@_compiled
 def _axpy(z: _F32, s: np.float32, a: _F32) -> None:
     for j in range(z.size):
         z[j] += s * a[j]
 
 
 @_compiled
-def _axpy4(z: _F32, s: _F32, a: _F32, b: _F32, c: _F32, d: _F32) -> None:
-    s0, s1, s2, s3 = s[0], s[1], s[2], s[3]
-    for j in range(z.size):
-        z[j] += s0 * a[j] + s1 * b[j] + s2 * c[j] + s3 * d[j]
+def _add_dots(a: int, ld: int, rows: int, size: int, x: _F32, out: _F32) -> None:
+    """Add ``A x`` to `out` (rows,), for A (rows, size): four rows at a time."""
+    fours = rows // 4 * 4
+    for i in range(0, fours, 4):
+        a0, a1 = _f32(a + 4 * ld * i, size), _f32(a + 4 * ld * (i + 1), size)
+        a2, a3 = _f32(a + 4 * ld * (i + 2), size), _f32(a + 4 * ld * (i + 3), size)
+        s0 = s1 = s2 = s3 = np.float32(0)
+        for j in range(size):
+            s0 += x[j] * a0[j]
+            s1 += x[j] * a1[j]
+            s2 += x[j] * a2[j]
+            s3 += x[j] * a3[j]
+        out[i] += s0
+        out[i + 1] += s1
+        out[i + 2] += s2
+        out[i + 3] += s3
+    for i in range(fours, rows):
+        a0 = _f32(a + 4 * ld * i, size)
+        s0 = np.float32(0)
+        for j in range(size):
+            s0 += x[j] * a0[j]
+        out[i] += s0
 
 
 @_compiled
-def _rows_dot(x: int, x_ld: int, r: int, a: int, a_ld: int, rows: int, size: int, out: int, out_ld: int) -> None:
-    """Add ``X A^T`` to `out` (r, rows), for X (r, size) and A (rows, size)."""
-    # Four rows of A by two of X: eight sums for six loads.
-    pairs = r // 2 * 2
+def _add_axpys(a: int, ld: int, rows: int, size: int, x: _F32, out: _F32) -> None:
+    """Add ``A^T x`` to `out` (size,), for A (rows, size): four rows at a time."""
     fours = rows // 4 * 4
     for i in range(0, fours, 4):
-        a0, a1 = _f32(a + 4 * a_ld * i, size), _f32(a + 4 * a_ld * (i + 1), size)
-        a2, a3 = _f32(a + 4 * a_ld * (i + 2), size), _f32(a + 4 * a_ld * (i + 3), size)
-        for k in range(0, pairs, 2):
-            x0, x1 = _f32(x + 4 * x_ld * k, size), _f32(x + 4 * x_ld * (k + 1), size)
-            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = np.float32(0)
-            for j in range(size):
-                s0 += x0[j] * a0[j]
-                s1 += x0[j] * a1[j]
-                s2 += x0[j] * a2[j]
-                s3 += x0[j] * a3[j]
-                t0 += x1[j] * a0[j]
-                t1 += x1[j] * a1[j]
-                t2 += x1[j] * a2[j]
-                t3 += x1[j] * a3[j]
-            y = _f32(out + 4 * (out_ld * k + i), 4)
-            y[0] += s0
-            y[1] += s1
-            y[2] += s2
-            y[3] += s3
-            y = _f32(out + 4 * (out_ld * (k + 1) + i), 4)
-            y[0] += t0
-            y[1] += t1
-            y[2] += t2
-            y[3] += t3
-        if pairs < r:
-            y = _f32(out + 4 * (out_ld * pairs + i), 4)
-            s0, s1, s2, s3 = _dot4(_f32(x + 4 * x_ld * pairs, size), a0, a1, a2, a3)
-            y[0] += s0
-            y[1] += s1
-            y[2] += s2
-            y[3] += s3
+        a0, a1 = _f32(a + 4 * ld * i, size), _f32(a + 4 * ld * (i + 1), size)
+        a2, a3 = _f32(a + 4 * ld * (i + 2), size), _f32(a + 4 * ld * (i + 3), size)
+        s0, s1, s2, s3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        for j in range(size):
+            out[j] += s0 * a0[j] + s1 * a1[j] + s2 * a2[j] + s3 * a3[j]
     for i in range(fours, rows):
-        for k in range(r):
-            y = _f32(out + 4 * (out_ld * k + i), 1)
-            y[0] += _dot(_f32(x + 4 * x_ld * k, size), _f32(a + 4 * a_ld * i, size))
+        _axpy(out, x[i], _f32(a + 4 * ld * i, size))
 
 
 @_compiled
-def _rows_axpy(x: int, x_ld: int, r: int, a: int, a_ld: int, rows: int, size: int, out: int, out_ld: int) -> None:
-    """Add ``X A`` to `out` (r, size), for X (r, rows) and A (rows, size)."""
-    pairs = r // 2 * 2
-    fours = rows // 4 * 4
-    for i in range(0, fours, 4):
-        a0, a1 = _f32(a + 4 * a_ld * i, size), _f32(a + 4 * a_ld * (i + 1), size)
-        a2, a3 = _f32(a + 4 * a_ld * (i + 2), size), _f32(a + 4 * a_ld * (i + 3), size)
-        for k in range(0, pairs, 2):
-            x0, x1 = _f32(x + 4 * (x_ld * k + i), 4), _f32(x + 4 * (x_ld * (k + 1) + i), 4)
-            s0, s1, s2, s3 = x0[0], x0[1], x0[2], x0[3]
-            t0, t1, t2, t3 = x1[0], x1[1], x1[2], x1[3]
-            y0, y1 = _f32(out + 4 * out_ld * k, size), _f32(out + 4 * out_ld * (k + 1), size)
-            for j in range(size):
-                y0[j] += s0 * a0[j] + s1 * a1[j] + s2 * a2[j] + s3 * a3[j]
-                y1[j] += t0 * a0[j] + t1 * a1[j] + t2 * a2[j] + t3 * a3[j]
-        if pairs < r:
-            _axpy4(_f32(out + 4 * out_ld * pairs, size), _f32(x + 4 * (x_ld * pairs + i), 4), a0, a1, a2, a3)
-    for i in range(fours, rows):
-        for k in range(r):
-            y = _f32(x + 4 * (x_ld * k + i), 1)
-            _axpy(_f32(out + 4 * out_ld * k, size), y[0], _f32(a + 4 * a_ld * i, size))
+def _add_forward(a: int, ld: int, rows: int, size: int, x: int, out: int, lanes: int) -> None:
+    """Add ``A X`` to `out` (rows, lanes), for A (rows, size) and X (size, lanes)."""
+    if lanes == 1:
+        _add_dots(a, ld, rows, size, _f32(x, size), _f32(out, rows))
+        return
+    eights = rows // 8 * 8
+    for c in range(0, 4 * lanes, 32):
+        for i in range(0, eights, 8):
+            _dots8(a + 4 * ld * i, ld, size, x + c, lanes, out + 4 * lanes * i + c, lanes, 8 * ld)
+        for i in range(eights, rows):
+            _dots1(a + 4 * ld * i, ld, size, x + c, lanes, out + 4 * lanes * i + c, lanes, ld)
+
+
+@_compiled
+def _add_backward(a: int, ld: int, rows: int, size: int, x: int, out: int, lanes: int) -> None:
+    """Add ``A^T X`` to `out` (size, lanes), for A (rows, size) and X (rows, lanes)."""
+    if lanes == 1:
+        _add_axpys(a, ld, rows, size, _f32(x, rows), _f32(out, size))
+        return
+    eights = rows // 8 * 8
+    for c in range(0, 4 * lanes, 32):
+        for i in range(0, eights, 8):
+            _axpys8(a + 4 * ld * i, ld, size, x + 4 * lanes * i + c, lanes, out + c, lanes)
+        for i in range(eights, rows):
+            _axpys1(a + 4 * ld * i, ld, size, x + 4 * lanes * i + c, lanes, out + c, lanes)
 
 
 @_compiled
 def _band_width(p: int) -> int:
     """Return the columns of ``A^T`` (p, q) that are read twice while in the cache."""
-    return max(16, min(_BAND_ELEMENTS // p, 1024))
+    return max(16, min(_BAND_ELEMENTS // p, 1024) // 16 * 16)
 
 
 @_compiled
-def _multiply_one(row: _I64, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
-    """Do what `_multiply` does, for one vector and rows of ``A`` contiguous: four rows serve at once, in one go."""
-    p, q, ld, bf16 = row[_P], row[_Q], row[_WEIGHT_LD], row[_WEIGHT_BF16]
-    step = 2 if bf16 else 4
-    vector, product = _f32(row[_VECTORS], p), _f32(row[_PRODUCTS], p)
-    product[:] = 0
-    fours = q // 4 * 4
-    for i in range(0, fours, 4):
-        a, a_ld = weight + step * ld * i, ld
+def _multiply(row: _I64, chunk: int, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
+    """Form ``T = scale A V`` and ``Z = A^T T`` of one chunk of the rows of ``A``, reading them once."""
+    p, q, lanes, chunks = row[_P], row[_Q], row[_LANES], row[_CHUNKS]
+    ld, bf16, along = row[_WEIGHT_LD], row[_WEIGHT_BF16], row[_WEIGHT_ALONG]
+    size = 2 if bf16 else 4
+    begin, end = _part(q, chunk, chunks), _part(q, chunk + 1, chunks)
+    vectors, products = row[_VECTORS], row[_PRODUCTS] + 4 * lanes * p * chunk
+    _f32(row[_IMAGES] + 4 * lanes * begin, lanes * (end - begin))[:] = 0
+    if with_products:
+        _f32(products, lanes * p)[:] = 0
+    step = _band_width(p) if along else 8
+    for i in range(begin, end, step):
+        n = min(step, end - i)
+        images = row[_IMAGES] + 4 * lanes * i
+        # A band of columns of A^T, or some rows of A: in memory (rows, width), a_ld apart.
+        a, a_ld, rows, width = weight + size * (i if along else ld * i), ld, p if along else n, n if along else p
         if bf16:
-            for k in range(4):
-                _widen(band + 4 * p * k, a + step * ld * k, p)
-            a, a_ld = band, p
-        a0, a1 = _f32(a, p), _f32(a + 4 * a_ld, p)
-        a2, a3 = _f32(a + 8 * a_ld, p), _f32(a + 12 * a_ld, p)
-        image = _f32(row[_IMAGES] + 4 * i, 4)
-        s0, s1, s2, s3 = _dot4(vector, a0, a1, a2, a3)
-        image[0] = s0 * scale
-        image[1] = s1 * scale
-        image[2] = s2 * scale
-        image[3] = s3 * scale
-        if with_products:
-            _axpy4(product, image, a0, a1, a2, a3)
-    for i in range(fours, q):
-        a = weight + step * ld * i
-        if bf16:
-            _widen(band, a, p)
-            a = band
-        image = _f32(row[_IMAGES] + 4 * i, 1)
-        image[0] = _dot(vector, _f32(a, p)) * scale
-        if with_products:
-            _axpy(product, image[0], _f32(a, p))
+            for k in range(rows):
+                _widen(band + 4 * width * k, a + size * ld * k, width)
+            a, a_ld = band, width
+        if along:
+            _add_backward(a, a_ld, rows, width, vectors, images, lanes)
+        else:
+            _add_forward(a, a_ld, rows, width, vectors, images, lanes)
+        image = _f32(images, lanes * n)
+        for j in range(lanes * n):
+            image[j] *= scale
+        if with_products and along:
+            _add_forward(a, a_ld, rows, width, images, products, lanes)
+        elif with_products:
+            _add_backward(a, a_ld, rows, width, images, products, lanes)
 
 
 @_compiled
-def _multiply(row: _I64, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
-    """Form ``T = scale V A^T`` and ``Z = T A``, reading the weight once."""
-    r, p, q = row[_R], row[_P], row[_Q]
-    if r == 1 and row[_WEIGHT_ALONG] == 0:
-        _multiply_one(row, weight, scale, band, with_products)
-        return
-    ld, bf16 = row[_WEIGHT_LD], row[_WEIGHT_BF16]
-    vectors, products, images = row[_VECTORS], row[_PRODUCTS], row[_IMAGES]
-    step = 2 if bf16 else 4
-    _f32(images, r * q)[:] = 0
-    _f32(products, r * p)[:] = 0
-    if row[_WEIGHT_ALONG] == 0:
-        height, tile = (4, p) if r * p <= _UNTILED else (_TALL, _TILE)
-        for i in range(0, q, height):
-            rows = min(height, q - i)
-            a, a_ld = weight + step * ld * i, ld
-            if bf16:
-                for k in range(rows):
-                    _widen(band + 4 * p * k, a + step * ld * k, p)
-                a, a_ld = band, p
-            for c in range(0, p, tile):
-                _rows_dot(vectors + 4 * c, p, r, a + 4 * c, a_ld, rows, min(tile, p - c), images + 4 * i, q)
-            for k in range(r):
-                _f32(images + 4 * (q * k + i), rows)[:] *= scale
-            if with_products:
-                for c in range(0, p, tile):
-                    _rows_axpy(images + 4 * i, q, r, a + 4 * c, a_ld, rows, min(tile, p - c), products + 4 * c, p)
-    else:
-        width = _band_width(p)
-        for i in range(0, q, width):
-            columns = min(width, q - i)
-            a, a_ld = weight + step * i, ld
-            if bf16:
-                for k in range(p):
-                    _widen(band + 4 * columns * k, a + step * ld * k, columns)
-                a, a_ld = band, columns
-            _rows_axpy(vectors, p, r, a, a_ld, p, columns, images + 4 * i, q)
-            for k in range(r):
-                _f32(images + 4 * (q * k + i), columns)[:] *= scale
-            if with_products:
-                _rows_dot(images + 4 * i, q, r, a, a_ld, p, columns, products, p)
+def _part(size: int, index: int, parts: int) -> int:
+    """Return where part `index` of `size` begins: at whole cache lines, so that threads share none."""
+    return min(size, (size * index // parts + 15) // 16 * 16) if index < parts else size
 
 
 @_compiled
@@ -342,14 +567,6 @@ def _largest(address: int, size: int) -> Any:
     for j in range(size):
         top = max(top, np.uint32(bits[j] & np.uint32(0x7FFFFFFF)))
     return np.int64(top)
-
-
-@_compiled
-def _combine(out: _F32, weights: _F64, rows: int) -> None:
-    """Write the sum of `rows` (weights.size, out.size), weighted."""
-    out[:] = 0
-    for k in range(weights.size):
-        _axpy(out, np.float32(weights[k]), _f32(rows + 4 * out.size * k, out.size))
 
 
 @_compiled
@@ -368,121 +585,134 @@ def _scale_to(out: _F32, x: _F32, factor: float) -> None:
 
 
 @_compiled
-def _rotate(x: _F64, y: _F64, cos: float, sin: float) -> None:
-    for j in range(x.size):
-        a, b = x[j], y[j]
-        x[j] = cos * a - sin * b
-        y[j] = sin * a + cos * b
-
-
-@_compiled
-def _ritz(images: int, r: int, q: int, gram: int, rotation: int) -> None:
-    """Write the eigenvectors of ``T T^T`` as rows of `rotation`, the largest eigenvalue first; both (r, r), fp64."""
-    for k in range(r):
-        x = _f32(images + 4 * q * k, q)
-        for m in range(k + 1):
-            y = _f32(images + 4 * q * m, q)
-            total = 0.0
-            for j in range(q):
-                total += np.float64(x[j]) * np.float64(y[j])
-            _f64(gram, r * r)[k * r + m] = _f64(gram, r * r)[m * r + k] = total
-    _f64(rotation, r * r)[:] = 0.0
-    _f64(rotation, r * r)[:: r + 1] = 1.0
-    all_of = _f64(gram, r * r)
-    # Far below the rounding of T, which is fp32; sweeps converge quadratically and the last block is nearly diagonal.
-    negligible = 1e-10 * all_of[:: r + 1].sum()
+def _ritz(images: int, r: int, lanes: int, q: int, gram: int, rotation: int, factors: int) -> None:
+    """Write the eigenvectors of ``T^T T`` as rows of `rotation`, the largest eigenvalue first; (lanes, lanes), fp64."""
+    for c in range(0, lanes, 8):
+        for d in range(0, lanes, 8):
+            _gram(images + 4 * c, images + 4 * d, lanes, q, gram + 8 * (lanes * c + d), lanes)
+    all_of = _f64(gram, lanes * lanes)
+    _f64(rotation, lanes * lanes)[:] = 0.0
+    _f64(rotation, lanes * lanes)[:: lanes + 1] = 1.0
+    # Sweeps converge quadratically and the last block is nearly diagonal.
+    negligible = _NEGLIGIBLE * all_of[:: lanes + 1].sum()
+    angle = _f64(factors, 2)
     for _ in range(30):
         rotated = False
         for k in range(1, r):
-            upper = _f64(gram + 8 * r * k, r)
             for m in range(k):
-                lower = _f64(gram + 8 * r * m, r)
-                off = upper[m]
+                off = all_of[lanes * k + m]
                 if abs(off) <= negligible:
                     continue
                 rotated = True
-                theta = (upper[k] - lower[m]) / (2.0 * off)
-                t = 1.0 / (abs(theta) + math.sqrt(theta * theta + 1.0))
-                if theta < 0.0:
-                    t = -t
-                cos = 1.0 / math.sqrt(t * t + 1.0)
-                sin = t * cos
-                corner_m, corner_k = lower[m] - t * off, upper[k] + t * off
-                _rotate(lower, upper, cos, sin)
+                low, high = all_of[(lanes + 1) * m], all_of[(lanes + 1) * k]
+                # tan of the angle, t = sign(theta) / (|theta| + sqrt(theta^2 + 1)) for theta = (high - low) / (2 off).
+                half = 0.5 * (high - low)
+                t = off / (half + math.copysign(math.sqrt(half * half + off * off), half))
+                angle[0] = 1.0 / math.sqrt(t * t + 1.0)
+                angle[1] = t * angle[0]
+                for c in range(0, 8 * lanes, 64):
+                    _rotate(gram + 8 * lanes * m + c, gram + 8 * lanes * k + c, factors)
+                    _rotate(rotation + 8 * lanes * m + c, rotation + 8 * lanes * k + c, factors)
                 for j in range(r):
-                    all_of[j * r + m] = lower[j]
-                    all_of[j * r + k] = upper[j]
-                lower[m], upper[k] = corner_m, corner_k
-                lower[k] = upper[m] = 0.0
-                _rotate(_f64(rotation + 8 * r * m, r), _f64(rotation + 8 * r * k, r), cos, sin)
+                    all_of[lanes * j + m] = all_of[lanes * m + j]
+                    all_of[lanes * j + k] = all_of[lanes * k + j]
+                all_of[(lanes + 1) * m], all_of[(lanes + 1) * k] = low - t * off, high + t * off
+                all_of[lanes * m + k] = all_of[lanes * k + m] = 0.0
         if not rotated:
             break
+    angle[0], angle[1] = 0.0, -1.0
     for k in range(r - 1):
         best = k
         for m in range(k + 1, r):
-            if all_of[m * r + m] > all_of[best * r + best]:
+            if all_of[(lanes + 1) * m] > all_of[(lanes + 1) * best]:
                 best = m
         if best != k:
-            all_of[best * r + best] = all_of[k * r + k]
-            _rotate(_f64(rotation + 8 * r * k, r), _f64(rotation + 8 * r * best, r), 0.0, -1.0)
+            all_of[(lanes + 1) * best] = all_of[(lanes + 1) * k]
+            for c in range(0, 8 * lanes, 64):
+                _rotate(rotation + 8 * lanes * k + c, rotation + 8 * lanes * best + c, factors)
 
 
 @_compiled
-def _orthonormalise(rows: int, r: int, p: int, factors: _F64) -> None:
-    """Replace the rows (r, p) by an orthonormal basis of theirs, in their order.
+def _orthonormalise(x: int, r: int, lanes: int, p: int, scratch: int) -> None:
+    """Replace the first r columns of X (p, lanes) by an orthonormal basis of theirs, in their order.
 
     Householder QR, as in the reference: a product of reflections is orthonormal to rounding whatever the rank, where
-    Gram-Schmidt leaves the rows of a rank-deficient block to chance. Reflection k is kept in row k from k + 1 on.
+    Gram-Schmidt leaves the columns of a rank-deficient block to chance. The vector of reflection k is 1 in row k and,
+    below it, what is kept in column k times ``inverse[k]``.
     """
-    for k in range(r):
-        x = _f32(rows + 4 * (p * k + k), p - k)
-        norm = _norm(x)
-        factors[k] = 0.0
-        if norm == 0.0:
-            continue
-        head = np.float64(x[0])
-        alpha = -norm if head > 0.0 else norm
-        factors[k] = (alpha - head) / alpha
-        tail = x[1:]
-        _scale_to(tail, tail, 1.0 / (head - alpha))
-        for m in range(k + 1, r):
-            y = _f32(rows + 4 * (p * m + k), p - k)
-            shift = np.float32(factors[k] * (y[0] + _dot(tail, y[1:])))
-            y[0] -= shift
-            _axpy(y[1:], -shift, tail)
-    for k in range(r - 1, -1, -1):
-        tail = _f32(rows + 4 * (p * k + k + 1), p - k - 1)
-        for m in range(k + 1, r):
-            y = _f32(rows + 4 * (p * m + k), p - k)
-            shift = np.float32(factors[k] * _dot(tail, y[1:]))
-            y[0] = -shift
-            _axpy(y[1:], -shift, tail)
-        _scale_to(tail, tail, -factors[k])
-        x = _f32(rows + 4 * p * k, k + 1)
-        x[:] = 0
-        x[k] = np.float32(1.0 - factors[k])
+    sums, kept, added = _f32(scratch, lanes), _f32(scratch + 64, 8), _f32(scratch + 96, 8)
+    scales, inverse = _f64(scratch + 128, r), _f64(scratch + 128 + 8 * MAX_BLOCK_SIZE, r)
+    for step in range(2 * r):
+        forward = step < r
+        k = step if forward else 2 * r - 1 - step
+        row, below = _f32(x + 4 * lanes * k, lanes), x + 4 * lanes * (k + 1)
+        n, own = p - k - 1, k // 8 * 8
+        for c in range(own, lanes, 8):
+            _column_dots(below + 4 * k, below + 4 * c, lanes, n, scratch + 4 * c)
+        if forward:
+            if np.float64(row[k]) ** 2 + np.float64(sums[k]) < 1e-12:
+                # Squares that vanish in fp32 are no norm: the column's own magnitude does not matter.
+                _normalise_column(x + 4 * (lanes * k + k), lanes, n + 1)
+                for c in range(own, lanes, 8):
+                    _column_dots(below + 4 * k, below + 4 * c, lanes, n, scratch + 4 * c)
+            head = np.float64(row[k])
+            norm = math.sqrt(head * head + np.float64(sums[k]))
+            alpha = -norm if head > 0.0 else norm
+            scales[k] = (alpha - head) / alpha if norm > 0.0 else 0.0
+            inverse[k] = 1.0 / (head - alpha) if norm > 0.0 else 0.0
+        # The own lanes last: what is kept in column k is read for all.
+        for c in range(lanes - 8, own - 8, -8):
+            for j in range(8):
+                kept[j], added[j] = 1, 0
+                if k < c + j < r:
+                    shift = scales[k] * inverse[k] * np.float64(sums[c + j])
+                    if forward:
+                        shift += scales[k] * np.float64(row[c + j])
+                        row[c + j] -= np.float32(shift)
+                    else:
+                        row[c + j] = np.float32(-shift)
+                    added[j] = np.float32(-shift * inverse[k])
+                elif c + j == k and not forward:
+                    kept[j], added[j] = 0, np.float32(-scales[k] * inverse[k])
+            _reflect(below + 4 * k, below + 4 * c, lanes, n, scratch + 64)
+        if not forward:
+            for j in range(k):
+                _f32(x + 4 * lanes * j, lanes)[k] = 0
+            row[k] = np.float32(1.0 - scales[k])
 
 
 @_compiled
-def _finish(header: _I64, layer: int, advance: bool) -> bool:
-    """Turn a layer's ``T`` and ``Z`` into sigma, its vectors and, if `advance`, the next block.
+def _normalise_column(x: int, ld: int, size: int) -> None:
+    """Divide a column by its norm, in fp64; one that is zero stays."""
+    column = _f32(x, ld * size - ld + 1)[::ld]
+    norm = 0.0
+    for j in range(size):
+        norm += np.float64(column[j]) ** 2
+    norm = math.sqrt(norm)
+    if norm > 0.0:
+        for j in range(size):
+            column[j] = np.float32(np.float64(column[j]) / norm)
+
+
+@_compiled
+def _finish(header: _I64, layer: int, scratch: int) -> bool:
+    """Turn a layer's ``T`` and ``Z`` into sigma, its vectors and, if they are to advance, the next block.
 
     Returns:
         Whether ``T`` must be formed again, with the scale that was stored.
     """
     row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
-    r, p, q = row[_R], row[_P], row[_Q]
-    images, products = row[_IMAGES], row[_PRODUCTS]
+    r, lanes, p, q = row[_R], row[_LANES], row[_P], row[_Q]
+    images, products, vectors = row[_IMAGES], row[_PRODUCTS], row[_VECTORS]
+    advance = header[_ADVANCE] != 0
     scales = _f64(header[_SCALES], header[_LAYERS])
     sigma = _f64(header[_SIGMA], header[_LAYERS])
     long, short = _f32(row[_LONG], q), _f32(row[_SHORT], p)
-    first = _f32(row[_VECTORS], p)
 
     # With one vector its norm says in one loop what `_largest` and the norm say in two.
-    image = _f32(images, q)
-    image_norm = _norm(image) if r == 1 else 0.0
+    image_norm = _norm(_f32(images, q)) if lanes == 1 else 0.0
     if not _MIN_NORM < image_norm < _MAX_NORM:
-        top = _largest(images, r * q)
+        top = _largest(images, lanes * q)
         if top < _LOW or top > _HIGH:
             scale = 1.0
             if 0 < top < _INFINITE:
@@ -493,62 +723,162 @@ def _finish(header: _I64, layer: int, advance: bool) -> bool:
         if top >= _INFINITE or top == 0:
             sigma[layer] = 0.0 if top == 0 else np.nan
             long[:] = np.float32(sigma[layer])
-            _copy(short, first)
+            _first_column(short, vectors, lanes)
             return False
+    if advance:
+        total = _f32(products, lanes * p)
+        for chunk in range(1, row[_CHUNKS]):
+            part = _f32(products + 4 * lanes * p * chunk, lanes * p)
+            for j in range(lanes * p):
+                total[j] += part[j]
 
-    gram = header[_SMALL]
-    rotation = gram + 8 * r * r
-    weights = _f64(rotation, r)
-    weights[0] = 1.0
-    if r > 1:
-        _ritz(images, r, q, gram, rotation)
-        _combine(long, weights, images)
-        image = long
-        image_norm = _norm(long)
-    _scale_to(long, image, 1.0 / image_norm)
+    gram = scratch
+    rotation = gram + 8 * lanes * lanes
+    mixed = rotation + 8 * lanes * lanes
+    leading = _f32(mixed + 4 * lanes * lanes, lanes)
+    leading[0] = 1
+    if lanes > 1:
+        _ritz(images, r, lanes, q, gram, rotation, mixed)
+        for j in range(lanes):
+            leading[j] = np.float32(_f64(rotation, lanes)[j])
+    _leading_column(long, images, lanes, leading)
+    image_norm = _norm(long)
+    _scale_to(long, long, 1.0 / image_norm)
     if not advance:
         sigma[layer] = image_norm / scales[layer]
-        _combine(short, weights, row[_VECTORS])
+        _leading_column(short, vectors, lanes, leading)
         return False
 
-    product = _f32(products, p)
-    if r > 1:
-        _combine(short, weights, products)
-        product = short
-    product_norm = _norm(product)
-    top = _largest(products, r * p) if r > 1 else _LOW
+    _leading_column(short, products, lanes, leading)
+    product_norm = _norm(short)
+    top = _largest(products, lanes * p)
     if top >= _INFINITE or not 0.0 < product_norm < np.inf:
         sigma[layer] = 0.0 if product_norm == 0.0 else np.nan
-        _copy(short, first)
+        _first_column(short, vectors, lanes)
         return False
     sigma[layer] = product_norm / image_norm
-    _scale_to(short, product, 1.0 / product_norm)
-    if r == 1:
-        _copy(first, short)
+    _scale_to(short, short, 1.0 / product_norm)
+    if lanes == 1:
+        _copy(_f32(vectors, p), short)
         return False
     # A magnitude near one: reflections form products of entries in fp32.
     shrink = 2.0 ** (127 - (top >> 23))
-    for k in range(r):
-        vector = _f32(row[_VECTORS] + 4 * p * k, p)
-        _combine(vector, _f64(rotation + 8 * r * k, r), products)
-        _scale_to(vector, vector, shrink)
-    _orthonormalise(row[_VECTORS], r, p, _f64(gram, r))
+    transposed = _f32(mixed, lanes * lanes)
+    for k in range(lanes):
+        for j in range(lanes):
+            transposed[lanes * j + k] = np.float32(_f64(rotation, lanes * lanes)[lanes * k + j])
+    rotated, unscaled = _f32(vectors, lanes * p), _f32(products, lanes * p)
+    for j in range(lanes * p):
+        rotated[j] = 0
+        unscaled[j] = np.float32(np.float64(unscaled[j]) * shrink)
+    _add_forward(products, lanes, p, lanes, mixed, vectors, lanes)
+    _orthonormalise(vectors, r, lanes, p, gram)
     return False
 
 
 @_compiled
-def _iterate(header: _I64, n_iterations: int) -> None:
-    scales = _f64(header[_SCALES], header[_LAYERS])
-    weights = _i64(header[_ADDRESSES], header[_LAYERS])
-    for layer in range(header[_LAYERS]):
-        row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
-        if row[_LARGE]:
+def _first_column(out: _F32, x: int, lanes: int) -> None:
+    """Copy the first column of X (out.size, lanes)."""
+    for j in range(out.size):
+        out[j] = _f32(x + 4 * lanes * j, 1)[0]
+
+
+@_compiled
+def _leading_column(out: _F32, x: int, lanes: int, weights: _F32) -> None:
+    """Write the sum of the columns of X (out.size, lanes), weighted."""
+    if lanes == 1:
+        _copy(out, _f32(x, out.size))
+        return
+    for j in range(out.size):
+        out[j] = 0
+    for c in range(0, lanes, 8):
+        _combine(x + 4 * c, lanes, out.size, weights.ctypes.data + 4 * c, out.ctypes.data)
+
+
+@_compiled
+def _update(header: _I64, layer: int, chunk: int, band: int) -> None:
+    """Add one chunk of ``c u v^T`` to a gradient that has an address, in fp32, rounded once."""
+    n_layers = header[_LAYERS]
+    coefficient = _f32(header[_COEFFICIENTS], n_layers)[layer]
+    row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
+    grad, ld, bf16 = _i64(header[_ADDRESSES], 2 * n_layers)[n_layers + layer], row[_GRAD_LD], row[_GRAD_BF16]
+    if grad == 0 or coefficient == 0:
+        return
+    outer, inner = _f32(row[_LONG], row[_Q]), _f32(row[_SHORT], row[_P])
+    if row[_GRAD_ALONG] == 1:
+        outer, inner = inner, outer
+    for i in range(_part(outer.size, chunk, row[_CHUNKS]), _part(outer.size, chunk + 1, row[_CHUNKS])):
+        factor = np.float32(coefficient * outer[i])
+        if not bf16:
+            _axpy(_f32(grad + 4 * ld * i, inner.size), factor, inner)
             continue
-        for _ in range(max(n_iterations, 1)):
-            again = True
-            while again:
-                _multiply(row, weights[layer], np.float32(scales[layer]), header[_BAND], n_iterations > 0)
-                again = _finish(header, layer, n_iterations > 0)
+        words = _u16(grad + 2 * ld * i, inner.size)
+        _widen(band, grad + 2 * ld * i, inner.size)
+        _axpy(_f32(band, inner.size), factor, inner)
+        bits = _u32(band, inner.size)
+        for j in range(inner.size):
+            word = np.uint32(bits[j])
+            # To nearest, ties to even; the sum would carry some NaN over to zero.
+            even = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            words[j] = np.uint16(0x7FC0 if (word & np.uint32(0x7FFFFFFF)) > _INFINITE else even)
+
+
+@_compiled
+def _work(header: _I64, task: int, small: int, band: int) -> None:
+    """Do one task of the present phase."""
+    layer, chunk = _i64(header[_TASKS] + 16 * task, 2)
+    table_row = header[_TABLE] + 8 * _N_FIELDS * layer
+    row = _i64(table_row, _N_FIELDS)
+    if header[_PHASE] == _UPDATE:
+        _update(header, layer, chunk, band)
+    elif row[_AGAIN]:
+        weight = _i64(header[_ADDRESSES], header[_LAYERS])[layer]
+        scale = np.float32(_f64(header[_SCALES], header[_LAYERS])[layer])
+        _multiply(row, chunk, weight, scale, band, header[_ADVANCE] != 0)
+        # Who has done the last chunk goes on with the layer.
+        if _fetch_add(table_row + 8 * _CHUNKS_LEFT, -1) == 1:
+            row[_AGAIN] = _finish(header, layer, small)
+
+
+@_compiled
+def _run_thread(header: _I64) -> None:
+    """Do tasks of the present phase until none is left."""
+    number = _fetch_add(header.ctypes.data + 8 * _NEXT_THREAD, 1)
+    small, band = header[_SMALL] + 8 * _SMALL_SIZE * number, header[_BAND] + 4 * header[_BAND_SIZE] * number
+    while True:
+        task = _fetch_add(header.ctypes.data + 8 * _NEXT_TASK, 1)
+        if task >= header[_N_TASKS]:
+            return
+        _work(header, task, small, band)
+
+
+@numba.cfunc("void(int64)", cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def thread(header_address: int) -> None:
+    """Do what :func:`_run_thread` does: what a thread of the pool is given."""
+    _run_thread(_i64(header_address, _N_HEADER))
+
+
+@_compiled
+def _run_phase(header: _I64, phase: int) -> None:
+    """Do all tasks of a phase, in several threads if there are."""
+    header[_PHASE], header[_NEXT_TASK], header[_NEXT_THREAD] = phase, 0, 0
+    if header[_THREADS] > 1:
+        _start_threads(header[_POOL], header[_THREAD], header.ctypes.data, header[_THREADS])
+    else:
+        _run_thread(header)
+
+
+@_compiled
+def _iterate(header: _I64, n_iterations: int) -> None:
+    """Iterate all layers."""
+    header[_ADVANCE] = n_iterations > 0
+    n_layers = header[_LAYERS]
+    table = _i64(header[_TABLE], _N_FIELDS * n_layers).reshape((n_layers, _N_FIELDS))
+    for _ in range(max(n_iterations, 1)):
+        table[:, _AGAIN] = 1
+        while table[:, _AGAIN].any():
+            table[:, _CHUNKS_LEFT] = table[:, _CHUNKS]
+            _run_phase(header, _ITERATE)
 
 
 @_compiled
@@ -591,36 +921,6 @@ def _weigh(header: _I64, code: int, target_log: float, factor: float) -> None:
 
 
 @_compiled
-def _update(header: _I64) -> None:
-    """Add ``c u v^T`` to each gradient that has an address, in fp32, rounded once."""
-    n_layers = header[_LAYERS]
-    coefficients = _f32(header[_COEFFICIENTS], n_layers)
-    grads = _i64(header[_ADDRESSES] + 8 * n_layers, n_layers)
-    for layer in range(n_layers):
-        row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
-        grad, ld, bf16 = grads[layer], row[_GRAD_LD], row[_GRAD_BF16]
-        if grad == 0 or coefficients[layer] == 0:
-            continue
-        outer, inner = _f32(row[_LONG], row[_Q]), _f32(row[_SHORT], row[_P])
-        if row[_GRAD_ALONG] == 1:
-            outer, inner = inner, outer
-        for i in range(outer.size):
-            factor = np.float32(coefficients[layer] * outer[i])
-            if not bf16:
-                _axpy(_f32(grad + 4 * ld * i, inner.size), factor, inner)
-                continue
-            words = _u16(grad + 2 * ld * i, inner.size)
-            _widen(header[_BAND], grad + 2 * ld * i, inner.size)
-            _axpy(_f32(header[_BAND], inner.size), factor, inner)
-            bits = _u32(header[_BAND], inner.size)
-            for j in range(inner.size):
-                word = np.uint32(bits[j])
-                # To nearest, ties to even; the sum would carry some NaN over to zero.
-                even = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                words[j] = np.uint16(0x7FC0 if (word & np.uint32(0x7FFFFFFF)) > _INFINITE else even)
-
-
-@_compiled
 def _run(header_address: int, n_iterations: int, code: int, target_log: float, factor: float) -> None:
     """Iterate (`n_iterations` >= 0), weigh (`code` >= 0) and update the gradients (`code` >= -1)."""
     header = _i64(header_address, _N_HEADER)
@@ -629,9 +929,4 @@ def _run(header_address: int, n_iterations: int, code: int, target_log: float, f
     if code >= 0:
         _weigh(header, code, target_log, factor)
     if code >= _COEFFICIENTS_GIVEN:
-        _update(header)
-
-
-@_compiled
-def _finish_large(header_address: int, layer: int, advance: bool) -> bool:
-    return _finish(_i64(header_address, _N_HEADER), layer, advance)
+        _run_phase(header, _UPDATE)

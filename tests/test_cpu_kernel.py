@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lip.kernels import cpu, cpu_blas, cpu_compiled, reference
+from lightning_lip.kernels import cpu, cpu_compiled, cpu_threads, reference
 from lightning_lip.kernels.cpu import CpuIteration
 from lightning_lip.penalties import get_penalty
 
@@ -29,8 +29,8 @@ GRADIENT = 1e-6  #            relative to the largest entry, of an fp32 update
 BF16_GRADIENT = 2**-8  #      one rounding to 8 bits
 VALUE = 1e-6  #               relative, of the penalty in fp32
 
-# 63, 65, 129: around the vector width and the groups of four; 1 x n, n x 1: both dimensions are contiguous; 1200:
-# wider than a tile at r = 8 (r p > 8192), 3000: wider than a band of columns.
+# 63, 65, 129: around the groups of eight rows and sixteen columns; 1 x n, n x 1: both dimensions are contiguous; 1300 x
+# 1200 and 300 x 3000: several chunks; 3000: wider than a band of columns.
 SHAPES = [(1, 1), (1, 7), (7, 1), (13, 20), (20, 13), (64, 64), (63, 65), (129, 31), (1300, 1200), (300, 3000), (4, 5)]
 BLOCK_SIZES = [1, 2, 3, 8, 16]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -261,7 +261,7 @@ def test_every_buffer_is_written():
         iteration._small.fill_(math.nan)
         step = iteration.power_step(weights)
         assert step.sigma.isfinite().all()
-        for part in (*step.left, *step.right, *step.vectors, *iteration._images, *iteration._products):
+        for part in iteration._buffers:
             assert part.isfinite().all()
 
 
@@ -405,17 +405,15 @@ def penalise(iteration, weights, grads, n_iterations=1):
     )
 
 
-def test_values_of_earlier_steps_stay():
+def test_sigma_of_earlier_steps_stays():
     weights = [matrix(9, 7).float()]
     iteration = CpuIteration(weights, blocks(weights, 1))
-    first = penalise(iteration, weights, [torch.zeros(9, 7)])
-    kept = first.clone()
+    iteration.power_step(weights)
     sigma = iteration.last_step.sigma
-    sigma_kept = sigma.clone()
+    kept = sigma.clone()
     weights[0].mul_(2)
     penalise(iteration, weights, [torch.zeros(9, 7)])
-    assert torch.equal(first, kept)
-    assert torch.equal(sigma, sigma_kept)
+    assert torch.equal(sigma, kept)
 
 
 def test_multiplicities_that_change_are_noticed():
@@ -444,19 +442,17 @@ def test_tables_are_refreshed_only_where_something_changed():
     assert iteration.n_refreshes == 6
     kept = grads[1]
     grads[1] = torch.zeros(6, 7)  # `set_to_none`: a new gradient
-    penalise(iteration, weights, grads)
-    assert iteration.n_refreshes == 7
-    assert grads[1].abs().max() > 0
     untouched = kept.clone()
     penalise(iteration, weights, grads)
-    assert iteration.n_refreshes == 7
+    assert iteration.n_refreshes == 6
+    assert grads[1].abs().max() > 0
     assert torch.equal(kept, untouched)
     grads[0] = None  # a frozen layer
     penalise(iteration, weights, grads)
-    assert iteration.n_refreshes == 8
+    assert iteration.n_refreshes == 7
     weights[2] = weights[2].clone()  # `load_state_dict(assign=True)`
     penalise(iteration, weights, grads)
-    assert iteration.n_refreshes == 9
+    assert iteration.n_refreshes == 8
 
 
 def test_same_address_with_other_strides_or_dtype_is_noticed():
@@ -531,60 +527,62 @@ def test_parameters_and_inference_mode():
     assert layer.weight.grad.abs().max() > 0
 
 
-class TestLargeLayers:
-    """The path through BLAS, on small matrices that are declared large."""
+class TestThreads:
+    """Several threads of torch's pool, on small matrices that are declared worth it."""
+
+    N_THREADS = 3  # more than there are cores, maybe
 
     @pytest.fixture(autouse=True)
-    def _everything_is_large(self, monkeypatch):
-        monkeypatch.setattr(cpu_blas, "is_large", lambda n_elements: n_elements > 100)
-        # Blocks of 16 rows, bands of 16 columns: several of each, and a ragged last one.
-        monkeypatch.setattr(cpu_blas, "_BLOCK_BYTES", 16)
-        monkeypatch.setattr(cpu_blas, "_MIN_BAND", 16)
+    def _everything_is_parallel(self, monkeypatch):
+        monkeypatch.setattr(cpu, "PARALLEL", 1)
+        monkeypatch.setattr(cpu, "CHUNK", 64)
+        before = torch.get_num_threads()
+        yield
+        torch.set_num_threads(before)
+
+    def steps(self, weights, r, n_threads, n_iterations):
+        torch.set_num_threads(n_threads)
+        iteration = CpuIteration(weights, blocks(weights, r))
+        step = iteration.power_step(weights, n_iterations)
+        if cpu_threads.pool_address():
+            assert iteration._header[cpu_compiled._THREADS] == n_threads
+        return step
 
     @pytest.mark.parametrize("n_iterations", [0, 1, 3])
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("r", [1, 3, 8])
-    def test_power_step(self, r, dtype, layout, n_iterations, monkeypatch):
-        calls = []
-        multiply = cpu_blas.multiply_
-        monkeypatch.setattr(cpu_blas, "multiply_", lambda *a: calls.append(a) or multiply(*a))
-        shapes = [(20, 13), (5, 5), (13, 20), (41, 37), (100, 9), (9, 100)]
+    @pytest.mark.parametrize("r", [1, 3, 16])
+    def test_power_step_equals_that_of_one_thread(self, r, dtype, layout, n_iterations):
+        shapes = [(20, 13), (5, 5), (13, 20), (41, 37), (100, 9), (9, 100), (200, 60)]
         weights = [laid_out(matrix(m, n, seed).to(dtype), layout) for seed, (m, n) in enumerate(shapes)]
-        start = blocks(weights, r)
-        got = CpuIteration(weights, start).power_step(weights, n_iterations)
-        assert len(calls) >= 5 * max(n_iterations, 1)
-        expected = reference.power_step(weights, start, n_iterations)
+        alone = self.steps(weights, r, 1, n_iterations)
+        several = self.steps(weights, r, self.N_THREADS, n_iterations)
+        for one, other in zip([alone.sigma, *alone.vectors], [several.sigma, *several.vectors], strict=True):
+            assert torch.equal(one, other)
+        expected = reference.power_step(weights, blocks(weights, r), n_iterations)
         if n_iterations == 0:
-            torch.testing.assert_close(got.sigma, expected.sigma, rtol=SIGMA, atol=0)
+            torch.testing.assert_close(several.sigma, expected.sigma, rtol=SIGMA, atol=0)
         else:
-            assert_same_step(got, expected)
+            assert_same_step(several, expected)
 
     @pytest.mark.parametrize("exponent", [-30, 30])
     @pytest.mark.parametrize("r", [1, 4])
-    def test_extreme_scales(self, r, exponent):
-        weight = (matrix(40, 24) * 10.0**exponent).float()
-        iteration = CpuIteration([weight], blocks([weight], r))
-        sigma = [iteration.power_step([weight]).sigma for _ in range(40)][-1]
-        truth = torch.linalg.matrix_norm(weight.double(), 2)
-        torch.testing.assert_close(sigma[0].double(), truth, rtol=SIGMA, atol=0)
-
-    @pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0])
-    def test_degenerate(self, bad):
-        weight = torch.full((20, 12), bad)
-        start = blocks([weight], 3)
-        iteration = CpuIteration([weight], start)
-        step = iteration.power_step([weight])
-        assert step.sigma[0] == 0 if bad == 0 else step.sigma[0].isnan()
-        assert torch.equal(iteration.vectors[0], start[0])
+    def test_extreme_scales_beside_others(self, r, exponent):
+        weights = [(matrix(40, 24) * 10.0**exponent).float(), matrix(30, 24).float()]
+        torch.set_num_threads(self.N_THREADS)
+        iteration = CpuIteration(weights, blocks(weights, r))
+        sigma = [iteration.power_step(weights).sigma for _ in range(40)][-1]
+        truth = torch.stack([torch.linalg.matrix_norm(weight.double(), 2) for weight in weights])
+        torch.testing.assert_close(sigma.double(), truth, rtol=SIGMA, atol=0)
 
     @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64])
-    def test_penalise_with_small_ones_among_them(self, grad_dtype):
-        shapes = [(20, 13), (5, 5), (13, 20)]
+    def test_penalise(self, grad_dtype):
+        shapes = [(20, 13), (5, 5), (13, 20), (70, 50)]
         weights = [torch.nn.Parameter(matrix(m, n, seed).float()) for seed, (m, n) in enumerate(shapes)]
         start = blocks(weights, 3)
         grads = [torch.ones(s, dtype=grad_dtype) for s in shapes]
         expected = [g.clone() for g in grads]
+        torch.set_num_threads(self.N_THREADS)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the products
             got = penalise(CpuIteration(weights, start), weights, grads, n_iterations=2)
         wanted = penalise(reference.ReferenceIteration(weights, start), weights, expected, n_iterations=2)
@@ -593,25 +591,39 @@ class TestLargeLayers:
         for g, e in zip(grads, expected, strict=True):
             torch.testing.assert_close(g, e, rtol=bound, atol=bound)
 
-    def test_zero_coefficient_is_skipped(self):
-        weight = torch.zeros(20, 13)
-        iteration = CpuIteration([weight], blocks([weight], 2))
-        grad = torch.full((20, 13), 2.0)
-        penalise(iteration, [weight], [grad])
-        iteration.rank_one_update_([None], torch.ones(1))
-        assert torch.equal(grad, torch.full((20, 13), 2.0))
-
-
-def test_what_counts_as_large():
-    threads = torch.get_num_threads()
-    try:
+    def test_number_of_threads_may_change(self):
+        weights = [matrix(40, 30).bfloat16()]
         torch.set_num_threads(1)
-        assert not cpu_blas.is_large(1 << 30)
+        iteration, twin = (CpuIteration(weights, blocks(weights, 4)) for _ in range(2))
+        for n_threads in (1, self.N_THREADS, 2, 1):
+            torch.set_num_threads(n_threads)
+            got = iteration.power_step(weights).sigma
+            torch.set_num_threads(1)
+            assert torch.equal(got, twin.power_step(weights).sigma)
+
+    def test_without_a_pool_one_thread_does_it_all(self, monkeypatch):
+        weights = [matrix(40, 30).float()]
+        expected = self.steps(weights, 4, self.N_THREADS, 2)
+        monkeypatch.setattr(cpu_threads, "pool_address", lambda: 0)
+        iteration = CpuIteration(weights, blocks(weights, 4))
+        assert torch.equal(iteration.power_step(weights, 2).sigma, expected.sigma)
+        assert iteration._header[cpu_compiled._THREADS] == 1
+
+    def test_forked_process_has_no_pool(self):
         torch.set_num_threads(2)
-        assert cpu_blas.is_large(4096 * 4096)
-        assert not cpu_blas.is_large(1024 * 1024)
-    finally:
-        torch.set_num_threads(threads)
+        weights = [matrix(64, 64).float()]
+        iteration = CpuIteration(weights, blocks(weights, 8))
+        iteration.power_step(weights)
+        assert _sigma_of_a_child(iteration, weights, n_threads=2) == iteration.power_step(weights, 2).sigma.tolist()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="known of torch's builds for Linux only")
+def test_torch_has_a_pool():
+    assert cpu_threads.pool_address() != 0
+
+
+def test_chunks_depend_on_the_shape_alone():
+    assert [cpu._chunks(n) for n in (1, cpu.CHUNK, 2 * cpu.CHUNK, 1 << 40)] == [1, 1, 2, 16]
 
 
 @pytest.mark.parametrize(
@@ -689,22 +701,26 @@ def test_threads_do_not_meet():
         assert all(torch.equal(v, w) for v, w in zip(alone[seed], together[seed], strict=True))
 
 
-def _steps_in_a_child(iteration, weights, queue):
-    torch.set_num_threads(1)
+def _steps_in_a_child(iteration, weights, n_threads, queue):
+    torch.set_num_threads(n_threads)
     queue.put(iteration.power_step(weights, 2).sigma.tolist())
+
+
+def _sigma_of_a_child(iteration, weights, n_threads):
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_steps_in_a_child, args=(iteration, weights, n_threads, queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    return queue.get()
 
 
 def test_forked_worker_continues():
     weights = [matrix(64, 64).float(), matrix(20, 30).float()]
     iteration = CpuIteration(weights, blocks(weights, 8))
     iteration.power_step(weights)
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_steps_in_a_child, args=(iteration, weights, queue))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert queue.get() == iteration.power_step(weights, 2).sigma.tolist()
+    assert _sigma_of_a_child(iteration, weights, 1) == iteration.power_step(weights, 2).sigma.tolist()
 
 
 def test_runs_are_deterministic():
