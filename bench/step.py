@@ -6,7 +6,8 @@ which is as much as the callbacks take. So each comparison is *one* training, wh
 for a block of steps and not for the next: model, data, optimiser, loggers and everything else are the same objects. It
 is repeated in fresh processes.
 
-It writes ``step.csv``: microseconds a step without and with the callback, and the ratio of neighbouring blocks, each as
+It writes ``step.csv``: microseconds of CPU time a step (of all threads of the process; what else runs on the machine
+hardly moves it) without and with the callback, and the ratio of neighbouring blocks, each as
 the median with the 20th and 80th percentiles over all blocks of all processes, and the range of the processes' medians.
 """
 
@@ -38,6 +39,7 @@ from typing_extensions import override
 from bench.kernels import machine
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
 
+ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
 
 
@@ -107,7 +109,7 @@ class ComesAndGoes(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     @override
     def on_train_batch_end(
@@ -117,12 +119,12 @@ class ComesAndGoes(pl.Callback):
         if trainer.fit_loop.epoch_loop._batches_that_stepped % BLOCK != BLOCK - 1:
             return
         is_there = self.callback in trainer.callbacks
-        self.times[is_there].append((time.perf_counter() - self.start) / BLOCK * 1e6)
+        self.times[is_there].append((time.process_time() - self.start) / BLOCK * 1e6)
         # A new list, since Lightning is going through the old one. In turn with, without, without, with.
         comes = sum(map(len, self.times.values())) % 4 in (0, 3)
         others = [c for c in trainer.callbacks if c is not self.callback]
         trainer.callbacks = [*others[:-1], self.callback, others[-1]] if comes else others
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
 
 def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
@@ -155,7 +157,7 @@ def _in_a_process(name: str, blocks: int) -> dict[bool, list[float]]:
     """Return what :func:`measure` returns in a fresh process."""
     command = [sys.executable, "-m", "bench.step", "--worker", name, "--blocks", str(blocks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
     without, with_it = json.loads(run.stdout.splitlines()[-1])
@@ -196,11 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         writer.writerow(columns)
         for name, done in runs.items():
             without, with_it = (np.concatenate([times[key] for times in done]) for key in (False, True))
-            medians = [float(np.median(times[True] / times[False])) for times in done]
-            found = [np.percentile(values, [20, 50, 80]) for values in (without, with_it, with_it / without)]
-            figures = [f"{x:.1f}" for x in np.concatenate(found[:2])] + [f"{x:.4f}" for x in [*found[2], min(medians), max(medians)]]
+            us = [*np.percentile(without, [20, 50, 80]), *np.percentile(with_it, [20, 50, 80])]
+            medians = [np.median(times[True] / times[False]) for times in done]
+            ratios = [*np.percentile(with_it / without, [20, 50, 80]), min(medians), max(medians)]
+            figures = [*(f"{x:.1f}" for x in us), *(f"{x:.4f}" for x in ratios)]
             writer.writerow([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
-            print(f"{name:30} {found[0][1]:7.1f} us, with it {found[1][1]:7.1f}, ratio {found[2][1]:.4f} ({found[2][0]:.4f} to {found[2][2]:.4f}; processes {min(medians):.4f} to {max(medians):.4f})")
+            p20, p50, p80, least, most = figures[6:]
+            print(f"{name:30} {us[1]:6.0f} us + {us[4] - us[1]:4.0f}  ratio {p50} ({p20} to {p80}; {least} to {most})")
 
 
 if __name__ == "__main__":

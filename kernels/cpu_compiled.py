@@ -585,16 +585,37 @@ def _scale_to(out: _F32, x: _F32, factor: float) -> None:
 
 
 @_compiled
-def _ritz(images: int, r: int, lanes: int, q: int, gram: int, rotation: int, factors: int) -> None:
-    """Write the eigenvectors of ``T^T T`` as rows of `rotation`, the largest eigenvalue first; (lanes, lanes), fp64."""
+def _form_gram(images: int, lanes: int, q: int, gram: int) -> float:
+    """Write ``T^T T`` (lanes, lanes) in fp64, which its squares cannot overflow; return T's Frobenius norm."""
     for c in range(0, lanes, 8):
         for d in range(0, lanes, 8):
             _gram(images + 4 * c, images + 4 * d, lanes, q, gram + 8 * (lanes * c + d), lanes)
+    return math.sqrt(_trace(_f64(gram, lanes * lanes), lanes))
+
+
+@_compiled
+def _trace(matrix: _F64, n: int) -> float:
+    total = 0.0
+    for k in range(n):
+        total += matrix[(n + 1) * k]
+    return total
+
+
+@_compiled
+def _ritz(r: int, lanes: int, gram: int, rotation: int, factors: int) -> float:
+    """Write the eigenvectors of a Gram matrix as rows of `rotation`, both (lanes, lanes) in fp64.
+
+    Returns:
+        The largest eigenvalue; its eigenvector comes first, and the others in their order.
+    """
     all_of = _f64(gram, lanes * lanes)
-    _f64(rotation, lanes * lanes)[:] = 0.0
-    _f64(rotation, lanes * lanes)[:: lanes + 1] = 1.0
+    identity = _f64(rotation, lanes * lanes)
+    for k in range(lanes * lanes):
+        identity[k] = 0.0
+    for k in range(lanes):
+        identity[(lanes + 1) * k] = 1.0
     # Sweeps converge quadratically and the last block is nearly diagonal.
-    negligible = _NEGLIGIBLE * all_of[:: lanes + 1].sum()
+    negligible = _NEGLIGIBLE * _trace(all_of, lanes)
     angle = _f64(factors, 2)
     for _ in range(30):
         rotated = False
@@ -627,9 +648,10 @@ def _ritz(images: int, r: int, lanes: int, q: int, gram: int, rotation: int, fac
             if all_of[(lanes + 1) * m] > all_of[(lanes + 1) * best]:
                 best = m
         if best != k:
-            all_of[(lanes + 1) * best] = all_of[(lanes + 1) * k]
+            all_of[(lanes + 1) * best], all_of[(lanes + 1) * k] = all_of[(lanes + 1) * k], all_of[(lanes + 1) * best]
             for c in range(0, 8 * lanes, 64):
                 _rotate(rotation + 8 * lanes * k + c, rotation + 8 * lanes * best + c, factors)
+    return all_of[0]
 
 
 @_compiled
@@ -708,9 +730,11 @@ def _finish(header: _I64, layer: int, scratch: int) -> bool:
     scales = _f64(header[_SCALES], header[_LAYERS])
     sigma = _f64(header[_SIGMA], header[_LAYERS])
     long, short = _f32(row[_LONG], q), _f32(row[_SHORT], p)
+    gram = scratch
+    rotation, mixed = gram + 8 * lanes * lanes, gram + 16 * lanes * lanes
 
-    # With one vector its norm says in one loop what `_largest` and the norm say in two.
-    image_norm = _norm(_f32(images, q)) if lanes == 1 else 0.0
+    image_norm = _norm(_f32(images, q)) if lanes == 1 else _form_gram(images, lanes, q, gram)
+    # Whatever is not between them is looked at again, NaN too.
     if not _MIN_NORM < image_norm < _MAX_NORM:
         top = _largest(images, lanes * q)
         if top < _LOW or top > _HIGH:
@@ -725,34 +749,29 @@ def _finish(header: _I64, layer: int, scratch: int) -> bool:
             long[:] = np.float32(sigma[layer])
             _first_column(short, vectors, lanes)
             return False
-    if advance:
-        total = _f32(products, lanes * p)
-        for chunk in range(1, row[_CHUNKS]):
-            part = _f32(products + 4 * lanes * p * chunk, lanes * p)
-            for j in range(lanes * p):
-                total[j] += part[j]
+    for chunk in range(1, row[_CHUNKS] if advance else 1):
+        total, part = _f32(products, lanes * p), _f32(products + 4 * lanes * p * chunk, lanes * p)
+        for j in range(lanes * p):
+            total[j] += part[j]
 
-    gram = scratch
-    rotation = gram + 8 * lanes * lanes
-    mixed = rotation + 8 * lanes * lanes
     leading = _f32(mixed + 4 * lanes * lanes, lanes)
-    leading[0] = 1
-    if lanes > 1:
-        _ritz(images, r, lanes, q, gram, rotation, mixed)
+    if lanes == 1:
+        _scale_to(long, _f32(images, q), 1.0 / image_norm)
+        _copy(short, _f32(products if advance else vectors, p))
+    else:
+        image_norm = math.sqrt(_ritz(r, lanes, gram, rotation, mixed))
+        for j in range(lanes):
+            leading[j] = np.float32(_f64(rotation, lanes)[j] / image_norm)
+        _leading_column(long, images, lanes, leading)
         for j in range(lanes):
             leading[j] = np.float32(_f64(rotation, lanes)[j])
-    _leading_column(long, images, lanes, leading)
-    image_norm = _norm(long)
-    _scale_to(long, long, 1.0 / image_norm)
+        _leading_column(short, products if advance else vectors, lanes, leading)
     if not advance:
         sigma[layer] = image_norm / scales[layer]
-        _leading_column(short, vectors, lanes, leading)
         return False
 
-    _leading_column(short, products, lanes, leading)
     product_norm = _norm(short)
-    top = _largest(products, lanes * p)
-    if top >= _INFINITE or not 0.0 < product_norm < np.inf:
+    if not 0.0 < product_norm < np.inf:
         sigma[layer] = 0.0 if product_norm == 0.0 else np.nan
         _first_column(short, vectors, lanes)
         return False
@@ -762,15 +781,13 @@ def _finish(header: _I64, layer: int, scratch: int) -> bool:
         _copy(_f32(vectors, p), short)
         return False
     # A magnitude near one: reflections form products of entries in fp32.
-    shrink = 2.0 ** (127 - (top >> 23))
-    transposed = _f32(mixed, lanes * lanes)
+    shrink = 2.0 ** -min(max(math.floor(math.log2(product_norm)), -126), 126)
+    transposed, rotated = _f32(mixed, lanes * lanes), _f32(vectors, lanes * p)
     for k in range(lanes):
         for j in range(lanes):
-            transposed[lanes * j + k] = np.float32(_f64(rotation, lanes * lanes)[lanes * k + j])
-    rotated, unscaled = _f32(vectors, lanes * p), _f32(products, lanes * p)
+            transposed[lanes * j + k] = np.float32(shrink * _f64(rotation, lanes * lanes)[lanes * k + j])
     for j in range(lanes * p):
         rotated[j] = 0
-        unscaled[j] = np.float32(np.float64(unscaled[j]) * shrink)
     _add_forward(products, lanes, p, lanes, mixed, vectors, lanes)
     _orthonormalise(vectors, r, lanes, p, gram)
     return False
@@ -872,13 +889,18 @@ def _run_phase(header: _I64, phase: int) -> None:
 def _iterate(header: _I64, n_iterations: int) -> None:
     """Iterate all layers."""
     header[_ADVANCE] = n_iterations > 0
-    n_layers = header[_LAYERS]
-    table = _i64(header[_TABLE], _N_FIELDS * n_layers).reshape((n_layers, _N_FIELDS))
     for _ in range(max(n_iterations, 1)):
-        table[:, _AGAIN] = 1
-        while table[:, _AGAIN].any():
-            table[:, _CHUNKS_LEFT] = table[:, _CHUNKS]
+        n_left = header[_LAYERS]
+        for layer in range(n_left):
+            _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0] = 1
+        while n_left:
+            for layer in range(header[_LAYERS]):
+                row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
+                row[_CHUNKS_LEFT] = row[_CHUNKS]
             _run_phase(header, _ITERATE)
+            n_left = 0
+            for layer in range(header[_LAYERS]):
+                n_left += _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0]
 
 
 @_compiled

@@ -180,10 +180,10 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        return self.accumulate_(scale, advance, parameters).clone()
+        return self.accumulate_(scale, advance=advance, parameters=parameters).clone()
 
     def accumulate_(
-        self, scale: float | Tensor = 1.0, advance: bool = True, parameters: Collection[Tensor] | None = None
+        self, scale: float | Tensor = 1.0, *, advance: bool = True, parameters: Collection[Tensor] | None = None
     ) -> Tensor:
         """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
         self._step_version = None

@@ -189,15 +189,31 @@ def test_several_optimisers(make_trainer, regression_data, terms):
 
 def test_one_iteration_a_batch_whatever_the_number_of_optimisers(make_trainer, regression_data, monkeypatch):
     advanced = []
-    add_grad_ = LipschitzRegularizer.add_grad_
+    accumulate_ = LipschitzRegularizer.accumulate_
 
     def recorded(self, scale, *, advance, parameters):
         advanced.append(advance)
-        return add_grad_(self, scale, advance=advance, parameters=parameters)
+        return accumulate_(self, scale, advance=advance, parameters=parameters)
 
-    monkeypatch.setattr(LipschitzRegularizer, "add_grad_", recorded)
+    monkeypatch.setattr(LipschitzRegularizer, "accumulate_", recorded)
     make_trainer(lightning, callbacks=[LipschitzPenalty(COEFFICIENT)]).fit(TwoNets(), regression_data)
     assert advanced == [True, False] * 12
+
+
+@pytest.mark.parametrize("monitor", [None, "lipschitz/penalty"])
+def test_values_are_computed_only_where_somebody_reads_them(
+    make_module, make_trainer, regression_data, monkeypatch, monitor
+):
+    calls = []
+    log_sigma = LipschitzRegularizer.log_sigma
+    monkeypatch.setattr(LipschitzRegularizer, "log_sigma", lambda self: calls.append(1) or log_sigma(self))
+    watching = [] if monitor is None else [lightning.callbacks.EarlyStopping(monitor, patience=99)]
+    callbacks = [LipschitzPenalty(COEFFICIENT), *watching]
+    trainer = make_trainer(lightning, callbacks=callbacks, logger=False, log_every_n_steps=1)
+    trainer.fit(make_module(lightning), regression_data)
+    # 12 steps an epoch: without a logger only what watches the penalty reads it at each of them.
+    assert len(calls) == (1 if monitor is None else 12)
+    assert "lipschitz/penalty" in trainer.callback_metrics
 
 
 def test_a_step_without_a_backward_pass_is_left_alone(make_module, make_trainer, regression_data):

@@ -46,9 +46,11 @@ def monitors_of(trainer: Any) -> list[Any]:
 
 def is_logging_step(trainer: Any) -> bool:
     """Whether Lightning itself logs at the end of this training batch (an optimiser step, every n-th of them)."""
-    if not trainer.log_every_n_steps or trainer.fit_loop._should_accumulate():
+    # What most steps end with comes first: every callback asks this at every step.
+    every = trainer.log_every_n_steps
+    if not every or ((logging_step(trainer) + 1) % every and not trainer.should_stop):
         return False
-    return bool((logging_step(trainer) + 1) % trainer.log_every_n_steps == 0 or trainer.should_stop)
+    return not trainer.fit_loop._should_accumulate()
 
 
 def logging_step(trainer: Any) -> int:
@@ -67,6 +69,20 @@ def monitored_metrics(trainer: Any) -> list[str]:
     watching = [*trainer.callbacks, *trainer.lr_scheduler_configs]
     names = (getattr(one, "monitor", None) for one in watching)
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+
+def is_read(trainer: Any, *tags: str) -> bool:
+    """Whether the metrics ``<tag>/...`` have a reader at the end of this training batch: else nobody needs the values.
+
+    Readers are loggers and what watches a metric, on logging steps, and ``callback_metrics`` at the end of an epoch.
+    The answer is the same on every rank.
+    """
+    if trainer.is_last_batch:
+        return True
+    if not is_logging_step(trainer):
+        return False
+    prefixes = tuple(f"{tag}/" for tag in tags)
+    return bool(trainer.loggers) or any(name.startswith(prefixes) for name in monitored_metrics(trainer))
 
 
 def log_to_trainer(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:

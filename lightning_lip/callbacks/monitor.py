@@ -17,6 +17,7 @@ from lightning_lip.callbacks._hparams import end_session, start_session
 from lightning_lip.callbacks._trainer import (
     has_tensorboard,
     is_logging_step,
+    is_read,
     log_to_loggers,
     log_to_trainer,
     logging_step,
@@ -220,9 +221,9 @@ class LipschitzMonitor(BaseCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        logging = is_logging_step(trainer)
-        if not (logging or trainer.is_last_batch):
+        if not is_read(trainer, *[source.tag for source in self._sources]):
             return
+        logging = is_logging_step(trainer)
         if self._own is not None:
             self._own.iterate()
         kept: dict[str, float] = {}

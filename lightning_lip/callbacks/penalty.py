@@ -17,6 +17,7 @@ from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_stat
 from lightning_lip.callbacks._trainer import (
     class_names,
     is_logging_step,
+    is_read,
     log_to_loggers,
     log_to_trainer,
     monitors_of,
@@ -233,22 +234,23 @@ class LipschitzPenalty(BaseCallback):
             self._n_steps += 1
         if (self._n_steps - 1) % self.every_n_steps:
             return
-        if trainer.world_size > 1 and not self._sizes_are_shared:
+        if not self._sizes_are_shared:
             self._sizes_are_shared = True
-            refuse_sizes_of_one_rank(self.regularizer.operators)
+            if trainer.world_size > 1:
+                refuse_sizes_of_one_rank(self.regularizer.operators)
         # One iteration a training batch. A second optimiser of the same batch takes the present vectors; the same
         # optimiser again is LBFGS, whose every closure sees other weights.
         advance = self._iterated_by is None or self._iterated_by is optimizer
         if advance:
             self._iterated_by = optimizer
         scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
-        self.regularizer.accumulate_(scale, advance, parameters)
+        self.regularizer.accumulate_(scale, advance=advance, parameters=parameters)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._n_steps == 0 or not (is_logging_step(trainer) or trainer.is_last_batch):
+        if self._n_steps == 0 or not is_read(trainer, self.tag):
             return
         monitors = monitors_of(trainer)
         if any(monitor.reports(self, trainer) for monitor in monitors):
@@ -289,7 +291,7 @@ class LipschitzPenalty(BaseCallback):
 
         None spares every step a look at each parameter.
         """
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        size = sum([len(group["params"]) for group in optimizer.param_groups])
         cached = self._in_optimizer.get(id(optimizer))
         if cached is not None and cached[0] == size:
             return cached[1]
@@ -335,8 +337,10 @@ def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
     """Return the factor that this optimiser's gradients still carry: fused optimisers unscale inside their step."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is None or not scaler.is_enabled():
         return 1.0
     scale: Tensor | None = scaler._scale
     return 1.0 if scale is None else scale
