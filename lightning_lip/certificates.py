@@ -14,6 +14,7 @@ from lightning_lip.bound import GraphNode, NetworkBound, log_bound_up
 from lightning_lip.bound_program import log_up
 from lightning_lip.chain_bounds import chain_cost, combettes_pesquet, eclipse_fast
 from lightning_lip.chains import chain_of
+from lightning_lip.checks import check_model
 from lightning_lip.graph_operators import certified_norm
 from lightning_lip.jacobians import largest_jacobian_norm
 from lightning_lip.kernels.reference import without_autocast
@@ -156,7 +157,7 @@ def certify(
     Raises:
         ValueError: If `example_input` has no batch dimension, or `data` is empty or not finite.
         UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
-        TypeError: If `data` is not of one of these forms.
+        TypeError: If the model is no module, or `data` is not of one of these forms.
 
     Example:
         >>> import torch
@@ -166,6 +167,7 @@ def certify(
         >>> result.certified, result.lower <= result.upper
         (True, True)
     """
+    check_model(model, "certify")
     refuse_sharded(
         model,
         "certify",

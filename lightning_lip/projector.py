@@ -15,6 +15,7 @@ from torch import nn
 from lightning_lip.allocation import Allocation, Method, logarithms
 from lightning_lip.bound import log_bound_up
 from lightning_lip.bound_program import log_up
+from lightning_lip.checks import check_model, check_state
 from lightning_lip.clipping import FloatArray
 from lightning_lip.graph_operators import certified_norm
 from lightning_lip.kernels.reference import without_autocast
@@ -110,6 +111,7 @@ class LipschitzProjector:
         seed: Seed of the private generator of the blocks, the same on every rank.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: If an argument is out of range or a selection matches nothing.
         UnsupportedLayerError: If the operator of a selected layer is not known, or a selected trainable weight cannot
             be written (it is parametrised, say).
@@ -138,6 +140,7 @@ class LipschitzProjector:
         exact_every_n_steps: int = 0,
         seed: int = 0,
     ) -> None:
+        check_model(model, "LipschitzProjector")
         check_method(method, metric)
         for argument, value, least in (
             ("block_size", block_size, 1),
@@ -400,7 +403,13 @@ class LipschitzProjector:
         return {"n_steps": self._n_steps, "blocks": blocks, "others": self._other_norms.state_dict(), "slack": slack}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned; the block of a layer that does not fit starts afresh."""
+        """Take over what :meth:`state_dict` returned; the block of a layer that does not fit starts afresh.
+
+        Raises:
+            TypeError: If it is no mapping.
+            ValueError: If it is no such state.
+        """
+        check_state(state, ("n_steps", "blocks", "others", "slack"), "LipschitzProjector")
         self._n_steps = state["n_steps"]
         for layer in self._clipped:
             layer.load(state["blocks"].get(layer.name))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.chain_bounds import product_bound
+from lightning_lip.checks import check_model
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.least_product import evened, least_product
 from lightning_lip.matrix_norms import certified_matrix_norm
@@ -107,6 +108,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
         gained the network is left as it was.
 
     Raises:
+        TypeError: If the model is no module.
         UnsupportedLayerError: If the network is not such a chain, with the reasons by name.
         ValueError: If there is no input to trace it with, a weight or bias is not finite, or would not fit into its
             dtype any more.
@@ -120,6 +122,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
         >>> result.product_after < 0.9 * result.product_before
         True
     """
+    check_model(model, "rebalance")
     refuse_sharded(model, "rebalance", "Rebalance a whole checkpoint in one process.")
     layers = _layers(trace(model, _example_input(model) if example_input is None else example_input))
     weights = [_finite(layer.weight, f"{layer.name}'s weight") for layer in layers]

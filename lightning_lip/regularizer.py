@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lip import kernels, penalty_operator
 from lightning_lip.bound import NetworkBound
+from lightning_lip.checks import check_model, check_state
 from lightning_lip.graph_operators import DiagonalOperator
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator
@@ -58,6 +59,7 @@ class LipschitzRegularizer:
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
         UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between the example
             input and the output has no known finite Lipschitz constant.
@@ -90,6 +92,7 @@ class LipschitzRegularizer:
         example_input: Any = None,
         backend: kernels.Backend | None = None,
     ) -> None:
+        check_model(model, "LipschitzRegularizer")
         self.coefficient = check_coefficient(coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
@@ -378,7 +381,13 @@ class LipschitzRegularizer:
         return {"vectors": self._norms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning."""
+        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning.
+
+        Raises:
+            TypeError: If it is no mapping.
+            ValueError: If it is no such state.
+        """
+        check_state(state, ("vectors",), "LipschitzRegularizer")
         self._norms.load_state_dict(state["vectors"])
         self._step = self._step_version = None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_lip.checks import check_model
 from lightning_lip.constants import registered_rule
 from lightning_lip.operators import UnsupportedLayerError, eval_mode
 from lightning_lip.selection import buffers_kept, call_arguments, is_wrapper, walk
@@ -76,10 +77,12 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
             the forward pass computes from the size of the batch is taken at two.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: If the tensors have no common batch dimension, or there is none.
         UnsupportedLayerError: If the forward pass cannot be traced: control flow that depends on the input's values,
             say.
     """
+    check_model(model, "A bound over the traced graph")
     while is_wrapper(model):
         model = next(iter(model.children()))
     refuse_sharded(

@@ -1,12 +1,14 @@
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -464,7 +466,7 @@ def test_a_worker_that_dies_is_an_error():
 
 
 SLEEPERS = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from lightning_lip.paper.processes import map_tasks
 
@@ -474,6 +476,8 @@ def sleep(name):
     time.sleep(600)
 
 if __name__ == "__main__":
+    # A shell that runs these tests in the background starts them with the signal ignored, which is passed on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     map_tasks(sleep, ["a", "b"], 2)
 """
 
@@ -482,13 +486,40 @@ if __name__ == "__main__":
 def test_no_worker_outlives_the_command(tmp_path, signal_number):
     script = tmp_path / "sleepers.py"
     script.write_text(SLEEPERS)
-    command_process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.DEVNULL)
     files = [tmp_path / "a.pid", tmp_path / "b.pid"]
-    wait_until(lambda: all(file.exists() for file in files))
-    command_process.send_signal(signal_number)
-    assert command_process.wait(timeout=60) != 0
+    # As from a shell's background.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        command_process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    try:
+        wait_until(lambda: all(file.exists() for file in files))
+        command_process.send_signal(signal_number)
+        assert command_process.wait(timeout=60) != 0
+    finally:
+        command_process.kill()
     workers = [int(file.read_text()) for file in files]
     wait_until(lambda: not any(is_alive(pid) for pid in workers))
+
+
+def test_an_interrupt_while_workers_start_ends_them(monkeypatch):
+    submit = ProcessPoolExecutor.submit
+    futures = []
+
+    def interrupted(*arguments):
+        if futures:
+            wait_until(futures[0].running)
+            raise KeyboardInterrupt
+        futures.append(submit(*arguments))
+        return futures[0]
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", interrupted)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(KeyboardInterrupt):
+        map_tasks(time.sleep, [600.0, 600.0], 2)
+    wait_until(futures[0].done)
+    wait_until(lambda: set(multiprocessing.active_children()) <= before)
 
 
 def wait_until(condition):

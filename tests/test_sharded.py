@@ -3,10 +3,12 @@
 The file is also the script that its tests run on every rank: ``test_sharded.py <case>``.
 """
 
+import contextlib
 import os
-import socket
 import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from importlib import import_module
 from itertools import pairwise
@@ -376,26 +378,33 @@ def case_resume(pl):
 
 
 def on_ranks(case, n_ranks, package):
-    """Run a case of this file in that many processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+    """Run a case of this file in that many processes; the first that fails ends the others, which would wait for it."""
+    # This process holds the store, on a port that is its own from the start: one that is only found free may be taken.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
     command = [sys.executable, "-W", "ignore", __file__, case, str(n_ranks), package]
-    processes = [
-        subprocess.Popen(
-            command, env=os.environ | common | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
+    with contextlib.ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(n_ranks)]
+        processes = [
+            subprocess.Popen(command, env=os.environ | common | {"LOCAL_RANK": str(rank)}, stderr=error)
+            for rank, error in enumerate(errors)
+        ]
+        end = time.monotonic() + 200
+        try:
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for error in errors:
+            error.seek(0)
+        assert codes == [0] * n_ranks, "\n".join(
+            f"{code}: {e.read()[-3000:]}" for code, e in zip(codes, errors, strict=True)
         )
-        for rank in range(n_ranks)
-    ]
-    errors = []
-    try:
-        for process in processes:
-            errors.append(process.communicate(timeout=200)[1])
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(error[-3000:] for error in errors)
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="gloo between local processes")
@@ -541,3 +550,5 @@ if __name__ == "__main__":
     if sys.argv[1] in ("shards", "meshes"):
         torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=int(sys.argv[2]))
     globals()[f"case_{sys.argv[1]}"](import_module(sys.argv[3]))
+    torch.distributed.barrier()
+    os._exit(0)  # gloo can abort while the interpreter ends

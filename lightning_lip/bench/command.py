@@ -22,10 +22,11 @@ def bench(
     """Measure what the penalty costs in whole training steps, beside what is used in its place.
 
     Trains each model with Lightning's Trainer as it is, with LipschitzPenalty, and with torch's spectral_norm,
-    deel-torchlip's layers, autograd through power iteration and through an SVD, and a gradient penalty, in turn in one
-    run; then the penalty on networks of growing depth and width. Prints a table for each model: the time of a step, the
-    memory added, the error of the norms, and what they guarantee. Leaves steps.csv, growth.csv, bench.json and the
-    plots as PNG under --out. Needs pip install "lightning-lip[bench]".
+    deel-torchlip's layers, autograd through power and block iteration and through an SVD, and a gradient penalty, in
+    turn in one run; then the penalty on networks of growing depth and width. Prints a table for each model: the time of
+    a step, the memory added, the error of the norms, and what they guarantee; then what peers add over what the penalty
+    adds. Leaves steps.csv, growth.csv, bench.json and the plots as PNG under --out. Needs
+    pip install "lightning-lip[bench]".
 
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,15 @@ MAX_STEPS = 100
 MIN_ROUNDS = 3
 N_BEFORE = 1
 """Steps of each block before its clock starts: the first one of a fit pays for its start."""
+
+MAP_SHARE = 1.2
+"""How much of a plain step the penalty on convolutions may take, over that of its block's maps alone.
+
+Those are 2r maps of one input; a plain step makes about 3B: forward, and backward to the inputs and to the weights.
+"""
+
+PARAMETER_SHARE = 0.01
+"""How much of the parameters' memory the penalty may add, beside the r vectors of each layer."""
 
 PLAIN = "plain"
 
@@ -51,13 +61,17 @@ class Row:
         contender: `"plain"` or the peer's name.
         title: What the tables call it.
         operator: The peer's; `"true"` in place of `"reshaped"` where there is no convolution.
+        vectors: The peer's r; None for one without such vectors.
         n_blocks: Blocks of steps that the medians are taken over.
         step_ms: Milliseconds of a whole training step: p20, p50, p80.
         ratio: The same over the plain training's in the same round: p20, p50, p80.
-        added_ms: Median of the difference to the plain training's in the same round.
+        added_ms: The difference to the plain training's in the same round: p20, p50, p80.
         own_ms: Milliseconds a step in the penalty's hook, measured inside the training; None for the others.
+        share: The share of a plain step that `own_ms` is to stay within; None where nothing is asked.
         held_bytes: Bytes of tensors alive between steps, less the plain training's.
         peak_bytes: The largest number of bytes of tensors alive at a time, less the plain training's.
+        allowed_bytes: What `held_bytes` and `peak_bytes` are to stay within: 1% of the parameters' bytes and `vectors`
+            fp32 vectors a layer, of a matrix's shorter side or a convolution's domain; None where nothing is asked.
         error_max: Largest relative error of a layer's norm, against the true operator's in fp64; None without norms.
         error_median: The median over the layers.
         guarantee: What is known of the norms that it works with.
@@ -66,13 +80,16 @@ class Row:
     contender: str
     title: str
     operator: str
+    vectors: int | None
     n_blocks: int
     step_ms: tuple[float, float, float]
     ratio: tuple[float, float, float]
-    added_ms: float
+    added_ms: tuple[float, float, float]
     own_ms: float | None
+    share: float | None
     held_bytes: int
     peak_bytes: int
+    allowed_bytes: int | None
     error_max: float | None
     error_median: float | None
     guarantee: str
@@ -115,8 +132,9 @@ def measure(
 
     Contenders take turns in blocks of a few steps, each block a fit of its own that goes on with the weights and the
     singular vectors of the last: whatever else the machine does falls on all of them. A ratio compares a block with the
-    plain training's in the same round. One that is so slow that a block would take more than twice its share of the
-    time has the single step that its memory was counted in.
+    plain training's in the same round. A peer that is so slow that a block would take more than twice its share of the
+    time has the single step that its memory was counted in; the slowest have one block, where three rounds of all would
+    take too long.
 
     Args:
         name: The model's name in ``--models``.
@@ -164,7 +182,9 @@ def measure(
         key = PLAIN if peer is None else peer.name
         on_step(f"{name}: errors of {key}")
         added = Memory(memory[key].peak - memory[PLAIN].peak, memory[key].held - memory[PLAIN].held)
-        rows.append(_row(peer, times[key], added, _errors(contenders[key], names, shapes, device), has_convolutions))
+        errors = _errors(contenders[key], names, shapes, device)
+        limits = _limits(peer, model, network, names, shapes, has_convolutions)
+        rows.append(_row(peer, times[key], added, errors, limits, has_convolutions))
     return Result(
         model=name,
         model_title=model.title,
@@ -196,25 +216,38 @@ def in_turn(
     """
     times = {name: Times() for name in contenders}
     n_steps = {name: block_steps(name, first[name][0]) for name in contenders}
+    cost = {name: first[name][0] * (N_BEFORE + n_steps[name]) for name in contenders}
     share = 2 * seconds / len(contenders)
-    fast = [name for name in contenders if name == PLAIN or first[name][0] * (N_BEFORE + n_steps[name]) <= share]
-    others = [name for name in fast if name != PLAIN]
+    peers = {name for name, contender in contenders.items() if name != PLAIN and not contender.callbacks}
+    left_out = {name for name in peers if cost[name] > share}
     begin = time.perf_counter()
     n_rounds, spent = 0, 0.0
     # A busy machine may not have the time for every round that a median asks for.
     while n_rounds == 0 or spent < seconds or (n_rounds < MIN_ROUNDS and spent < 2 * seconds):
+        others = [name for name in contenders if name != PLAIN and name not in left_out]
         # Each round begins elsewhere, so that nobody is always next to the plain training.
         turn = n_rounds % max(1, len(others))
         of_plain = 0.0
         for name in (PLAIN, *others[turn:], *others[:turn]):
             contender = contenders[name]
+            start = time.perf_counter()
             step, own = fit(contender.training, contender.callbacks, batch, N_BEFORE, n_steps[name])
+            cost[name] = min(cost[name], time.perf_counter() - start)
             of_plain = step if name == PLAIN else of_plain
             times[name].add(step, own, of_plain)
         n_rounds, spent = n_rounds + 1, time.perf_counter() - begin
-    for name in contenders.keys() - set(fast):
-        times[name].add(*first[name], float(np.median(times[PLAIN].steps)))
+        # The slowest peers make room for the rounds of the others.
+        rounds_left = MIN_ROUNDS - n_rounds
+        while peers - left_out and spent + rounds_left * _sum(cost, left_out) > 2 * seconds:
+            left_out.add(max(peers - left_out, key=lambda name: cost[name]))
+    for name, found in times.items():
+        if not found.steps:
+            found.add(*first[name], float(np.median(times[PLAIN].steps)))
     return times
+
+
+def _sum(cost: dict[str, float], left_out: set[str]) -> float:
+    return sum(seconds for name, seconds in cost.items() if name not in left_out)
 
 
 def block_steps(name: str, seconds: float) -> int:
@@ -257,20 +290,52 @@ def _errors(
     return errors
 
 
-def _row(peer: Peer | None, times: Times, added: Memory, errors: list[float] | None, has_convolutions: bool) -> Row:
+def _limits(
+    peer: Peer | None,
+    model: BenchModel,
+    network: nn.Module,
+    names: Sequence[str],
+    shapes: dict[str, tuple[int, ...]],
+    has_convolutions: bool,
+) -> tuple[float | None, int | None]:
+    """Return the share of a plain step and the bytes that a contender is to stay within."""
+    if peer is None or not peer.has_budget or peer.vectors is None:
+        return None, None
+    share = MAP_SHARE * 2 * peer.vectors / (3 * model.batch_size) if has_convolutions else model.share
+    n_parameters = sum(p.numel() for p in network.parameters())
+    sides = sum(_vector_side(cast(Layer, network.get_submodule(name)), shapes[name]) for name in names)
+    return share, round(4 * (PARAMETER_SHARE * n_parameters + peer.vectors * sides))
+
+
+def _vector_side(layer: Layer, input_shape: Sequence[int]) -> int:
+    """Return the elements of one singular vector of a layer, on the side where the package keeps its block."""
+    return min(layer.weight.shape) if isinstance(layer, nn.Linear) else math.prod(input_shape)
+
+
+def _row(
+    peer: Peer | None,
+    times: Times,
+    added: Memory,
+    errors: list[float] | None,
+    limits: tuple[float | None, int | None],
+    has_convolutions: bool,
+) -> Row:
     steps, paired = 1e3 * np.array(times.steps), 1e3 * np.array(times.paired)
     operator = "none" if peer is None else peer.operator
     return Row(
         contender=PLAIN if peer is None else peer.name,
         title="plain training" if peer is None else peer.title,
         operator="true" if operator == "reshaped" and not has_convolutions else operator,
+        vectors=None if peer is None else peer.vectors,
         n_blocks=len(steps),
         step_ms=_percentiles(steps),
         ratio=_percentiles(steps / paired),
-        added_ms=float(np.median(steps - paired)),
+        added_ms=_percentiles(steps - paired),
         own_ms=1e3 * float(np.median(times.own)) if times.own else None,
+        share=limits[0],
         held_bytes=added.held,
         peak_bytes=added.peak,
+        allowed_bytes=limits[1],
         error_max=None if errors is None else max(errors),
         error_median=None if errors is None else float(np.median(errors)),
         guarantee="-" if peer is None else peer.guarantee,

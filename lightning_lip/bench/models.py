@@ -23,6 +23,8 @@ class BenchModel:
         batch_size: Inputs a step, B.
         n_classes: Classes of the cross-entropy; None trains on the mean squared error.
         pattern: Glob pattern for the names of the linear layers and convolutions that are penalised.
+        share: The share of a plain step that the penalty is to stay within; None where nothing is asked, and for
+            convolutions, whose share follows from their work.
     """
 
     title: str
@@ -31,6 +33,7 @@ class BenchModel:
     batch_size: int
     n_classes: int | None = None
     pattern: str = "*"
+    share: float | None = None
 
     def network(self) -> nn.Module:
         """Return the network, with the same weights at every call."""
@@ -139,7 +142,9 @@ def gpt2_blocks(depth: int = 4) -> nn.Sequential:
 # GPT-2 small has 12 of these blocks: each costs and gets the same, so that four show the same ratios.
 MODELS = {
     "paper": BenchModel("MLP 13-20-20-20-1", lambda: mlp(13, 20, 20, 20, 1), (13,), 50),
-    "mnist": BenchModel("MLP 784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), (784,), 256, n_classes=10),
+    "mnist": BenchModel(
+        "MLP 784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), (784,), 256, n_classes=10, share=0.03
+    ),
     "resnet18": BenchModel("ResNet-18, 32 x 32 images", resnet18, (3, 32, 32), 32, n_classes=10),
     "vit": BenchModel(
         "ViT, width 192, 6 blocks, 64 tokens: its MLPs",

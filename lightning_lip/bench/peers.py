@@ -7,9 +7,10 @@ function of the norms as the package's penalty, softplus_log with the same coeff
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -77,7 +78,9 @@ class Peer:
         guarantee: What is known of the norms that it works with.
         operator: `"true"`; `"reshaped"` for one that takes a convolution's kernel as a matrix (c_out, -1), which is
             not its operator; `"none"` for one without norms.
+        vectors: r, the vectors a layer that its norms come from; None for one without such vectors.
         for_convolutions: Whether it differs from another peer for convolutions only.
+        has_budget: Whether it is held to a share of the step and to an amount of memory.
         needs: A module to install that this package does not depend on.
     """
 
@@ -86,7 +89,9 @@ class Peer:
     prepare: Callable[[Task], Contender]
     guarantee: str
     operator: str = "true"
+    vectors: int | None = None
     for_convolutions: bool = False
+    has_budget: bool = False
     needs: str | None = None
 
     def missing(self) -> str | None:
@@ -154,35 +159,71 @@ def _torchlip_layer(package: Any, layer: Layer) -> nn.Module:
     )
 
 
-def autograd_loop(task: Task) -> Contender:
-    """Add the penalty to the loss: a loop over the layers, one power iteration each, autograd through u^T W v."""
-    network = task.network()
-    shapes = [task.input_shapes[name] for name in task.names]
-    layers = _layers(network, task.names)
-    generator = torch.Generator().manual_seed(0)
-    device = task.example_input.device
-    right = [_normalised(torch.randn(1, *shape, generator=generator).to(device)) for shape in shapes]
-    left = right.copy()
+class Pair(NamedTuple):
+    """Unit vectors u (1, *output_shape) and v (1, *input_shape) with u^T A v near the norm, and the next block.
 
-    @torch.no_grad()
-    def iterate() -> None:
-        for i, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
-            left[i] = _normalised(apply(layer, layer.weight, right[i]))
-            right[i] = _normalised(adjoint(layer, layer.weight, left[i], shape))
+    The block has shape (r, *input_shape).
+    """
 
-    def norms() -> Tensor:
-        pairs = zip(layers, left, right, strict=True)
-        return torch.stack([(u * apply(layer, layer.weight, v)).sum() for layer, u, v in pairs])
+    left: Tensor
+    right: Tensor
+    block: Tensor
 
-    for _ in range(N_START_ITERATIONS):
-        iterate()
 
-    def term(*_: object) -> Tensor:
-        iterate()
-        return _penalty_of(norms())
+def power_iteration(layer: Layer, block: Tensor) -> Pair:
+    """Make one step with a block of one vector."""
+    left = _normalised(apply(layer, layer.weight, block))
+    right = _normalised(adjoint(layer, layer.weight, left, block.shape[1:]))
+    return Pair(left, right, right)
 
-    with_norms = torch.no_grad()(lambda: norms().tolist())
-    return Contender(Training(network, task.classes, term), norms=with_norms)
+
+def block_iteration(layer: Layer, block: Tensor) -> Pair:
+    """Make one step with a block of orthonormal vectors: both maps, the pair by Rayleigh-Ritz, the next block by QR."""
+    images = apply(layer, layer.weight, block)
+    back = adjoint(layer, layer.weight, images, block.shape[1:])
+    gram = images.flatten(1) @ images.flatten(1).mT
+    leading = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    left, right = (_normalised(torch.tensordot(leading, rows, 1)[None]) for rows in (images, back))
+    return Pair(left, right, torch.linalg.qr(back.flatten(1).mT).Q.mT.reshape(-1, *block.shape[1:]))
+
+
+def autograd_loop(block_size: int) -> Callable[[Task], Contender]:
+    """Return the builder of a training with the penalty in its loss, by a loop over the layers.
+
+    Each step iterates every layer's block once, without a graph, and leaves the rest to autograd through u^T W v.
+    """
+    iteration = power_iteration if block_size == 1 else block_iteration
+
+    def prepare(task: Task) -> Contender:
+        network = task.network()
+        layers = _layers(network, task.names)
+        generator = torch.Generator().manual_seed(0)
+        blocks = []
+        for shape in (task.input_shapes[name] for name in task.names):
+            start = torch.randn(math.prod(shape), block_size, generator=generator)
+            blocks.append(torch.linalg.qr(start).Q.mT.reshape(-1, *shape).to(task.example_input.device))
+
+        @torch.no_grad()
+        def iterate() -> list[Pair]:
+            pairs = [iteration(layer, block) for layer, block in zip(layers, blocks, strict=True)]
+            blocks[:] = [pair.block for pair in pairs]
+            return pairs
+
+        @torch.no_grad()
+        def norms() -> list[float]:
+            images = [apply(layer, layer.weight, block) for layer, block in zip(layers, blocks, strict=True)]
+            return [float(torch.linalg.matrix_norm(rows.flatten(1), 2)) for rows in images]
+
+        def term(*_: object) -> Tensor:
+            pairs = zip(layers, iterate(), strict=True)
+            sigma = [(pair.left * apply(layer, layer.weight, pair.right)).sum() for layer, pair in pairs]
+            return _penalty_of(torch.stack(sigma))
+
+        for _ in range(N_START_ITERATIONS):
+            iterate()
+        return Contender(Training(network, task.classes, term), norms=norms)
+
+    return prepare
 
 
 def exact_svd(task: Task) -> Contender:
@@ -239,13 +280,14 @@ EVERY = 4
 BELOW = "estimate from below"
 
 PEERS = (
-    Peer("penalty_r8", "LipschitzPenalty (r = 8, the default)", penalty(8), BELOW),
-    Peer("penalty_r1", "LipschitzPenalty, r = 1", penalty(1), BELOW),
+    Peer("penalty_r8", "LipschitzPenalty (r = 8, the default)", penalty(8), BELOW, vectors=8, has_budget=True),
+    Peer("penalty_r1", "LipschitzPenalty, r = 1", penalty(1), BELOW, vectors=1, has_budget=True),
     Peer(
         "penalty_sparing",
         f"LipschitzPenalty, every_n_steps={EVERY}",
         penalty(8, every_n_steps=EVERY),
         BELOW,
+        vectors=8,
         for_convolutions=True,
     ),
     Peer(
@@ -253,9 +295,23 @@ PEERS = (
         "LipschitzPenalty, example_input (whole network)",
         penalty(8, whole_graph=True),
         "bound of the whole network at estimated norms",
+        vectors=8,
         for_convolutions=True,
     ),
-    Peer("autograd_loop", "autograd through a loop of power iterations (r = 1)", autograd_loop, BELOW),
+    Peer(
+        "autograd_block_loop",
+        "autograd through a loop of block iterations (r = 8)",
+        autograd_loop(8),
+        BELOW,
+        vectors=8,
+    ),
+    Peer(
+        "autograd_loop",
+        "autograd through a loop of power iterations (r = 1)",
+        autograd_loop(1),
+        BELOW,
+        vectors=1,
+    ),
     Peer(
         "gradient_penalty",
         "gradient penalty on the inputs",
@@ -269,6 +325,7 @@ PEERS = (
         torch_spectral_norm,
         "norm of the matrix near 1",
         operator="reshaped",
+        vectors=1,
     ),
     Peer(
         "exact_svd",

@@ -55,27 +55,63 @@ def print_result(console: Console, result: Result) -> None:
 
 
 def findings(result: Result) -> list[str]:
-    """Return sentences on the penalty's share of a step, the floor, and its cost beside each peer's."""
+    """Return sentences on the penalty's share of a step, its memory, and what each peer adds over what it adds."""
     rows = {row.contender: row for row in result.rows}
-    plain, penalty = rows[PLAIN].step_ms[1], rows["penalty_r8"]
-    own = penalty.own_ms or 0.0
-    lines = [
-        f"The penalty (r = 8) takes {own:.3g} ms a step, {own / plain:.1%} of a plain step's {plain:.3g} ms. One read "
-        f"of its weights with a read and a write of their gradients takes {result.floor_ms:.3g} ms."
-    ]
-    lines.append(f"It adds {penalty.added_ms:.3g} ms to a whole step. Beside it, on whole steps:")
-    words: dict[str, list[str]] = {"more": [], "as much, within the spread of the blocks": [], "less": []}
+    plain = rows[PLAIN]
+    lines = []
     for row in result.rows:
-        if row.own_ms is None and row.contender != PLAIN:
-            words[_compared(row, penalty)].append(f"{row.contender} {row.added_ms:.3g} ms")
-    lines += [f"  {', '.join(found)} add{'s' * (len(found) == 1)} {word}." for word, found in words.items() if found]
+        if row.allowed_bytes is not None:
+            lines += [_time(row, plain), _memory(row)]
+    lines.append(
+        f"One read of the penalised weights with a read and a write of their gradients takes {result.floor_ms:.3g} ms."
+    )
+    peers = [row for row in result.rows if row.own_ms is None and row.contender != PLAIN]
+    lines += _ratios(rows["penalty_r8"], peers)
+    if "penalty_r1" in rows:
+        lines += _ratios(rows["penalty_r1"], [row for row in peers if row.vectors == 1])
     return lines
 
 
-def _compared(row: Row, penalty: Row) -> str:
-    if row.ratio[2] < penalty.ratio[0]:
-        return "less"
-    return "more" if row.ratio[0] > penalty.ratio[2] else "as much, within the spread of the blocks"
+def _time(row: Row, plain: Row) -> str:
+    own, of_plain = row.own_ms or 0.0, plain.step_ms[1]
+    line = (
+        f"The penalty (r = {row.vectors}) takes {own:.3g} ms a step, {own / of_plain:.1%} of a plain {of_plain:.3g} ms"
+    )
+    if row.share is None:
+        return line + "."
+    return line + f": its budget of {row.share:.1%} is {'kept' if own <= row.share * of_plain else 'exceeded'}."
+
+
+def _memory(row: Row) -> str:
+    held, peak, allowed = (n_bytes / 1e6 for n_bytes in (row.held_bytes, row.peak_bytes, row.allowed_bytes or 0))
+    return (
+        f"  It adds {held:.4g} MB, at the peak {peak:.4g} MB: 1% of the parameters and r vectors a layer, "
+        f"{allowed:.4g} MB, is {'kept' if max(held, peak) <= allowed else 'exceeded'}."
+    )
+
+
+def _ratios(penalty: Row, peers: Sequence[Row]) -> list[str]:
+    """Return what peers add to a step over what the penalty does, one line for each kind of operator."""
+    if not peers:
+        return []
+    low, middle, high = penalty.added_ms
+    line = f"With r = {penalty.vectors} it adds {middle:.3g} ms ({low:.3g} to {high:.3g}) to a whole step"
+    if low <= 0:
+        return [f"{line}: no more than the steps vary, so that no peer's time can be stated in it."]
+    lines = [f"{line}. In that time, peers add:"]
+    for operator, title in SECTIONS.items():
+        found = [_ratio(row, penalty) for row in peers if row.operator == operator]
+        if found:
+            lines.append(f"  {title or 'without norms'}: {', '.join(found)}.")
+    return lines
+
+
+def _ratio(row: Row, penalty: Row) -> str:
+    vectors = "" if row.vectors is None else f" (r = {row.vectors})"
+    # The widest that the percentiles of both allow.
+    spread = [added / of for added in row.added_ms for of in penalty.added_ms]
+    spread_text = f"({min(spread):.3g} to {max(spread):.3g})" if row.n_blocks > 1 else "(once)"
+    return f"{row.contender}{vectors} {row.added_ms[1] / penalty.added_ms[1]:.3g} x {spread_text}"
 
 
 def print_growth(console: Console, points: Sequence[Point]) -> None:

@@ -16,9 +16,11 @@ import torch
 from lightning_lip.bench.growth import Point
 from lightning_lip.bench.measure import Result, Row
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = ("lightning-lip", "torch", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
 PERCENTILES = (20, 50, 80)
+SPREAD = ("step_ms", "ratio", "added_ms")
+"""What a row has percentiles of."""
 
 
 def document(
@@ -28,7 +30,7 @@ def document(
 
     The document's keys:
 
-    - `schema`: 1.
+    - `schema`: 2.
     - `versions`: of Python and the packages; null for one that is not installed.
     - `machine`: the processor, its cores, torch's threads, the device and the GPU's name.
     - `options`: whether the run was quick.
@@ -69,7 +71,7 @@ def write_csv_files(found: dict[str, Any], folder: Path) -> None:
     about = {**found["machine"], **found["versions"], "quick": found["options"]["quick"]}
     of_model = [f.name for f in fields(Result) if f.name not in ("rows", "missing")]
     rows = [model | _flat(row) for model in found["models"] for row in model["rows"]]
-    of_row = [key for f in fields(Row) for key in (_names(f.name) if f.name in ("step_ms", "ratio") else [f.name])]
+    of_row = [key for f in fields(Row) for key in (_names(f.name) if f.name in SPREAD else [f.name])]
     _write(folder / "steps.csv", [*of_model, *of_row], rows, about)
     _write(folder / "growth.csv", [f.name for f in fields(Point)], found["growth"], about)
 
@@ -90,7 +92,7 @@ def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], a
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     flat = dict(row)
-    for name in ("step_ms", "ratio"):
+    for name in SPREAD:
         flat |= dict(zip(_names(name), flat.pop(name), strict=True))
     return flat
 

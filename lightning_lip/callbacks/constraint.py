@@ -22,6 +22,7 @@ from lightning_lip.callbacks._trainer import (
     own_state,
     refuse_strategy,
 )
+from lightning_lip.checks import check_state
 from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
 from lightning_lip.regularizer import optimizer_steps
 from lightning_lip.spectra import Metric
@@ -275,6 +276,7 @@ class LipschitzConstraint(BaseCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, ("n_steps", "projector"), "LipschitzConstraint")
         # Kept until training starts: the layers are not selected yet.
         self._n_steps = state_dict["n_steps"]
         self._loaded = state_dict["projector"]

@@ -52,12 +52,14 @@ def map_tasks(
         held,
         ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(lifeline,)) as executor,
     ):
-        futures = {executor.submit(function, task): task for task in tasks}
         try:
+            # An interrupt finds most commands here at first: submitting starts the processes.
+            futures = {executor.submit(function, task): task for task in tasks}
             _report(futures, on_done)
         except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
+            # First, since this ends them whatever else is interrupted again; the executor waits for its processes.
             held.close()
+            executor.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
 

@@ -1,0 +1,54 @@
+"""What users hand over, told apart from what it is mistaken for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import nn
+
+SHOWN_KEYS = 5
+"""Keys of a wrong state in the message: a whole model's would fill the screen."""
+
+
+def check_model(model: object, what: str) -> None:
+    """Check that a model is one.
+
+    Args:
+        model: What was given as the model.
+        what: The function or class that it was given to.
+
+    Raises:
+        TypeError: If it is no module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    raise TypeError(
+        f"{what} expected the model to be a torch.nn.Module, got {got}. Give the network itself, a LightningModule, "
+        "say; construct it first, and load a checkpoint into it, where all there is yet is a class, a file or a "
+        "state_dict."
+    )
+
+
+def check_state(state: object, keys: Collection[str], owner: str) -> None:
+    """Check that a state to load is one of that kind.
+
+    Args:
+        state: What was given to ``load_state_dict``.
+        keys: What it must hold; more may be in it.
+        owner: The class that it was given to.
+
+    Raises:
+        TypeError: If it is no mapping.
+        ValueError: If keys are missing.
+    """
+    remedy = f"Give what {owner}.state_dict() returned, or load nothing to start afresh."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{owner} expected a state with the keys {list(keys)}, got a {type(state).__name__}. {remedy}")
+    missing = [key for key in keys if key not in state]
+    if missing:
+        shown = [*list(state)[:SHOWN_KEYS], *(["..."] if len(state) > SHOWN_KEYS else [])]
+        raise ValueError(
+            f"{owner} expected a state with the keys {list(keys)}, got one with {shown}: {missing} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. {remedy}"
+        )

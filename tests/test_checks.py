@@ -1,0 +1,103 @@
+"""A wrong model or state is refused in words, wherever it is given."""
+
+import re
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from torch import nn
+
+from lightning_lip import (
+    LipschitzConstraint,
+    LipschitzProjector,
+    LipschitzRegularizer,
+    certify,
+    project,
+    rebalance,
+)
+from lightning_lip.bound import NetworkBound
+
+EXAMPLE = torch.zeros(1, 4)
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+TAKERS = {
+    "LipschitzRegularizer": lambda model: LipschitzRegularizer(model, 1.0),
+    "LipschitzRegularizer, traced": lambda model: LipschitzRegularizer(model, 1.0, example_input=EXAMPLE),
+    "LipschitzProjector": lambda model: LipschitzProjector(model, 1.0),
+    "project": lambda model: project(model, 1.0),
+    "certify": lambda model: certify(model, EXAMPLE),
+    "rebalance": lambda model: rebalance(model, EXAMPLE),
+    "A bound over the traced graph": lambda model: NetworkBound.trace(model, EXAMPLE),
+}
+
+
+@pytest.mark.parametrize("taker", TAKERS)
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [("x", "a str"), (None, "a NoneType"), (nn.Linear, "the class Linear"), ({"0.weight": EXAMPLE}, "a dict")],
+)
+def test_what_is_no_module_is_refused(taker, model, got):
+    what = "LipschitzProjector" if taker == "project" else taker.partition(",")[0]
+    said = f"{what} expected the model to be a torch.nn.Module, got {got}. Give the network itself"
+    with pytest.raises(TypeError, match=re.escape(said)):
+        TAKERS[taker](model)
+
+
+OWNERS = {
+    "LipschitzRegularizer": (lambda: LipschitzRegularizer(network(), 1.0), ["vectors"]),
+    "LipschitzProjector": (lambda: LipschitzProjector(network(), 1.0), ["n_steps", "blocks", "others", "slack"]),
+    "LipschitzConstraint": (lambda: LipschitzConstraint(1.0), ["n_steps", "projector"]),
+}
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_a_state_without_its_keys_is_refused(owner):
+    make, keys = OWNERS[owner]
+    loaded = make()
+    for state, shown in (
+        ({}, []),
+        (network().state_dict(), [f"{i}.{key}" for i in (0, 2) for key in ("weight", "bias")]),
+    ):
+        said = (
+            f"{owner} expected a state with the keys {keys}, got one with {shown}: {keys} "
+            f"{'is' if len(keys) == 1 else 'are'} missing. Give what {owner}.state_dict() returned, or load nothing"
+        )
+        with pytest.raises(ValueError, match=re.escape(said)):
+            loaded.load_state_dict(state)
+    with pytest.raises(ValueError, match=re.escape(f"{['0', '1', '2', '3', '4', '...']}")):
+        loaded.load_state_dict({str(i): i for i in range(6)})
+    for wrong in (None, [], "state.pt"):
+        said = f"{owner} expected a state with the keys {keys}, got a {type(wrong).__name__}. Give what"
+        with pytest.raises(TypeError, match=re.escape(said)):
+            loaded.load_state_dict(wrong)
+    # Its own, and what a later version may add, are taken.
+    loaded.load_state_dict(make().state_dict() | {"more": 1})
+
+
+def test_a_refused_state_changes_nothing():
+    projector = LipschitzProjector(network(), 1.0)
+    projector.step()
+    before = projector.state_dict()
+    with pytest.raises(ValueError, match="'blocks', 'others', 'slack'] are missing"):
+        projector.load_state_dict({"n_steps": 7})
+    after = projector.state_dict()
+    assert before["n_steps"] == after["n_steps"] == 1
+    assert all(torch.equal(block, after["blocks"][name]) for name, block in before["blocks"].items())
+
+
+@pytest.mark.parametrize("states", [{}, {"LipschitzConstraint": {}}, None])
+def test_checkpoints_without_our_state_go_on(make_module, make_trainer, regression_data, tmp_path, states):
+    saved = make_trainer(lightning, max_epochs=1)
+    saved.fit(make_module(lightning), regression_data)
+    saved.save_checkpoint(tmp_path / "old.ckpt")
+    checkpoint = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    checkpoint["callbacks"] = states
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    constraint = LipschitzConstraint(0.1)
+    resumed = make_trainer(lightning, max_epochs=2, callbacks=[constraint])
+    resumed.fit(make_module(lightning), regression_data, ckpt_path=tmp_path / "old.ckpt")
+    assert constraint.state_dict()["n_steps"] == 12
