@@ -23,7 +23,6 @@ from lightning_lip.kernels import cpu_compiled, cpu_threads
 from lightning_lip.kernels.cpu_compiled import (
     _BAND,
     _BAND_SIZE,
-    _CHUNKS,
     _COEFFICIENTS_GIVEN,
     _GRAD_ALONG,
     _GRAD_LD,
@@ -33,6 +32,7 @@ from lightning_lip.kernels.cpu_compiled import (
     _NO_UPDATE,
     _POOL,
     _R,
+    _SHORT,
     _SMALL,
     _SMALL_SIZE,
     _THREADS,
@@ -42,6 +42,7 @@ from lightning_lip.kernels.cpu_compiled import (
     _band_width,
     _run,
 )
+from lightning_lip.kernels.cpu_plan import plan
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
 
 _logger = logging.getLogger("lightning_lip")
@@ -49,8 +50,11 @@ _logger = logging.getLogger("lightning_lip")
 _BF16 = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGNMENT = 16  # fp32 elements: a cache line
 
-CHUNK = 1 << 16
-"""Elements of a weight for each part of its work."""
+GROUP = 1 << 19
+"""Elements of weights whose products are formed before the next ones are read: 2 MB lie in a shared cache."""
+
+PART = 1 << 15
+"""Elements of a weight for each task of a thread, about."""
 
 PARALLEL = 1 << 17
 """Elements of all weights from which on several threads serve: to wake them takes microseconds."""
@@ -121,43 +125,41 @@ class CpuIteration:
         # The kernels know these types only, whatever default dtype or device is set.
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         fp64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-        sizes: list[int] = []
-        for (m, n), block in zip(shapes, vectors, strict=True):
-            lanes, p, q = _lanes(len(block)), min(m, n), max(m, n)
-            sizes += [lanes * p, _chunks(m * n) * lanes * p, lanes * q, q, p]
-        starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes])
+        self._is_parallel = sum(m * n for m, n in shapes) >= PARALLEL
+        sides = [(min(shape), max(shape), _lanes(len(block))) for shape, block in zip(shapes, vectors, strict=True)]
+        self._plan = plan(sides, GROUP if self._is_parallel else 0, PART)
+        sizes = [size for p, q, lanes in sides for size in (lanes * p, q, p)]
         # NaN, so that an element that was never written shows.
-        arena = torch.full((int(starts[-1]),), math.nan, **fp32)
-        views = [arena[start : start + size] for start, size in zip(starts[:-1].tolist(), sizes, strict=True)]
-        self._buffers = views
+        *views, self._scratch = _cut(torch.full((_length([*sizes, self._plan.scratch]),), math.nan, **fp32), sizes)
         self._blocks = []
-        for index, block in enumerate(vectors):
-            columns = views[5 * index].view(block.shape[1], _lanes(len(block))).zero_()
-            self._blocks.append(columns.T[: len(block)].copy_(block))
+        for view, (p, _, lanes), block in zip(views[::3], sides, vectors, strict=True):
+            self._blocks.append(view.view(p, lanes).zero_().T[: len(block)].copy_(block))
+        longs, shorts = views[1::3], views[2::3]
         wide = [m < n for m, n in shapes]
-        self._left = [views[5 * i + (4 if w else 3)] for i, w in enumerate(wide)]
-        self._right = [views[5 * i + (3 if w else 4)] for i, w in enumerate(wide)]
+        self._left = [short if w else long for long, short, w in zip(longs, shorts, wide, strict=True)]
+        self._right = [long if w else short for long, short, w in zip(longs, shorts, wide, strict=True)]
         self._sigma = torch.full((n_layers,), math.nan, **fp64)
         self._coefficients = torch.zeros(n_layers, **fp32)
         self._scales = torch.ones(n_layers, **fp64)
         self._value = torch.zeros((), **fp32)
         # Gradients move at every step, after `zero_grad`; a numpy array is filled several times slower.
         self._addresses = np.zeros(2 * n_layers, np.int64)
-        self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses, 0)
-        self._tasks = np.array([(i, c) for i, (m, n) in enumerate(shapes) for c in range(_chunks(m * n))], np.int64)
-        for index, ((m, n), block) in enumerate(zip(shapes, vectors, strict=True)):
-            addresses = [view.data_ptr() for view in views[5 * index : 5 * index + 5]]
-            sizes = [len(block), _lanes(len(block)), min(m, n), max(m, n)]
-            self._table[index, _R : _CHUNKS + 1] = [*sizes, *addresses, _chunks(m * n)]
+        self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses.data, 0)
+        self._tasks = np.array(self._plan.tasks, np.int64)
+        self._phases = np.array(self._plan.phases, np.int64)
+        scratch = self._scratch.data_ptr()
+        for index, ((p, q, lanes), block) in enumerate(zip(sides, vectors, strict=True)):
+            v, long, short = (view.data_ptr() for view in views[3 * index : 3 * index + 3])
+            z, t = (scratch + 4 * offset for offset in self._plan.offsets[index])
+            self._table[index, _R : _SHORT + 1] = [len(block), lanes, p, q, v, z, t, long, short]
 
         arrays = [self._table.ctypes.data, self._addresses.ctypes.data]
         buffers = (self._sigma, self._coefficients, self._scales, self._value)
         self._header = np.zeros(_N_HEADER, np.int64)
         given = [n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)]
-        given += [self._tasks.ctypes.data, len(self._tasks)]
+        given += [self._tasks.ctypes.data, self._phases.ctypes.data, len(self._phases) - 1]
         self._header[: len(given)] = given
         self._header_address: int = self._header.ctypes.data
-        self._is_parallel = sum(m * n for m, n in shapes) >= PARALLEL
         self._has_bf16 = False
         self._threads_for: tuple[int, int] | None = None
         self._take_threads(1)
@@ -384,9 +386,18 @@ def _lanes(r: int) -> int:
     return 1 if r == 1 else 8 if r <= 8 else 16
 
 
-def _chunks(n_elements: int) -> int:
-    """Return the parts that a layer's work is split into: by its size alone, so that results depend on nothing else."""
-    return max(1, min(16, n_elements // CHUNK))
+def _length(sizes: Sequence[int]) -> int:
+    """Return the length of a buffer that holds parts of these sizes, each at the start of a cache line."""
+    return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
+def _cut(buffer: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Return a buffer's parts of these sizes, each at the start of a cache line, and the rest."""
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(buffer[start : start + size])
+        start += _length([size])
+    return [*parts, buffer[start:]]
 
 
 _loaded: set[str] = set()

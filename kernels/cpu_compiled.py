@@ -10,10 +10,10 @@ p or q and one column for each vector of the block ("lanes": 8, or 16 where r > 
 products, so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no
 vector types: the few loops over registers are written in LLVM's own terms, by the functions named ``_build_*``.
 
-Work is split into chunks of rows of ``A`` (of columns, where these are contiguous) by shape alone, each with a partial
-``Z`` of its own: what one thread computes after the other equals bit for bit what several compute at a time. Those are
-the threads of torch's own OpenMP runtime, which are awake already; Numba's threading layers would be threads beside
-them, and break forked workers.
+One thread forms ``T`` and ``Z`` of a few rows of ``A`` at a time. Several form ``T`` of as many rows as lie in a cache,
+each thread some of them, and then ``Z``, each thread some of its rows: no sum is split over threads, and results are
+the same bit for bit, however many there are. They are the threads of torch's own OpenMP runtime, which are awake
+already; Numba's threading layers would be threads beside them, and break forked workers.
 
 Deltas from the specification, :mod:`lightning_lip.kernels.reference`:
 
@@ -60,16 +60,14 @@ PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CO
     _P,
     _Q,
     _VECTORS,  # V (p, lanes) fp32
-    _PRODUCTS,  # Z (chunks, p, lanes) fp32; their sum is in the first
-    _IMAGES,  # T (q, lanes) fp32
+    _PRODUCTS,  # Z (p, lanes) fp32, scratch that layers share
+    _IMAGES,  # T (q, lanes) fp32, likewise
     _LONG,  # the singular vector of q elements, fp32
     _SHORT,  # the singular vector of p elements, fp32
-    _CHUNKS,
     _MULTIPLICITY,
     _AGAIN,  # 1: T is to be formed (again)
-    _CHUNKS_LEFT,  # whose T and Z are not formed yet
     _N_FIELDS,
-) = range(20)
+) = range(18)
 
 # The header. The addresses are those of the table, of L weights and then L gradients (0: leave it alone), of what else
 # has one entry a layer, of the tasks, of the scratch of each thread, and of the two functions that threads start with.
@@ -81,22 +79,24 @@ PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CO
     _COEFFICIENTS,
     _SCALES,
     _VALUE,
-    _TASKS,  # (n, 2): the layer and its chunk
-    _N_TASKS,
+    _TASKS,  # (n, 6): what, the layer, and where: rows of T from, to, rows of Z from, to
+    _PHASES,  # (n + 1,): each phase's first task; the next one begins when all are done
+    _N_PHASES,  # the last one is the update
     _SMALL,  # (threads, small) fp64
     _BAND,  # (threads, band) fp32
     _BAND_SIZE,
     _POOL,  # GOMP_parallel, 0 where there is none
     _THREAD,  # what each thread runs
     _THREADS,  # how many threads, 1 for none but the caller
-    _PHASE,
     _ADVANCE,
     _NEXT_TASK,
+    _LAST_TASK,
     _NEXT_THREAD,
     _N_HEADER,
-) = range(20)
+) = range(21)
 
-_ITERATE, _UPDATE = range(2)
+FORM_IMAGES, FORM_PRODUCTS, FINISH, UPDATE = range(4)
+"""What a task does."""
 
 _SMALL_SIZE = 3 * MAX_BLOCK_SIZE**2 + 4 * MAX_BLOCK_SIZE
 _BAND_ELEMENTS = 1 << 16
@@ -520,43 +520,59 @@ def _band_width(p: int) -> int:
 
 
 @_compiled
-def _multiply(row: _I64, chunk: int, weight: int, scale: np.float32, band: int, with_products: bool) -> None:
-    """Form ``T = scale A V`` and ``Z = A^T T`` of one chunk of the rows of ``A``, reading them once."""
-    p, q, lanes, chunks = row[_P], row[_Q], row[_LANES], row[_CHUNKS]
-    ld, bf16, along = row[_WEIGHT_LD], row[_WEIGHT_BF16], row[_WEIGHT_ALONG]
+def _form_images(row: _I64, weight: int, scale: np.float32, band: int, begin: int, end: int) -> None:
+    """Form ``T = scale A V`` of some rows of ``A``."""
+    p, lanes, ld, bf16 = row[_P], row[_LANES], row[_WEIGHT_LD], row[_WEIGHT_BF16]
     size = 2 if bf16 else 4
-    begin, end = _part(q, chunk, chunks), _part(q, chunk + 1, chunks)
-    vectors, products = row[_VECTORS], row[_PRODUCTS] + 4 * lanes * p * chunk
-    _f32(row[_IMAGES] + 4 * lanes * begin, lanes * (end - begin))[:] = 0
-    if with_products:
-        _f32(products, lanes * p)[:] = 0
+    images = _f32(row[_IMAGES] + 4 * lanes * begin, lanes * (end - begin))
+    for j in range(images.size):
+        images[j] = 0
+    along = row[_WEIGHT_ALONG]
     step = _band_width(p) if along else 8
     for i in range(begin, end, step):
         n = min(step, end - i)
-        images = row[_IMAGES] + 4 * lanes * i
-        # A band of columns of A^T, or some rows of A: in memory (rows, width), a_ld apart.
+        # In memory (rows, width), `a_ld` apart: a band of columns of A^T, or some rows of A.
         a, a_ld, rows, width = weight + size * (i if along else ld * i), ld, p if along else n, n if along else p
         if bf16:
-            for k in range(rows):
-                _widen(band + 4 * width * k, a + size * ld * k, width)
-            a, a_ld = band, width
+            a, a_ld = _widened(band, a, a_ld, rows, width), width
         if along:
-            _add_backward(a, a_ld, rows, width, vectors, images, lanes)
+            _add_backward(a, a_ld, rows, width, row[_VECTORS], row[_IMAGES] + 4 * lanes * i, lanes)
         else:
-            _add_forward(a, a_ld, rows, width, vectors, images, lanes)
-        image = _f32(images, lanes * n)
-        for j in range(lanes * n):
-            image[j] *= scale
-        if with_products and along:
-            _add_forward(a, a_ld, rows, width, images, products, lanes)
-        elif with_products:
-            _add_backward(a, a_ld, rows, width, images, products, lanes)
+            _add_forward(a, a_ld, rows, width, row[_VECTORS], row[_IMAGES] + 4 * lanes * i, lanes)
+    for j in range(images.size):
+        images[j] *= scale
 
 
 @_compiled
-def _part(size: int, index: int, parts: int) -> int:
-    """Return where part `index` of `size` begins: at whole cache lines, so that threads share none."""
-    return min(size, (size * index // parts + 15) // 16 * 16) if index < parts else size
+def _form_products(row: _I64, weight: int, band: int, begin: int, end: int, first: int, last: int) -> None:
+    """Add what some rows of ``A``, `begin` to `end`, give to ``Z = A^T T`` in its rows `first` to `last`."""
+    p, lanes, ld, bf16 = row[_P], row[_LANES], row[_WEIGHT_LD], row[_WEIGHT_BF16]
+    size = 2 if bf16 else 4
+    products = row[_PRODUCTS] + 4 * lanes * first
+    if begin == 0:
+        cleared = _f32(products, lanes * (last - first))
+        for j in range(cleared.size):
+            cleared[j] = 0
+    along = row[_WEIGHT_ALONG]
+    step = _band_width(p) if along else 8
+    for i in range(begin, end, step):
+        n, m = min(step, end - i), last - first
+        a, a_ld, rows, width = ld * first + i if along else ld * i + first, ld, m if along else n, n if along else m
+        a = weight + size * a
+        if bf16:
+            a, a_ld = _widened(band, a, a_ld, rows, width), width
+        if along:
+            _add_forward(a, a_ld, rows, width, row[_IMAGES] + 4 * lanes * i, products, lanes)
+        else:
+            _add_backward(a, a_ld, rows, width, row[_IMAGES] + 4 * lanes * i, products, lanes)
+
+
+@_compiled
+def _widened(band: int, a: int, ld: int, rows: int, width: int) -> int:
+    """Copy bf16 numbers (rows, width) to fp32, and return where."""
+    for k in range(rows):
+        _widen(band + 4 * width * k, a + 2 * ld * k, width)
+    return band
 
 
 @_compiled
@@ -651,7 +667,8 @@ def _ritz(r: int, lanes: int, gram: int, rotation: int, factors: int) -> float:
             all_of[(lanes + 1) * best], all_of[(lanes + 1) * k] = all_of[(lanes + 1) * k], all_of[(lanes + 1) * best]
             for c in range(0, 8 * lanes, 64):
                 _rotate(rotation + 8 * lanes * k + c, rotation + 8 * lanes * best + c, factors)
-    return all_of[0]
+    largest: float = all_of[0]
+    return largest
 
 
 @_compiled
@@ -749,11 +766,6 @@ def _finish(header: _I64, layer: int, scratch: int) -> bool:
             long[:] = np.float32(sigma[layer])
             _first_column(short, vectors, lanes)
             return False
-    for chunk in range(1, row[_CHUNKS] if advance else 1):
-        total, part = _f32(products, lanes * p), _f32(products + 4 * lanes * p * chunk, lanes * p)
-        for j in range(lanes * p):
-            total[j] += part[j]
-
     leading = _f32(mixed + 4 * lanes * lanes, lanes)
     if lanes == 1:
         _scale_to(long, _f32(images, q), 1.0 / image_norm)
@@ -813,8 +825,8 @@ def _leading_column(out: _F32, x: int, lanes: int, weights: _F32) -> None:
 
 
 @_compiled
-def _update(header: _I64, layer: int, chunk: int, band: int) -> None:
-    """Add one chunk of ``c u v^T`` to a gradient that has an address, in fp32, rounded once."""
+def _update(header: _I64, layer: int, band: int, begin: int, end: int) -> None:
+    """Add ``c u v^T`` to a gradient that has an address, in fp32, rounded once: rows `begin` to `end` of q."""
     n_layers = header[_LAYERS]
     coefficient = _f32(header[_COEFFICIENTS], n_layers)[layer]
     row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
@@ -823,8 +835,10 @@ def _update(header: _I64, layer: int, chunk: int, band: int) -> None:
         return
     outer, inner = _f32(row[_LONG], row[_Q]), _f32(row[_SHORT], row[_P])
     if row[_GRAD_ALONG] == 1:
+        # Its rows are p: as large a part of them.
         outer, inner = inner, outer
-    for i in range(_part(outer.size, chunk, row[_CHUNKS]), _part(outer.size, chunk + 1, row[_CHUNKS])):
+        begin, end = begin * row[_P] // row[_Q], end * row[_P] // row[_Q]
+    for i in range(begin, end):
         factor = np.float32(coefficient * outer[i])
         if not bf16:
             _axpy(_f32(grad + 4 * ld * i, inner.size), factor, inner)
@@ -842,19 +856,22 @@ def _update(header: _I64, layer: int, chunk: int, band: int) -> None:
 
 @_compiled
 def _work(header: _I64, task: int, small: int, band: int) -> None:
-    """Do one task of the present phase."""
-    layer, chunk = _i64(header[_TASKS] + 16 * task, 2)
-    table_row = header[_TABLE] + 8 * _N_FIELDS * layer
-    row = _i64(table_row, _N_FIELDS)
-    if header[_PHASE] == _UPDATE:
-        _update(header, layer, chunk, band)
-    elif row[_AGAIN]:
-        weight = _i64(header[_ADDRESSES], header[_LAYERS])[layer]
+    """Do one task."""
+    what, layer, begin, end, first, last = _i64(header[_TASKS] + 48 * task, 6)
+    if what == UPDATE:
+        _update(header, layer, band, begin, end)
+        return
+    row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
+    if not row[_AGAIN]:
+        return
+    weight = _i64(header[_ADDRESSES], header[_LAYERS])[layer]
+    if what == FORM_IMAGES:
         scale = np.float32(_f64(header[_SCALES], header[_LAYERS])[layer])
-        _multiply(row, chunk, weight, scale, band, header[_ADVANCE] != 0)
-        # Who has done the last chunk goes on with the layer.
-        if _fetch_add(table_row + 8 * _CHUNKS_LEFT, -1) == 1:
-            row[_AGAIN] = _finish(header, layer, small)
+        _form_images(row, weight, scale, band, begin, end)
+    elif what == FINISH:
+        row[_AGAIN] = _finish(header, layer, small)
+    elif header[_ADVANCE]:
+        _form_products(row, weight, band, begin, end, first, last)
 
 
 @_compiled
@@ -864,7 +881,7 @@ def _run_thread(header: _I64) -> None:
     small, band = header[_SMALL] + 8 * _SMALL_SIZE * number, header[_BAND] + 4 * header[_BAND_SIZE] * number
     while True:
         task = _fetch_add(header.ctypes.data + 8 * _NEXT_TASK, 1)
-        if task >= header[_N_TASKS]:
+        if task >= header[_LAST_TASK]:
             return
         _work(header, task, small, band)
 
@@ -877,30 +894,46 @@ def thread(header_address: int) -> None:
 
 @_compiled
 def _run_phase(header: _I64, phase: int) -> None:
-    """Do all tasks of a phase, in several threads if there are."""
-    header[_PHASE], header[_NEXT_TASK], header[_NEXT_THREAD] = phase, 0, 0
-    if header[_THREADS] > 1:
-        _start_threads(header[_POOL], header[_THREAD], header.ctypes.data, header[_THREADS])
-    else:
-        _run_thread(header)
+    """Do all tasks of a phase in several threads."""
+    limits = _i64(header[_PHASES] + 8 * phase, 2)
+    header[_NEXT_TASK], header[_LAST_TASK], header[_NEXT_THREAD] = limits[0], limits[1], 0
+    _start_threads(header[_POOL], header[_THREAD], header.ctypes.data, header[_THREADS])
 
 
 @_compiled
-def _iterate(header: _I64, n_iterations: int) -> None:
-    """Iterate all layers."""
-    header[_ADVANCE] = n_iterations > 0
-    for _ in range(max(n_iterations, 1)):
-        n_left = header[_LAYERS]
-        for layer in range(n_left):
-            _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0] = 1
-        while n_left:
-            for layer in range(header[_LAYERS]):
-                row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
-                row[_CHUNKS_LEFT] = row[_CHUNKS]
-            _run_phase(header, _ITERATE)
-            n_left = 0
-            for layer in range(header[_LAYERS]):
-                n_left += _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0]
+def _iterate_layer(header: _I64, layer: int) -> None:
+    """Iterate one layer in this thread: some rows serve T and Z while they lie in the cache."""
+    row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
+    weight = _i64(header[_ADDRESSES], header[_LAYERS])[layer]
+    p, q, band = row[_P], row[_Q], header[_BAND]
+    step = _band_width(p) if row[_WEIGHT_ALONG] else 8
+    again = True
+    while again:
+        scale = np.float32(_f64(header[_SCALES], header[_LAYERS])[layer])
+        for i in range(0, q, step):
+            end = min(i + step, q)
+            _form_images(row, weight, scale, band, i, end)
+            if header[_ADVANCE]:
+                _form_products(row, weight, band, i, end, 0, p)
+        again = _finish(header, layer, header[_SMALL])
+
+
+@_compiled
+def _iterate(header: _I64) -> None:
+    """Iterate all layers once."""
+    if header[_THREADS] == 1:
+        for layer in range(header[_LAYERS]):
+            _iterate_layer(header, layer)
+        return
+    for layer in range(header[_LAYERS]):
+        _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0] = 1
+    n_left = 1
+    while n_left:
+        for phase in range(header[_N_PHASES] - 1):
+            _run_phase(header, phase)
+        n_left = 0
+        for layer in range(header[_LAYERS]):
+            n_left += _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _AGAIN), 1)[0]
 
 
 @_compiled
@@ -946,9 +979,17 @@ def _weigh(header: _I64, code: int, target_log: float, factor: float) -> None:
 def _run(header_address: int, n_iterations: int, code: int, target_log: float, factor: float) -> None:
     """Iterate (`n_iterations` >= 0), weigh (`code` >= 0) and update the gradients (`code` >= -1)."""
     header = _i64(header_address, _N_HEADER)
+    header[_ADVANCE] = n_iterations > 0
     if n_iterations >= 0:
-        _iterate(header, n_iterations)
+        for _ in range(max(n_iterations, 1)):
+            _iterate(header)
     if code >= 0:
         _weigh(header, code, target_log, factor)
-    if code >= _COEFFICIENTS_GIVEN:
-        _run_phase(header, _UPDATE)
+    if code < _COEFFICIENTS_GIVEN:
+        return
+    if header[_THREADS] > 1:
+        _run_phase(header, header[_N_PHASES] - 1)
+        return
+    for layer in range(header[_LAYERS]):
+        row = _i64(header[_TABLE] + 8 * _N_FIELDS * layer, _N_FIELDS)
+        _update(header, layer, header[_BAND], 0, row[_Q])

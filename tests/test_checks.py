@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_lip import (
     LipschitzConstraint,
+    LipschitzPenalty,
     LipschitzProjector,
     LipschitzRegularizer,
     certify,
@@ -51,6 +52,7 @@ OWNERS = {
     "LipschitzRegularizer": (lambda: LipschitzRegularizer(network(), 1.0), ["vectors"]),
     "LipschitzProjector": (lambda: LipschitzProjector(network(), 1.0), ["n_steps", "blocks", "others", "slack"]),
     "LipschitzConstraint": (lambda: LipschitzConstraint(1.0), ["n_steps", "projector"]),
+    "LipschitzPenalty": (lambda: LipschitzPenalty(), ["n_steps", "regularizer"]),
 }
 
 

@@ -30,7 +30,7 @@ BF16_GRADIENT = 2**-8  #      one rounding to 8 bits
 VALUE = 1e-6  #               relative, of the penalty in fp32
 
 # 63, 65, 129: around the groups of eight rows and sixteen columns; 1 x n, n x 1: both dimensions are contiguous; 1300 x
-# 1200 and 300 x 3000: several chunks; 3000: wider than a band of columns.
+# 1200 and 300 x 3000: several rounds; 3000: wider than a band of columns.
 SHAPES = [(1, 1), (1, 7), (7, 1), (13, 20), (20, 13), (64, 64), (63, 65), (129, 31), (1300, 1200), (300, 3000), (4, 5)]
 BLOCK_SIZES = [1, 2, 3, 8, 16]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -261,7 +261,7 @@ def test_every_buffer_is_written():
         iteration._small.fill_(math.nan)
         step = iteration.power_step(weights)
         assert step.sigma.isfinite().all()
-        for part in iteration._buffers:
+        for part in (*step.left, *step.right, *step.vectors):
             assert part.isfinite().all()
 
 
@@ -535,7 +535,8 @@ class TestThreads:
     @pytest.fixture(autouse=True)
     def _everything_is_parallel(self, monkeypatch):
         monkeypatch.setattr(cpu, "PARALLEL", 1)
-        monkeypatch.setattr(cpu, "CHUNK", 64)
+        monkeypatch.setattr(cpu, "PART", 64)
+        monkeypatch.setattr(cpu, "GROUP", 500)
         before = torch.get_num_threads()
         yield
         torch.set_num_threads(before)
@@ -620,10 +621,6 @@ class TestThreads:
 @pytest.mark.skipif(sys.platform != "linux", reason="known of torch's builds for Linux only")
 def test_torch_has_a_pool():
     assert cpu_threads.pool_address() != 0
-
-
-def test_chunks_depend_on_the_shape_alone():
-    assert [cpu._chunks(n) for n in (1, cpu.CHUNK, 2 * cpu.CHUNK, 1 << 40)] == [1, 1, 2, 16]
 
 
 @pytest.mark.parametrize(

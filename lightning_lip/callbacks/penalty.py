@@ -24,6 +24,7 @@ from lightning_lip.callbacks._trainer import (
     own_state,
     refuse_strategy,
 )
+from lightning_lip.checks import check_state
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
@@ -317,6 +318,7 @@ class LipschitzPenalty(BaseCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, ("n_steps", "regularizer"), "LipschitzPenalty")
         self._n_steps = state_dict["n_steps"]
         self._loaded = state_dict["regularizer"]
 
