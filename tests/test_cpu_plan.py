@@ -1,5 +1,7 @@
 """How work is shared between threads: every element once, in the order that the kernels count on."""
 
+from itertools import pairwise
+
 import pytest
 
 from lightning_lip.kernels.cpu_compiled import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE, _band_width
@@ -64,7 +66,7 @@ def test_layers_share_scratch_unless_they_are_worked_on_together(group):
         places = [place for ranges in alive.values() for place in ranges]
         assert all(place.stop <= found.scratch for place in places)
         ordered = sorted(places, key=lambda place: place.start)
-        assert all(a.stop <= b.start for a, b in zip(ordered, ordered[1:], strict=False))
+        assert all(a.stop <= b.start for a, b in pairwise(ordered))
     largest = max(lanes * (p + q) for p, q, lanes in SIDES)
     if group == 0:
         assert largest <= found.scratch <= largest + 32
