@@ -78,10 +78,8 @@ def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
         and the largest magnitude in ``T``, shape (..., 1, 1), one where ``T`` is zero. Where ``T`` is not finite
         the rotation is the identity.
     """
-    scale = images.abs().amax(dim=(-2, -1), keepdim=True)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    scaled = images / scale
-    return ritz_rotation(scaled @ scaled.mT), scale
+    scaled, scale = _scaled(images)
+    return ritz_rotation(scaled @ scaled.mT), torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def ritz_rotation(gram: Tensor) -> Tensor:
@@ -90,8 +88,9 @@ def ritz_rotation(gram: Tensor) -> Tensor:
     Where a matrix is not finite the rotation is the identity.
     """
     # eigh raises on NaN, and a training run whose weights went bad must see NaN in the log, not a LAPACK error.
-    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-    gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    if not (_is_seen(gram) and math.isfinite(gram.sum())):
+        finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+        gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors.mT.flip(-2)
 
@@ -99,19 +98,82 @@ def ritz_rotation(gram: Tensor) -> Tensor:
 def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:
     """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; `fallback` where that is impossible.
 
-    Householder QR keeps the basis orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not
-    finite carry no direction: there the block stays as it was.
+    It is orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not finite carry no direction:
+    there the block stays as it was. A vector of the basis may have either sign.
     """
-    scale = rows.abs().amax(dim=(-2, -1), keepdim=True)
+    return _orthonormalise_scaled(*_scaled(rows), fallback)
+
+
+def _orthonormalise_scaled(rows: Tensor, scale: Tensor, fallback: Tensor) -> Tensor:
+    """Do what :func:`orthonormalise` does, for rows that :func:`_scaled` divided by `scale`."""
+    if _is_seen(rows) and rows.shape[-1] >= _LONG_ROWS:
+        basis = cholesky_qr(rows)
+        if basis is not None:
+            return basis
+    # Householder's reflections: orthonormal for rows that are dependent, or zero, too.
     usable = (scale > 0) & scale.isfinite()
-    rows = torch.where(usable, rows / torch.where(usable, scale, torch.ones_like(scale)), fallback)
-    return torch.where(usable, torch.linalg.qr(rows.mT).Q.mT, fallback)
+    return torch.where(usable, torch.linalg.qr(torch.where(usable, rows, fallback).mT).Q.mT, fallback)
+
+
+_LONG_ROWS = 1024
+"""Elements of a row from which on :func:`cholesky_qr` is tried first."""
+
+_LEAST_PIVOT = 0.1
+"""How far each unit row must lie from the span of those before it for :func:`cholesky_qr` to serve."""
+
+_GOOD_PIVOT = 0.7
+"""Rows that lie so far apart are orthonormal after one pass of it."""
+
+_PART = 8192
+"""Elements of a row that are summed in fp32, at most: all 65536 of a map of features at once would lose a digit."""
+
+
+def cholesky_qr(rows: Tensor) -> Tensor | None:
+    """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; None where rounding forbids it.
+
+    The rows times the inverse Cholesky factor of their Gram matrix: two products with long rows, where Householder
+    reflects them 2 r times. Rounding leaves an error that grows with the square of the rows' condition number; a second
+    pass removes it (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"). Dependent rows are
+    not for this. Those of an iteration that follows its operator are nearly orthogonal, and one pass is enough.
+    """
+    part = math.gcd(rows.shape[-1], _PART)
+    part = part if part >= _LONG_ROWS else rows.shape[-1]
+    for _ in range(2):
+        parts = rows.unflatten(-1, (-1, part)).transpose(-3, -2)
+        gram = (parts @ parts.mT).sum(-3, dtype=torch.float64)
+        factor = torch.linalg.cholesky_ex(gram).L
+        # A row's distance from those before it, over its length; where the factorisation failed it may be anything.
+        pivots = factor.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        least = float(pivots.min())
+        if not least > _LEAST_PIVOT:  # NaN, of a zero row, is not either
+            return None
+        identity = torch.eye(rows.shape[-2], dtype=factor.dtype, device=factor.device)
+        rows = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype) @ rows
+        if least > _GOOD_PIVOT:
+            break
+    return rows
+
+
+def _is_seen(tensor: Tensor) -> bool:
+    """Whether a look at a tensor's values costs nothing: on a device it would wait for all that is queued."""
+    return tensor.device.type == "cpu"
+
+
+def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return blocks (..., r, m) divided by their largest magnitudes, and these, shape (..., 1, 1)."""
+    scale = rows.abs().amax(dim=(-2, -1), keepdim=True)
+    return rows / _positive(scale), scale
+
+
+def _positive(divisor: Tensor) -> Tensor:
+    """Return what is at least 0 as a divisor that leaves a zero numerator zero."""
+    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
     """Return the vectors in the last dimension divided by their norms, and the norms; a zero stays zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return vector / torch.where(norm > 0, norm, torch.ones_like(norm)), norm
+    return vector / _positive(norm), norm
 
 
 def iterate(
@@ -130,9 +192,9 @@ def iterate(
     """
 
     def rotated_images(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = apply(block)
-        rotation, scale = rayleigh_ritz(images)
-        return rotation @ (images / scale), rotation, scale
+        images, scale = _scaled(apply(block))
+        rotation = ritz_rotation(images @ images.mT)
+        return rotation @ images, rotation, scale
 
     images, rotation, scale = rotated_images(vectors)
     if n_iterations == 0:
@@ -140,16 +202,14 @@ def iterate(
         return (norm * scale[..., 0])[..., 0], left, (rotation[..., :1, :] @ vectors)[..., 0, :], vectors
     for _ in range(n_iterations - 1):
         vectors = orthonormalise(adjoint(images), fallback=vectors)
-        images, rotation, scale = rotated_images(vectors)
-    rows = adjoint(images)
-    # `images` is scaled, `rows` has the magnitude of the weight: scale it before squaring.
-    magnitude = rows[..., 0, :].abs().amax(dim=-1, keepdim=True)
-    magnitude_or_one = torch.where(magnitude > 0, magnitude, torch.ones_like(magnitude))
+        images, _, _ = rotated_images(vectors)
+    # `images` are scaled, these have the magnitude of the weight: they are scaled before their squares are taken.
+    rows, scale = _scaled(adjoint(images))
     left, norm = _unit(images[..., 0, :])
-    right, row_norm = _unit(rows[..., 0, :] / magnitude_or_one)
-    sigma = row_norm / torch.where(norm > 0, norm, torch.ones_like(norm)) * magnitude
-    right = torch.where(magnitude > 0, right, vectors[..., 0, :])
-    return sigma[..., 0], left, right, orthonormalise(rows, fallback=vectors)
+    right, row_norm = _unit(rows[..., 0, :])
+    sigma = row_norm / _positive(norm) * scale[..., 0]
+    right = torch.where(scale[..., 0] > 0, right, vectors[..., 0, :])
+    return sigma[..., 0], left, right, _orthonormalise_scaled(rows, scale, fallback=vectors)
 
 
 def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
