@@ -78,7 +78,8 @@ def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
         and the largest magnitude in ``T``, shape (..., 1, 1), one where ``T`` is zero. Where ``T`` is not finite
         the rotation is the identity.
     """
-    scaled, scale = _scaled(images)
+    scale = _magnitude(images)
+    scaled = images / _positive(scale)
     return ritz_rotation(scaled @ scaled.mT), torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -101,18 +102,18 @@ def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:
     It is orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not finite carry no direction:
     there the block stays as it was. A vector of the basis may have either sign.
     """
-    return _orthonormalise_scaled(*_scaled(rows), fallback)
+    return _orthonormalise_scaled(_scaled(rows), fallback)
 
 
-def _orthonormalise_scaled(rows: Tensor, scale: Tensor, fallback: Tensor) -> Tensor:
-    """Do what :func:`orthonormalise` does, for rows that :func:`_scaled` divided by `scale`."""
-    if _is_seen(rows) and rows.shape[-1] >= _LONG_ROWS:
-        basis = cholesky_qr(rows)
+def _orthonormalise_scaled(block: _Scaled, fallback: Tensor) -> Tensor:
+    if _is_seen(block.rows) and block.rows.shape[-1] >= _LONG_ROWS:
+        basis = cholesky_qr(block.rows, block.gram)
         if basis is not None:
             return basis
     # Householder's reflections: orthonormal for rows that are dependent, or zero, too.
-    usable = (scale > 0) & scale.isfinite()
-    return torch.where(usable, torch.linalg.qr(torch.where(usable, rows, fallback).mT).Q.mT, fallback)
+    largest = _magnitude(block.rows) * block.scale
+    usable = (largest > 0) & largest.isfinite()
+    return torch.where(usable, torch.linalg.qr(torch.where(usable, block.rows, fallback).mT).Q.mT, fallback)
 
 
 _LONG_ROWS = 1024
@@ -124,23 +125,20 @@ _LEAST_PIVOT = 0.1
 _GOOD_PIVOT = 0.7
 """Rows that lie so far apart are orthonormal after one pass of it."""
 
-_PART = 8192
-"""Elements of a row that are summed in fp32, at most: all 65536 of a map of features at once would lose a digit."""
 
-
-def cholesky_qr(rows: Tensor) -> Tensor | None:
+def cholesky_qr(rows: Tensor, gram: Tensor) -> Tensor | None:
     """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; None where rounding forbids it.
 
     The rows times the inverse Cholesky factor of their Gram matrix: two products with long rows, where Householder
     reflects them 2 r times. Rounding leaves an error that grows with the square of the rows' condition number; a second
     pass removes it (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"). Dependent rows are
     not for this. Those of an iteration that follows its operator are nearly orthogonal, and one pass is enough.
+
+    Args:
+        rows: Of a magnitude whose squares are in range.
+        gram: Their Gram matrix, as :func:`gram_matrix` returns it.
     """
-    part = math.gcd(rows.shape[-1], _PART)
-    part = part if part >= _LONG_ROWS else rows.shape[-1]
-    for _ in range(2):
-        parts = rows.unflatten(-1, (-1, part)).transpose(-3, -2)
-        gram = (parts @ parts.mT).sum(-3, dtype=torch.float64)
+    for is_last in (False, True):
         factor = torch.linalg.cholesky_ex(gram).L
         # A row's distance from those before it, over its length; where the factorisation failed it may be anything.
         pivots = factor.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
@@ -149,9 +147,24 @@ def cholesky_qr(rows: Tensor) -> Tensor | None:
             return None
         identity = torch.eye(rows.shape[-2], dtype=factor.dtype, device=factor.device)
         rows = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype) @ rows
-        if least > _GOOD_PIVOT:
+        if least > _GOOD_PIVOT or is_last:
             break
+        gram = gram_matrix(rows)
     return rows
+
+
+_PART = 8192
+"""Elements of a row that are summed in fp32, at most: all 65536 of a map of features at once would lose a digit."""
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """Return the Gram matrix of `rows`, shape (..., r, n), in fp64, shape (..., r, r)."""
+    n = rows.shape[-1]
+    part = math.gcd(n, _PART)
+    if part == n or part < _LONG_ROWS:
+        return (rows @ rows.mT).double()
+    parts = rows.unflatten(-1, (-1, part)).transpose(-3, -2)
+    return (parts @ parts.mT).sum(-3, dtype=torch.float64)
 
 
 def _is_seen(tensor: Tensor) -> bool:
@@ -159,10 +172,41 @@ def _is_seen(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return blocks (..., r, m) divided by their largest magnitudes, and these, shape (..., 1, 1)."""
-    scale = rows.abs().amax(dim=(-2, -1), keepdim=True)
-    return rows / _positive(scale), scale
+class _Scaled(NamedTuple):
+    """Blocks of rows divided by a scale that keeps their squares in range.
+
+    Attributes:
+        rows: Shape (..., r, m).
+        scale: One, or the blocks' largest magnitudes (zero for a zero block), shape (..., 1, 1).
+        gram: The Gram matrices of `rows`, fp64, shape (..., r, r).
+    """
+
+    rows: Tensor
+    scale: Tensor
+    gram: Tensor
+
+
+_SQUARES = {torch.float32: (1e-20, 1e30), torch.float64: (1e-200, 1e300)}
+"""Between these squared lengths a row needs no scaling: what its squares lose at the ends is below its rounding."""
+
+
+def _scaled(rows: Tensor) -> _Scaled:
+    """Scale blocks of rows, shape (..., r, m), of any magnitude."""
+    if _is_seen(rows):
+        # Weights are seldom so large or small that squares leave the range: two passes over long rows less.
+        gram = gram_matrix(rows)
+        smallest, largest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
+        least, most = _SQUARES[rows.dtype]
+        if least < float(smallest) and float(largest) < most:
+            return _Scaled(rows, rows.new_ones(()).expand(*rows.shape[:-2], 1, 1), gram)
+    scale = _magnitude(rows)
+    rows = rows / _positive(scale)
+    return _Scaled(rows, scale, gram_matrix(rows))
+
+
+def _magnitude(rows: Tensor) -> Tensor:
+    """Return the largest magnitudes of blocks (..., r, m), shape (..., 1, 1)."""
+    return rows.abs().amax(dim=(-2, -1), keepdim=True)
 
 
 def _positive(divisor: Tensor) -> Tensor:
@@ -192,9 +236,9 @@ def iterate(
     """
 
     def rotated_images(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images, scale = _scaled(apply(block))
-        rotation = ritz_rotation(images @ images.mT)
-        return rotation @ images, rotation, scale
+        images = _scaled(apply(block))
+        rotation = ritz_rotation(images.gram).to(block.dtype)
+        return rotation @ images.rows, rotation, images.scale
 
     images, rotation, scale = rotated_images(vectors)
     if n_iterations == 0:
@@ -203,13 +247,12 @@ def iterate(
     for _ in range(n_iterations - 1):
         vectors = orthonormalise(adjoint(images), fallback=vectors)
         images, _, _ = rotated_images(vectors)
-    # `images` are scaled, these have the magnitude of the weight: they are scaled before their squares are taken.
-    rows, scale = _scaled(adjoint(images))
+    products = _scaled(adjoint(images))
     left, norm = _unit(images[..., 0, :])
-    right, row_norm = _unit(rows[..., 0, :])
-    sigma = row_norm / _positive(norm) * scale[..., 0]
-    right = torch.where(scale[..., 0] > 0, right, vectors[..., 0, :])
-    return sigma[..., 0], left, right, _orthonormalise_scaled(rows, scale, fallback=vectors)
+    right, product_norm = _unit(products.rows[..., 0, :])
+    sigma = product_norm / _positive(norm) * products.scale[..., 0]
+    right = torch.where(product_norm > 0, right, vectors[..., 0, :])
+    return sigma[..., 0], left, right, _orthonormalise_scaled(products, fallback=vectors)
 
 
 def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
