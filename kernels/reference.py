@@ -14,8 +14,8 @@ one to keep, and the smaller one to orthonormalise. For a weight ``W`` of shape 
 This differs from the textbook (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5) in two ways. The pair
 ``(u, v)`` is taken half a step later, from ``Z`` and not from ``V``: it costs no further read of ``A``, and ``sigma``
 is exactly the Rayleigh quotient of the returned pair, hence never above the spectral norm but for rounding. Every
-Gram matrix is formed of rows that were divided by their largest magnitude: without that, fp32 overflows at weights of
-1e19.
+Gram matrix is formed of rows whose squares stay in range, divided by their largest magnitude where they would not: fp32
+overflows at weights of 1e19.
 """
 
 from __future__ import annotations
@@ -139,11 +139,11 @@ def cholesky_qr(rows: Tensor, gram: Tensor) -> Tensor | None:
         gram: Their Gram matrix, as :func:`gram_matrix` returns it.
     """
     for is_last in (False, True):
-        factor = torch.linalg.cholesky_ex(gram).L
-        # A row's distance from those before it, over its length; where the factorisation failed it may be anything.
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        # A row's distance from those before it, over its length.
         pivots = factor.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
         least = float(pivots.min())
-        if not least > _LEAST_PIVOT:  # NaN, of a zero row, is not either
+        if failed.any() or not least > _LEAST_PIVOT:  # NaN, of rows that are not finite, is not either
             return None
         identity = torch.eye(rows.shape[-2], dtype=factor.dtype, device=factor.device)
         rows = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype) @ rows
@@ -158,13 +158,14 @@ _PART = 8192
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """Return the Gram matrix of `rows`, shape (..., r, n), in fp64, shape (..., r, r)."""
+    """Return the Gram matrix of `rows`, shape (..., r, n), in fp64 where the device has it, shape (..., r, r)."""
+    dtype = rows.dtype if rows.device.type == "mps" else torch.float64
     n = rows.shape[-1]
     part = math.gcd(n, _PART)
     if part == n or part < _LONG_ROWS:
-        return (rows @ rows.mT).double()
-    parts = rows.unflatten(-1, (-1, part)).transpose(-3, -2)
-    return (parts @ parts.mT).sum(-3, dtype=torch.float64)
+        return (rows @ rows.mT).to(dtype)
+    parts = rows.view(*rows.shape[:-1], -1, part).transpose(-3, -2)
+    return (parts @ parts.mT).sum(-3, dtype=dtype)
 
 
 def _is_seen(tensor: Tensor) -> bool:
@@ -177,8 +178,8 @@ class _Scaled(NamedTuple):
 
     Attributes:
         rows: Shape (..., r, m).
-        scale: One, or the blocks' largest magnitudes (zero for a zero block), shape (..., 1, 1).
-        gram: The Gram matrices of `rows`, fp64, shape (..., r, r).
+        scale: One, or the blocks' largest magnitudes, shape (..., 1, 1).
+        gram: The Gram matrices of `rows`, of :func:`gram_matrix`, shape (..., r, r).
     """
 
     rows: Tensor
@@ -199,8 +200,8 @@ def _scaled(rows: Tensor) -> _Scaled:
         least, most = _SQUARES[rows.dtype]
         if least < float(smallest) and float(largest) < most:
             return _Scaled(rows, rows.new_ones(()).expand(*rows.shape[:-2], 1, 1), gram)
-    scale = _magnitude(rows)
-    rows = rows / _positive(scale)
+    scale = _positive(_magnitude(rows))
+    rows = rows / scale
     return _Scaled(rows, scale, gram_matrix(rows))
 
 
