@@ -42,8 +42,11 @@ class ConvolutionOperator(LinearOperator):
     """A convolution or transposed convolution without its bias, for inputs of one size.
 
     Stride, dilation, groups, padding (numbers, ``"same"``, ``"valid"``), every padding mode and output padding are
-    the module's own, read when the operator is made; the adjoint is *exact*. A kernel of size 1 with stride 1 and no
-    padding is a matrix (c_out, c_in) applied at every place, and its norm is that matrix's.
+    the module's own, read when the operator is made; the adjoint is *exact*.
+
+    A kernel of size 1 without padding is one matrix (c_out, c_in), block-diagonal with groups, at every place that its
+    stride reads. That is the matrix beside an identity: its singular values are the matrix's, and so is the gradient of
+    its norm. The operator is then taken at a single place, whatever the size of the input.
 
     Args:
         name: The module's name in the model.
@@ -72,6 +75,9 @@ class ConvolutionOperator(LinearOperator):
         self._pairs = padding_pairs(module.padding, self._kernel_size, self._dilation)
         self._forward, self._backward = _FUNCTIONS[len(self._kernel_size)]
         self._codomain_shape = (module.out_channels, *self._output_size())
+        if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
+            self._domain_shape = (module.in_channels, *[1] * len(self._kernel_size))
+            self._codomain_shape = (module.out_channels, *self._output_size())
 
     def _output_size(self) -> tuple[int, ...]:
         channels, *spatial = self._domain_shape or (0,)
@@ -100,8 +106,13 @@ class ConvolutionOperator(LinearOperator):
         return self._convolution.transposed
 
     @property
+    def _pads_itself(self) -> bool:
+        """Whether torch's convolution knows the padding: zeros, as many before as after."""
+        return self._mode == "zeros" and all(before == after for before, after in self._pairs)
+
+    @property
     def spatial(self) -> tuple[int, ...]:
-        """The spatial size of one input."""
+        """The spatial size of one input; ones for a kernel of size 1 without padding."""
         return self._domain_shape[1:]
 
     @property
@@ -139,7 +150,39 @@ class ConvolutionOperator(LinearOperator):
 
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, A v>``, shape (), in the vectors' dtype."""
-        return left @ self.apply(right.view(1, *self._domain_shape)).flatten()
+        return (self.weight().to(left.dtype) * self.weight_gradient(left, right)).sum()
+
+    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the gradient of ``<u, A v>``, which is linear in the kernel: of its shape, in the vectors' dtype."""
+        weight = self.weight().detach().to(left.dtype)  # only its shape matters
+        outputs, inputs = left.view(1, *self._codomain_shape), right.view(1, *self._domain_shape)
+        padding: Sequence[int] = [before for before, _ in self._pairs]
+        if not self._pads_itself:
+            inputs, padding = pad(inputs, self._pairs, self._mode), [0] * len(padding)
+        with _fp32_kept(inputs):
+            gradient: Tensor = torch.ops.aten.convolution_backward(
+                outputs,
+                inputs,
+                weight,
+                None,
+                self._stride,
+                padding,
+                self._dilation,
+                self._transposed,
+                self._output_padding,
+                self._convolution.groups,
+                (False, True, False),
+            )[1]
+        return gradient
+
+    def norm_gradients(
+        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of :meth:`norm`, which is not formed: it would take as long again."""
+        with torch.enable_grad():
+            weight = self.weight()
+        gradient = self.weight_gradient(left, right).to(weight.dtype)
+        return torch.autograd.grad(weight, parameters, gradient, allow_unused=True)
 
     def certified_norm(self, weight: Tensor | None = None, grid: int | None = None) -> float:
         """Return a *certified upper bound* of the spectral norm: see :func:`certified_convolution_norm`.
@@ -164,9 +207,8 @@ class ConvolutionOperator(LinearOperator):
 
     def _convolve(self, inputs: Tensor) -> Tensor:
         weight = self.weight().to(inputs.dtype)
-        symmetric = self._mode == "zeros" and all(before == after for before, after in self._pairs)
-        padding: Any = [before for before, _ in self._pairs] if symmetric else 0
-        if not symmetric:
+        padding: Any = [before for before, _ in self._pairs] if self._pads_itself else 0
+        if not self._pads_itself:
             inputs = pad(inputs, self._pairs, self._mode)
         with _fp32_kept(inputs):
             return self._forward(inputs, weight, None, self._stride, padding, self._dilation, self._convolution.groups)
@@ -181,13 +223,12 @@ class ConvolutionOperator(LinearOperator):
         ]
         # Places at the end that the convolution's strides do not reach.
         beyond = [n + sum(pair) - reach for n, pair, reach in zip(sizes, self._pairs, reached, strict=True)]
-        symmetric = self._mode == "zeros" and all(before == after for before, after in self._pairs)
-        padding: Any = [before for before, _ in self._pairs] if symmetric else 0
+        padding: Any = [before for before, _ in self._pairs] if self._pads_itself else 0
         with _fp32_kept(inputs):
             outputs = self._backward(
                 inputs, weight, None, self._stride, padding, beyond, self._convolution.groups, self._dilation
             )
-        return outputs if symmetric else pad_adjoint(outputs, self._pairs, self._mode)
+        return outputs if self._pads_itself else pad_adjoint(outputs, self._pairs, self._mode)
 
 
 def check_convolution(module: nn.Module) -> Convolution:

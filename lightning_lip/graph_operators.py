@@ -212,6 +212,10 @@ class ScaledOperator(LinearOperator):
 
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, diag(s) W v>``, shape (), in the vectors' dtype."""
+        if isinstance(self.base, ConvolutionOperator):
+            # Linear in diag(s) W, which is a kernel: less work than the gradient through the map.
+            weight = self._scaled_weight(self.scale().to(left.dtype))
+            return (weight * self.base.weight_gradient(left, right)).sum()
         return left @ self.apply(right.view(1, *self.domain_shape)).flatten()
 
     @torch.no_grad()

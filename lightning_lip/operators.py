@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatch
 
 import torch
@@ -89,6 +89,13 @@ class LinearOperator(ABC):
             left: u, unit, flat, of as many elements as the codomain.
             right: v, unit, flat, of as many elements as the domain.
         """
+
+    def norm_gradients(
+        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of :meth:`norm` in some of the parameters; None where one has no part in it."""
+        with torch.enable_grad():
+            return torch.autograd.grad(self.norm(left, right), parameters, allow_unused=True)
 
     @property
     def direct_parameter(self) -> nn.Parameter | None:

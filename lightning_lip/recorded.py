@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -116,3 +117,13 @@ class RecordedConvolution(LinearOperator):
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, A v>``, shape ()."""
         return self._operator.norm(left, right)
+
+    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the gradient of :meth:`norm` in the kernel."""
+        return self._operator.weight_gradient(left, right)
+
+    def norm_gradients(
+        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of :meth:`norm` in some of the parameters."""
+        return self._operator.norm_gradients(left, right, parameters)

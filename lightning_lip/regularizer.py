@@ -265,16 +265,14 @@ class LipschitzRegularizer:
                     weight.grad = torch.zeros_like(weight)
                 grads[index] = weight.grad
                 continue
-            coefficient = coefficients[index].to(step.left[index])
-            with torch.enable_grad():
-                # The norm is linear in u: with c u its gradient needs no scaling of its own.
-                norm = op.norm(coefficient * step.left[index], step.right[index])
-                pulled = torch.autograd.grad(norm, trainable, allow_unused=True)
+            left, right = step.left[index], step.right[index]
+            coefficient = coefficients[index].to(left)
+            # The norm is linear in u: with c u its gradient needs no scaling of its own.
+            pulled = op.norm_gradients(coefficient * left, right, trainable)
             for parameter, gradient in zip(trainable, pulled, strict=True):
                 if gradient is None:
                     continue
-                # Not 0 * NaN where the weight has become NaN.
-                gradient = torch.where((coefficient == 0).to(gradient.device), 0.0, gradient)
+                gradient = _unless_zero(coefficient, gradient)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         self._norms.rank_one_update_(grads, coefficients)
 
@@ -528,6 +526,13 @@ def check_coefficient(coefficient: float) -> float:
 def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
     left, right = [u.clone() for u in step.left], [v.clone() for v in step.right]
     return kernels.PowerStep(step.sigma.clone(), left, right, [])
+
+
+def _unless_zero(coefficient: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with the factor `coefficient`: zeros where that is zero, not 0 * NaN of a weight gone bad."""
+    if coefficient.device.type == "cpu":  # a look at it waits for nothing, and saves a copy as large as the weight
+        return gradient if coefficient != 0 else torch.zeros_like(gradient)
+    return torch.where((coefficient == 0).to(gradient.device), 0.0, gradient)
 
 
 def _double(sigma: Tensor) -> Tensor:

@@ -148,7 +148,8 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     domain = value.shape[1:]
     operator = ConvolutionOperator(name if key == "weight" else f"{name}.{key}", convolution, domain)
     identity = id(module._parameters.get(key)) if weight.owner is not None else id(module)
-    details = (identity, domain, own, tuple(sorted((k, str(v)) for k, v in geometry.items())))
+    # A kernel of size 1 is one operator at all sizes of its input.
+    details = (identity, operator.domain_shape, own, tuple(sorted((k, str(v)) for k, v in geometry.items())))
     return _apply(builder, node, value, details, operator, channels_at_one=True)
 
 

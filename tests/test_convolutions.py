@@ -143,6 +143,13 @@ def test_random_configurations(seed, record_property):
 
     assert estimate(operator)[0].item() == pytest.approx(truth, rel=1e-4)
 
+    left, right = y[0].flatten(), x[0].flatten()
+    (expected,) = torch.autograd.grad((left * operator.apply(x[:1]).flatten()).sum(), module.weight)
+    tolerance = {"rtol": 1e-10, "atol": 1e-12 * expected.abs().max().item()}
+    torch.testing.assert_close(operator.weight_gradient(left, right), expected, **tolerance)
+    torch.testing.assert_close(operator.norm_gradients(left, right, [module.weight])[0], expected, **tolerance)
+    assert operator.norm(left, right).item() == pytest.approx((left @ applied[0].flatten()).item(), abs=1e-13 * scale)
+
     certificate = operator.certified_norm()
     # The SVD's own rounding; the certificate has none to allow for.
     assert certificate >= truth * (1 - 1e-13)
@@ -334,6 +341,64 @@ def test_norm_gradient(kind):
             moved.weight.add_(direction, alpha=step)
         norms.append(norm_of(dense(operator, moved)))
     assert (norms[0] - norms[1]) / 2e-5 == pytest.approx((gradient * direction).sum().item(), rel=1e-5)
+
+
+POINTWISE = [
+    (nn.Conv2d(3, 4, 1, bias=False), (3, 5, 4)),
+    (nn.Conv2d(3, 4, 1, stride=2, bias=False), (3, 5, 4)),
+    (nn.Conv1d(4, 6, 1, groups=2, dilation=3, padding_mode="reflect", bias=False), (4, 7)),
+    (nn.Conv2d(3, 4, 1, padding="same", bias=False), (3, 3, 3)),
+    (nn.ConvTranspose2d(4, 6, 1, stride=2, groups=2, output_padding=1, bias=False), (4, 3, 3)),
+    (nn.Conv3d(2, 2, 1, stride=(1, 2, 1), bias=False), (2, 2, 3, 2)),
+]
+
+
+@pytest.mark.parametrize(("module", "shape"), POINTWISE, ids=lambda value: str(value)[:40])
+def test_a_kernel_of_size_one_is_taken_at_one_place(module, shape):
+    module = copy.deepcopy(module).double()
+    operator = ConvolutionOperator("c", module, shape)
+    places = (1,) * len(module.kernel_size)
+    assert operator.domain_shape == (module.in_channels, *places)
+    assert operator.codomain_shape == tuple(module(torch.zeros(1, *operator.domain_shape).double()).shape[1:])
+    # The truth is the module's own forward at the size that was given.
+    identity = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    truth = torch.linalg.matrix_norm(module(identity).flatten(1), 2)
+    sigma, left, right, _ = estimate(operator)
+    assert sigma.item() == pytest.approx(truth.item(), rel=1e-10)
+    (expected,) = torch.autograd.grad(truth, module.weight)
+    torch.testing.assert_close(operator.weight_gradient(left, right), expected, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="to take inputs of shape"):
+        ConvolutionOperator("c", module, (module.in_channels + 1, *shape[1:]))
+
+
+def test_a_kernel_of_size_one_with_padding_keeps_its_input_size():
+    # Copies of an input at padded places make the norm larger; zeros there may leave every place of one unread.
+    for mode in MODES:
+        module = nn.Conv1d(2, 3, 1, stride=2, padding=1, padding_mode=mode, bias=False, dtype=torch.float64)
+        operator = ConvolutionOperator("c", module, (2, 4))
+        assert operator.domain_shape == (2, 4)
+        assert estimate(operator)[0].item() == pytest.approx(norm_of(dense(operator)), rel=1e-10)
+
+
+def test_the_gradient_reaches_what_a_parametrised_kernel_is_computed_from():
+    torch.manual_seed(0)
+    for module, shape in (
+        (nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2, padding_mode="circular"), (4, 7, 6)),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, groups=2), (4, 3, 4)),
+    ):
+        operator = ConvolutionOperator("c", weight_norm(module.double()), shape)
+        u = torch.randn(math.prod(operator.codomain_shape), dtype=torch.float64)
+        v = torch.randn(math.prod(operator.domain_shape), dtype=torch.float64)
+        expected = torch.autograd.grad(u @ operator.apply(v.view(1, *shape)).flatten(), operator.parameters)
+        with torch.no_grad():  # as the regulariser calls it
+            got = operator.norm_gradients(u, v, operator.parameters)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        through_norm = torch.autograd.grad(operator.norm(u, v), operator.parameters)
+        for a, b in zip(through_norm, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        unused = nn.Parameter(torch.zeros(1))
+        assert operator.norm_gradients(u, v, [unused])[0] is None
 
 
 def test_parametrised_weight():

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from lightning_lip.kernels.reference import (
+    cholesky_qr,
     compute_dtype,
+    gram_matrix,
+    iterate,
     orthonormalise,
     power_step,
     rank_one_update_,
@@ -347,6 +350,118 @@ def test_orthonormalise_completes_a_basis_and_falls_back():
     assert basis[0].abs().tolist() == [1, 0, 0]
     for unusable in (torch.zeros(2, 3), torch.tensor([[math.nan, 0, 0], [0, 1, 0]]), torch.full((2, 3), math.inf)):
         assert torch.equal(orthonormalise(unusable, fallback), fallback)
+
+
+LONG_ROWS = 4096  # of a map of features; shorter ones go to Householder's QR at once
+
+
+@pytest.fixture(params=[True, False], ids=["seen", "on a device"])
+def seen(request, monkeypatch):
+    """Run with the shortcuts that look at values, as on the CPU, and without them, as on a device."""
+    monkeypatch.setattr("lightning_lip.kernels.reference._is_seen", lambda tensor: request.param)
+    return request.param
+
+
+def nearly_dependent(distance, dtype, n=LONG_ROWS, r=4):
+    """Return unit rows (r, n), each of which after the first lies `distance` from the span of those before it."""
+    basis = orthonormal_columns(n, r, 3).T
+    rows = [basis[0]]
+    for row in basis[1:]:
+        rows.append(math.sqrt(1 - distance**2) * rows[0] + distance * row)
+    return torch.stack(rows).to(dtype)
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("distance", [1.0, 0.5, 0.15, 1e-2, 1e-4, 1e-9, 0.0])
+def test_long_rows_are_orthonormalised_in_their_order(distance, dtype, magnitude, seen):
+    rows = nearly_dependent(distance, dtype)
+    basis = orthonormalise(magnitude * rows, torch.full_like(rows, math.nan))
+    check_orthonormal(basis, torch.empty(LONG_ROWS, LONG_ROWS, dtype=dtype, device="meta"))
+    # Each row lies in the span of the basis up to it; what has no direction of its own says nothing.
+    outside = rows.double() - (rows.double() @ basis.double().T).tril() @ basis.double()
+    assert outside.norm(dim=1).max() < ORTHONORMAL[dtype]
+
+
+@pytest.mark.parametrize(
+    ("rows", "serves"),
+    [
+        (nearly_dependent(1.0, torch.float32), True),
+        (nearly_dependent(0.15, torch.float32), True),
+        (nearly_dependent(1e-2, torch.float32), False),
+        (nearly_dependent(0.0, torch.float32), False),
+        (torch.zeros(2, LONG_ROWS), False),
+        (torch.full((2, LONG_ROWS), math.nan), False),
+        (torch.ones(1, LONG_ROWS), True),
+    ],
+)
+def test_which_rows_the_cholesky_factor_serves(rows, serves):
+    assert (cholesky_qr(rows, gram_matrix(rows)) is not None) == serves
+
+
+def test_the_second_pass_is_needed_and_taken(monkeypatch):
+    rows = nearly_dependent(0.12, torch.float32, n=65536, r=8)
+
+    def error():
+        basis = cholesky_qr(rows, gram_matrix(rows)).double()
+        return (basis @ basis.T - torch.eye(8)).abs().max().item()
+
+    assert error() < 1e-6
+    monkeypatch.setattr("lightning_lip.kernels.reference._GOOD_PIVOT", 0.0)
+    assert error() > 2e-6
+
+
+def test_gram_matrices_of_long_rows_keep_their_digits():
+    # The last is the map of 64 x 112 x 112: summed in one go in fp32 it is off by 1e-5.
+    for n in (1, 63, 8192, 65536, 3 * 32 * 32, 802_816):
+        rows = torch.rand(2, 3, n, generator=generator())
+        exact = rows.double() @ rows.double().mT
+        torch.testing.assert_close(gram_matrix(rows), exact, rtol=2e-6, atol=0)
+
+
+def unit_block(r, dtype):
+    return orthonormal_columns(LONG_ROWS, r, 5).T.to(dtype)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-37, 1e-30, 1e-19, 1e19, 1e30, 1e37])
+@pytest.mark.parametrize("r", [1, 8])
+def test_maps_of_long_vectors_at_any_scale(scale, r, seen):
+    factors = (scale * torch.tensor(geometric(12, 0.5) + [1e-3] * (LONG_ROWS - 12), dtype=torch.float64)).float()
+    for n_iterations in (0, 1, 12):
+        sigma, left, right, block = iterate(
+            lambda rows: rows * factors, lambda rows: rows * factors, unit_block(r, torch.float32), n_iterations
+        )
+        truth = factors[0].double()
+        assert sigma <= truth * (1 + ROUNDING[torch.float32])
+        quotient = (left.double() * factors.double() * right.double()).sum()
+        assert quotient.item() == pytest.approx(sigma.item(), abs=truth.item() * ROUNDING[torch.float32])
+        check_orthonormal(block, torch.empty(LONG_ROWS, LONG_ROWS, device="meta"))
+    assert sigma.item() == pytest.approx(truth.item(), rel=CONVERGED)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_maps_of_long_vectors_and_low_rank(rank, seen):
+    factors = torch.zeros(LONG_ROWS)
+    factors[:rank] = torch.tensor([3.0, 2.0, 1.0])[:rank]
+    start_block = block = unit_block(8, torch.float32)
+    for _ in range(10):
+        sigma, left, right, block = iterate(lambda rows: rows * factors, lambda rows: rows * factors, block, 1)
+        check_orthonormal(block, torch.empty(LONG_ROWS, LONG_ROWS, device="meta"))
+    assert sigma.item() == pytest.approx(3.0 if rank else 0.0, rel=ROUNDING[torch.float32])
+    assert right.norm().item() == pytest.approx(1, abs=1e-6)
+    if rank == 0:
+        assert torch.equal(block, start_block)
+        assert left.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_maps_of_long_vectors_that_are_not_finite(bad, seen):
+    factors = torch.ones(LONG_ROWS)
+    factors[7] = bad
+    start_block = unit_block(4, torch.float32)
+    sigma, _, _, block = iterate(lambda rows: rows * factors, lambda rows: rows * factors, start_block, 2)
+    assert sigma.isnan()
+    assert torch.equal(block, start_block)
 
 
 @pytest.mark.parametrize(

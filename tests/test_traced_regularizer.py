@@ -181,6 +181,54 @@ def test_convolutions_without_a_size_wait_for_the_first_training_batch():
     assert regularizer.operators[0].domain_shape == (2, 9)
 
 
+class TwoSizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(2, 2, 1)
+        self.pool = nn.AvgPool2d(2)
+
+    def forward(self, x):
+        return self.mix(self.pool(self.mix(x)))
+
+
+def test_a_kernel_of_size_one_is_one_operator_at_all_sizes_of_its_input():
+    model = TwoSizes()
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 2, 4, 4))
+    (operator,) = regularizer.operators
+    assert (operator.name, operator.multiplicity, operator.domain_shape) == ("mix", 2, (2, 1, 1))
+    squared = torch.linalg.matrix_norm(model.mix.weight.detach()[:, :, 0, 0], 2).square()
+    # The average of four has norm 1/2.
+    assert float(regularizer.bound()) == pytest.approx(0.5 * float(squared), rel=1e-5)
+
+
+def test_vectors_that_were_saved_on_maps_start_afresh_at_one_place():
+    model = nn.Sequential(nn.Conv2d(3, 5, 1, stride=2), nn.ReLU(), nn.Conv2d(5, 2, 3))
+    image = torch.zeros(1, 3, 8, 8)
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=image)
+    expected = regularizer.sigma()
+    state = regularizer.state_dict()
+    assert state["vectors"]["0"].shape == (3, 3)
+    state["vectors"]["0"] = torch.linalg.qr(torch.randn(192, 8)).Q.mT  # as of before kernels of size 1 were matrices
+    other = LipschitzRegularizer(model, 1.0, example_input=image)
+    other.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"layer '0' have shape \(8, 192\), .* starts afresh"):
+        torch.testing.assert_close(other.sigma(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("followed_by", [nn.Identity(), nn.BatchNorm2d(3)], ids=["own", "scaled"])
+def test_a_convolution_gone_bad_shows_and_spares_the_gradients(followed_by):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), followed_by, nn.ReLU(), nn.Conv2d(3, 2, 3)).eval()
+    regularizer = LipschitzRegularizer(model, 1.0, "layer_sum", example_input=torch.zeros(1, 2, 6, 6))
+    regularizer.add_grad_()
+    model.zero_grad()
+    with torch.no_grad():
+        model[0].weight.fill_(math.nan)
+    assert regularizer.add_grad_().isnan()
+    assert regularizer.sigma()[0].isnan()
+    assert model[0].weight.grad.count_nonzero() == 0
+    assert model[3].weight.grad.isfinite().all()
+
+
 class Images(lightning.LightningModule):
     def __init__(self):
         super().__init__()
