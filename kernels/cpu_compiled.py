@@ -28,6 +28,7 @@ Deltas from the specification, :mod:`lightning_lip.kernels.reference`:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -886,10 +887,16 @@ def _run_thread(header: _I64) -> None:
         _work(header, task, small, band)
 
 
-@numba.cfunc("void(int64)", cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def thread(header_address: int) -> None:
-    """Do what :func:`_run_thread` does: what a thread of the pool is given."""
+def _thread(header_address: int) -> None:
     _run_thread(_i64(header_address, _N_HEADER))
+
+
+@functools.cache
+def thread_address() -> int:
+    """Return the address of what a thread of the pool runs; the first call compiles it or loads it from the cache."""
+    compiled: Any = numba.cfunc("void(int64)", cache=True, error_model="numpy")
+    address: int = compiled(_thread).address
+    return address
 
 
 @_compiled

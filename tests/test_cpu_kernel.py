@@ -536,7 +536,7 @@ class TestThreads:
     def _everything_is_parallel(self, monkeypatch):
         monkeypatch.setattr(cpu, "PARALLEL", 1)
         monkeypatch.setattr(cpu, "PART", 64)
-        monkeypatch.setattr(cpu, "GROUP", 500)
+        monkeypatch.setattr(cpu, "GROUP", 200)
         before = torch.get_num_threads()
         yield
         torch.set_num_threads(before)
