@@ -65,7 +65,6 @@ class Iteration(Protocol):
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        *,
         n_iterations: int,
         code: int,
         target_log: float,

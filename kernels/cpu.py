@@ -189,13 +189,17 @@ class CpuIteration:
         self._band = torch.empty(int(self._header[_THREADS]) * size, dtype=torch.float32, device="cpu")
         self._header[_BAND : _BAND_SIZE + 1] = [self._band.data_ptr(), size]
 
-    def _run(self, n_iterations: int, code: int, target_log: float, factor: float) -> None:
+    def _note_threads(self) -> None:
+        """Provide for torch's present number of threads."""
+        threads_for = torch.get_num_threads(), cpu_threads.n_forks
+        if threads_for != self._threads_for:
+            self._take_threads(threads_for[0])
+            self._threads_for = threads_for
+
+    def _run(self, n_iterations: int, code: int) -> None:
         if self._is_parallel:
-            threads_for = torch.get_num_threads(), cpu_threads.n_forks
-            if threads_for != self._threads_for:
-                self._take_threads(threads_for[0])
-                self._threads_for = threads_for
-        _run(self._header_address, n_iterations, code, target_log, factor)
+            self._note_threads()
+        _run(self._header_address, n_iterations, code, 0.0, 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -230,7 +234,7 @@ class CpuIteration:
         if [w.data_ptr() for w in weights] != self._weight_addresses:
             self._take_weights(weights)
         self._write_addresses(*self._weight_addresses, *[0] * len(weights))
-        self._run(n_iterations, _NO_UPDATE, 0.0, 0.0)
+        self._run(n_iterations, _NO_UPDATE)
         return self.last_step
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -242,7 +246,7 @@ class CpuIteration:
         """
         self._take_grads(grads)
         self._coefficients.copy_(coefficients)
-        self._run(-1, _COEFFICIENTS_GIVEN, 0.0, 0.0)
+        self._run(-1, _COEFFICIENTS_GIVEN)
         self._update_with_torch(grads)
         increment_version([grad for grad in grads if grad is not None])
 
@@ -250,7 +254,6 @@ class CpuIteration:
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        *,
         n_iterations: int,
         code: int,
         target_log: float,
@@ -278,7 +281,9 @@ class CpuIteration:
         if multiplicities != self._multiplicities:
             self._table[:, _MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
-        self._run(n_iterations, code, float(target_log), float(scale))
+        if self._is_parallel:
+            self._note_threads()
+        _run(self._header_address, n_iterations, code, target_log, scale)
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.

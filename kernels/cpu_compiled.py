@@ -107,6 +107,7 @@ _BAND_ELEMENTS = 1 << 16
 _LOW, _HIGH, _INFINITE = (127 - 8) << 23, (127 + 8) << 23, 255 << 23
 _MIN_NORM, _MAX_NORM = 2.0**-8, 2.0**8
 _NEGLIGIBLE = 5e-9
+_LARGEST_PRODUCT = math.exp(PRODUCT_CAP)
 
 _COEFFICIENTS_GIVEN, _NO_UPDATE = -1, -2
 
@@ -398,6 +399,31 @@ _reflect = _build_reflect()
 """Replace Y (size, 8) by ``Y diag(f) + x g^T``: x (size,), with the same leading dimension; f and g at `factors`."""
 
 
+def _build_rank_one() -> Any:
+    def rank_one(e: _Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, y: Any, factor: Any) -> None:
+        scale = e.load(factor, _FLOAT)
+        eights = e.builder.lshr(size, _INT(3))
+        done = e.builder.shl(eights, _INT(3))
+        with e.for_range(rows) as outer:
+            row = e.at(out, e.builder.mul(outer.index, ld))
+            scalar = e.mul(scale, e.load(e.at(x, outer.index), _FLOAT))
+            vector = e.splat(scalar, _VECTOR)
+            with e.for_range(eights) as loop:
+                column = e.builder.shl(loop.index, _INT(3))
+                target = e.at(row, column)
+                e.store(e.add(e.load(target, _VECTOR), e.mul(vector, e.load(e.at(y, column), _VECTOR))), target)
+            with e.for_range(e.builder.sub(size, done)) as loop:
+                column = e.builder.add(done, loop.index)
+                target = e.at(row, column)
+                e.store(e.add(e.load(target, _FLOAT), e.mul(scalar, e.load(e.at(y, column), _FLOAT))), target)
+
+    return _emitted(7, rank_one)
+
+
+_rank_one = _build_rank_one()
+"""Add ``c x y^T`` to `out` (rows, size), whose leading dimension comes next; c is at the last address."""
+
+
 def _build_fetch_add() -> Any:
     def fetch_add(e: _Emitter, address: Any, amount: Any) -> Any:
         return e.builder.atomic_rmw("add", e.builder.inttoptr(address, _INT.as_pointer()), amount, "acq_rel")
@@ -620,7 +646,7 @@ def _trace(matrix: _F64, n: int) -> float:
 
 @_compiled
 def _ritz(r: int, lanes: int, gram: int, rotation: int, factors: int) -> float:
-    """Write the eigenvectors of a Gram matrix as rows of `rotation`, both (lanes, lanes) in fp64.
+    """Write the eigenvectors of a Gram matrix, which is overwritten, as rows of `rotation`; (lanes, lanes) in fp64.
 
     Returns:
         The largest eigenvalue; its eigenvector comes first, and the others in their order.
@@ -834,21 +860,21 @@ def _update(header: _I64, layer: int, band: int, begin: int, end: int) -> None:
     grad, ld, bf16 = _i64(header[_ADDRESSES], 2 * n_layers)[n_layers + layer], row[_GRAD_LD], row[_GRAD_BF16]
     if grad == 0 or coefficient == 0:
         return
-    outer, inner = _f32(row[_LONG], row[_Q]), _f32(row[_SHORT], row[_P])
+    outer, inner, size = row[_LONG], row[_SHORT], row[_P]
     if row[_GRAD_ALONG] == 1:
         # Its rows are p: as large a part of them.
-        outer, inner = inner, outer
+        outer, inner, size = inner, outer, row[_Q]
         begin, end = begin * row[_P] // row[_Q], end * row[_P] // row[_Q]
+    factor = header[_COEFFICIENTS] + 4 * layer
+    if not bf16:
+        _rank_one(grad + 4 * ld * begin, ld, end - begin, size, outer + 4 * begin, inner, factor)
+        return
     for i in range(begin, end):
-        factor = np.float32(coefficient * outer[i])
-        if not bf16:
-            _axpy(_f32(grad + 4 * ld * i, inner.size), factor, inner)
-            continue
-        words = _u16(grad + 2 * ld * i, inner.size)
-        _widen(band, grad + 2 * ld * i, inner.size)
-        _axpy(_f32(band, inner.size), factor, inner)
-        bits = _u32(band, inner.size)
-        for j in range(inner.size):
+        words = _u16(grad + 2 * ld * i, size)
+        _widen(band, grad + 2 * ld * i, size)
+        _rank_one(band, 0, 1, size, outer + 4 * i, inner, factor)
+        bits = _u32(band, size)
+        for j in range(size):
             word = np.uint32(bits[j])
             # To nearest, ties to even; the sum would carry some NaN over to zero.
             even = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -949,14 +975,23 @@ def _weigh(header: _I64, code: int, target_log: float, factor: float) -> None:
     n_layers = header[_LAYERS]
     sigma = _f64(header[_SIGMA], n_layers)
     coefficients = _f32(header[_COEFFICIENTS], n_layers)
-    log_bound = 0.0
-    value = 0.0
+    # S is the logarithm of the product, taken where that would leave the range. A logarithm or exponential that is not
+    # called is a page of code that is not fetched: at four small layers that shows.
+    log_bound, product, value = 0.0, 1.0, 0.0
     for layer in range(n_layers):
-        count = _i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _MULTIPLICITY), 1)[0]
-        log_bound += count * math.log(sigma[layer])
-        value += count * (sigma[layer] if code == LAYER_SUM else sigma[layer] * sigma[layer])
+        for _ in range(_i64(header[_TABLE] + 8 * (_N_FIELDS * layer + _MULTIPLICITY), 1)[0]):
+            product *= sigma[layer]
+            value += sigma[layer] if code == LAYER_SUM else sigma[layer] * sigma[layer]
+            if not 1e-100 < product < 1e100:
+                log_bound += math.log(product)
+                product = 1.0
     slope = 1.0
-    if code == PRODUCT:
+    is_short = code == PRODUCT and log_bound == 0.0 and product <= _LARGEST_PRODUCT
+    if not is_short:
+        log_bound += math.log(product)
+    if is_short:
+        slope = value = product
+    elif code == PRODUCT:
         slope = math.exp(min(log_bound, PRODUCT_CAP))
         value = slope * (1.0 + max(log_bound - PRODUCT_CAP, 0.0))
     elif code == SOFTPLUS_LOG:

@@ -173,7 +173,6 @@ class GpuIteration:
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        *,
         n_iterations: int,
         code: int,
         target_log: float,

@@ -403,7 +403,6 @@ class ReferenceIteration:
         self,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor | None],
-        *,
         n_iterations: int,
         code: int,
         target_log: float,

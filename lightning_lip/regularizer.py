@@ -183,53 +183,58 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        return self.accumulate_(scale, advance=advance, parameters=parameters).clone()
+        return self.accumulate_(scale, advance, parameters).clone()
 
-    def accumulate_(
-        self, scale: float | Tensor = 1.0, *, advance: bool = True, parameters: Collection[Tensor] | None = None
-    ) -> Tensor:
+    def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:
         """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
         self._step_version = None
         allowed = None if parameters is None else {id(p) for p in parameters}
-        n_iterations = self._norms.n_iterations if advance else 0
         if self._slots is not None and self._code is not None and not isinstance(scale, Tensor):
-            weights = [w for slots in self._slots if (w := slots.get("weight")) is not None]
-            if len(weights) == len(self._slots):
-                return self._add_grad_in_one_call_(scale, n_iterations, self._code, weights, allowed)
+            value = self._add_grad_in_one_call_(self._slots, self._code, scale, advance, allowed)
+            if value is not None:
+                return value
         return self._add_grad_in_parts_(scale, advance, allowed)
 
     def _add_grad_in_one_call_(
-        self, scale: float, n_iterations: int, code: int, weights: list[nn.Parameter], allowed: set[int] | None
-    ) -> Tensor:
-        """Leave a built-in penalty to the kernels: iteration, derivative and update in one call.
+        self,
+        slots: list[dict[str, nn.Parameter | None]],
+        code: int,
+        scale: float,
+        advance: bool,
+        allowed: set[int] | None,
+    ) -> Tensor | None:
+        """Leave a built-in penalty to the kernels: iteration, derivative and update in one call; None if they cannot.
 
         This is the hot path: at four small layers every microsecond of Python shows.
         """
-        addresses = [w.data_ptr() for w in weights]
+        weights: list[Tensor] = []
+        addresses: list[int] = []
+        grads: list[Tensor | None] = []
+        all_there = allowed is None
+        for slot in slots:
+            weight = slot.get("weight")
+            if weight is None:
+                return None
+            weights.append(weight)
+            addresses.append(weight.data_ptr())
+            grad = weight.grad if weight.requires_grad else None
+            all_there = all_there and grad is not None
+            grads.append(grad)
         if addresses != self._addresses or 0 in addresses:  # a sharded weight has no address of its own
             self._norms.prepare()
             self._addresses = addresses
         iteration = self._norms.whole()
         if iteration is None:
-            return self._add_grad_in_parts_(scale, n_iterations > 0, allowed)
-        grads: list[Tensor | None] = []
-        for weight in weights:
-            if not weight.requires_grad or (allowed is not None and id(weight) not in allowed):
-                grads.append(None)
-                continue
-            grad = weight.grad
-            if grad is None:
-                grad = weight.grad = torch.zeros_like(weight)
-            grads.append(grad)
-        return iteration.penalise_(
-            weights,
-            grads,
-            n_iterations=n_iterations,
-            code=code,
-            target_log=self._log_target,
-            scale=self.coefficient * scale,
-            multiplicities=self._repeats,
-        )
+            return None
+        if not all_there:
+            for index, weight in enumerate(weights):
+                if not weight.requires_grad or (allowed is not None and id(weight) not in allowed):
+                    grads[index] = None
+                elif grads[index] is None:
+                    grads[index] = weight.grad = torch.zeros_like(weight)
+        n_iterations = self._norms.n_iterations if advance else 0
+        factor = self.coefficient * scale
+        return iteration.penalise_(weights, grads, n_iterations, code, self._log_target, factor, self._repeats)
 
     @torch.no_grad()
     @without_autocast()

@@ -191,9 +191,9 @@ def test_one_iteration_a_batch_whatever_the_number_of_optimisers(make_trainer, r
     advanced = []
     accumulate_ = LipschitzRegularizer.accumulate_
 
-    def recorded(self, scale, *, advance, parameters):
+    def recorded(self, scale, advance, parameters):
         advanced.append(advance)
-        return accumulate_(self, scale, advance=advance, parameters=parameters)
+        return accumulate_(self, scale, advance, parameters)
 
     monkeypatch.setattr(LipschitzRegularizer, "accumulate_", recorded)
     make_trainer(lightning, callbacks=[LipschitzPenalty(COEFFICIENT)]).fit(TwoNets(), regression_data)

@@ -53,6 +53,11 @@ def is_logging_step(trainer: Any) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def batches_begun(trainer: Any) -> int:
+    """Return how many training batches have begun, the present one included: it tells batches apart."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
 def logging_step(trainer: Any) -> int:
     """Return the x-axis that Lightning gives to metrics: batches that stepped, whatever the number of optimisers."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -77,7 +82,7 @@ def is_read(trainer: Any, *tags: str) -> bool:
     Readers are loggers and what watches a metric, on logging steps, and ``callback_metrics`` at the end of an epoch.
     The answer is the same on every rank.
     """
-    if trainer.is_last_batch:
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return True
     if not is_logging_step(trainer):
         return False

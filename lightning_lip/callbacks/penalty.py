@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback
+from lightning_lip.callbacks._base import BaseCallback, skipping
 from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
+    batches_begun,
     class_names,
     is_logging_step,
     is_read,
@@ -29,6 +30,7 @@ from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
 
 
+@skipping("on_train_batch_start", "on_before_zero_grad", "on_before_backward")
 class LipschitzPenalty(BaseCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
@@ -116,7 +118,6 @@ class LipschitzPenalty(BaseCallback):
         self._selected = self._sizes_are_shared = False
         self._loaded: dict[str, Any] | None = None
         self._n_steps = 0
-        self._batch = 0
         self._stepped_batch: int | None = None
         self._iterated_by: Optimizer | None = None
         self._backward_ran = False
@@ -213,14 +214,6 @@ class LipschitzPenalty(BaseCallback):
         self._epoch_had_backward = self._epoch_had_penalty = False
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch += 1
-
-    @override
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._backward_ran = False
-
-    @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._backward_ran = self._epoch_had_backward = True
 
@@ -230,8 +223,9 @@ class LipschitzPenalty(BaseCallback):
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
             return
         self._epoch_had_penalty = True
-        if self._stepped_batch != self._batch:
-            self._stepped_batch, self._iterated_by = self._batch, None
+        batch = batches_begun(trainer)
+        if self._stepped_batch != batch:
+            self._stepped_batch, self._iterated_by = batch, None
             self._n_steps += 1
         if (self._n_steps - 1) % self.every_n_steps:
             return
@@ -245,7 +239,7 @@ class LipschitzPenalty(BaseCallback):
         if advance:
             self._iterated_by = optimizer
         scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
-        self.regularizer.accumulate_(scale, advance=advance, parameters=parameters)
+        self.regularizer.accumulate_(scale, advance, parameters)
 
     @override
     def on_train_batch_end(
@@ -292,7 +286,8 @@ class LipschitzPenalty(BaseCallback):
 
         None spares every step a look at each parameter.
         """
-        size = sum([len(group["params"]) for group in optimizer.param_groups])
+        groups = optimizer.param_groups
+        size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
         cached = self._in_optimizer.get(id(optimizer))
         if cached is not None and cached[0] == size:
             return cached[1]
@@ -308,8 +303,14 @@ class LipschitzPenalty(BaseCallback):
         In manual optimisation Lightning does not see every backward pass and never reports ``zero_grad``.
         """
         if pl_module.automatic_optimization:
-            return self._backward_ran
-        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+            ran, self._backward_ran = self._backward_ran, False
+            if not ran:
+                return False
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    return True
+        return False
 
     @override
     def state_dict(self) -> dict[str, Any]:
