@@ -383,20 +383,45 @@ _column_dots = _build_column_dots()
 """Write ``x^T Y`` to `out` (8,): x (size,) and Y (size, 8), both with the same leading dimension."""
 
 
-def _build_reflect() -> Any:
-    def reflect(e: _Emitter, column: Any, x: Any, ld: Any, size: Any, factors: Any) -> None:
-        kept, added = e.load(factors, _VECTOR), e.load(e.at(factors, _INT(_W)), _VECTOR)
+def _build_reflect(forward: bool) -> Any:
+    def reflect(e: _Emitter, x: Any, row: Any, ld: Any, size: Any, column: Any, lane: Any, sums: Any, at: Any) -> None:
+        """Apply a reflection to eight columns; see `_orthonormalise`."""
+        builder, number = e.builder, ir.VectorType(ir.IntType(32), _W)
+        scale, inverse = (e.splat(e.load(e.at(at, _INT(MAX_BLOCK_SIZE * k)), _FLOAT), _VECTOR) for k in range(2))
+        nothing = ir.Constant(_VECTOR, None)
+        one = builder.insert_element(
+            ir.Constant(number, ir.Undefined), builder.trunc(lane, ir.IntType(32)), ir.IntType(32)(0)
+        )
+        own_lane = builder.shuffle_vector(one, one, ir.Constant(number, [0] * _W))
+        lanes = ir.Constant(number, list(range(_W)))
+        is_later, is_own = builder.icmp_signed(">", lanes, own_lane), builder.icmp_signed("==", lanes, own_lane)
+        head = e.load(row, _VECTOR)
+        change = e.mul(e.mul(scale, inverse), e.load(sums, _VECTOR))
+        if forward:
+            change = e.add(change, e.mul(scale, head))
+        minus = builder.fsub(nothing, builder.select(is_later, change, nothing), flags=_FAST)
+        e.store(e.add(head, minus) if forward else builder.select(is_later, minus, head), row)
+        added = e.mul(minus, inverse)
+        if not forward:
+            added = builder.select(is_own, builder.fsub(nothing, e.mul(scale, inverse), flags=_FAST), added)
         with e.for_range(size) as loop:
-            offset = e.builder.mul(loop.index, ld)
+            offset = builder.mul(loop.index, ld)
             factor = e.splat(e.load(e.at(column, offset), _FLOAT), _VECTOR)
             target = e.at(x, offset)
-            e.store(e.add(e.mul(kept, e.load(target, _VECTOR)), e.mul(factor, added)), target)
+            kept = e.load(target, _VECTOR)
+            if not forward:
+                kept = builder.select(is_own, nothing, kept)
+            e.store(e.add(kept, e.mul(factor, added)), target)
 
-    return _emitted(5, reflect)
+    return _emitted(8, reflect)
 
 
-_reflect = _build_reflect()
-"""Replace Y (size, 8) by ``Y diag(f) + x g^T``: x (size,), with the same leading dimension; f and g at `factors`."""
+_reflect, _reflect_back = _build_reflect(True), _build_reflect(False)
+"""Apply reflection k to eight columns.
+
+X (size, 8) below row k, that row, X's leading dimension and size; the vector of the reflection (size,), which lane it
+lies in (below 0: in none of these), its products with the columns (8,), and where its factors are. Backwards, what is
+kept in its own lane becomes a column of the basis."""
 
 
 def _build_rank_one() -> Any:
@@ -706,45 +731,39 @@ def _orthonormalise(x: int, r: int, lanes: int, p: int, scratch: int) -> None:
     Gram-Schmidt leaves the columns of a rank-deficient block to chance. The vector of reflection k is 1 in row k and,
     below it, what is kept in column k times ``inverse[k]``.
     """
-    sums, kept, added = _f32(scratch, lanes), _f32(scratch + 64, 8), _f32(scratch + 96, 8)
-    scales, inverse = _f64(scratch + 128, r), _f64(scratch + 128 + 8 * MAX_BLOCK_SIZE, r)
+    sums, factors = scratch, scratch + 4 * MAX_BLOCK_SIZE
+    scales, inverse = _f32(factors, r), _f32(factors + 4 * MAX_BLOCK_SIZE, r)
     for step in range(2 * r):
         forward = step < r
         k = step if forward else 2 * r - 1 - step
-        row, below = _f32(x + 4 * lanes * k, lanes), x + 4 * lanes * (k + 1)
+        row, below = x + 4 * lanes * k, x + 4 * lanes * (k + 1)
         n, own = p - k - 1, k // 8 * 8
         for c in range(own, lanes, 8):
-            _column_dots(below + 4 * k, below + 4 * c, lanes, n, scratch + 4 * c)
+            _column_dots(below + 4 * k, below + 4 * c, lanes, n, sums + 4 * c)
         if forward:
-            if np.float64(row[k]) ** 2 + np.float64(sums[k]) < 1e-12:
+            squares = np.float64(_f32(sums, lanes)[k])
+            head = np.float64(_f32(row, lanes)[k])
+            if head * head + squares < 1e-12:
                 # Squares that vanish in fp32 are no norm: the column's own magnitude does not matter.
-                _normalise_column(x + 4 * (lanes * k + k), lanes, n + 1)
+                _normalise_column(row + 4 * k, lanes, n + 1)
                 for c in range(own, lanes, 8):
-                    _column_dots(below + 4 * k, below + 4 * c, lanes, n, scratch + 4 * c)
-            head = np.float64(row[k])
-            norm = math.sqrt(head * head + np.float64(sums[k]))
+                    _column_dots(below + 4 * k, below + 4 * c, lanes, n, sums + 4 * c)
+                squares = np.float64(_f32(sums, lanes)[k])
+                head = np.float64(_f32(row, lanes)[k])
+            norm = math.sqrt(head * head + squares)
             alpha = -norm if head > 0.0 else norm
-            scales[k] = (alpha - head) / alpha if norm > 0.0 else 0.0
-            inverse[k] = 1.0 / (head - alpha) if norm > 0.0 else 0.0
+            scales[k] = np.float32((alpha - head) / alpha if norm > 0.0 else 0.0)
+            inverse[k] = np.float32(1.0 / (head - alpha) if norm > 0.0 else 0.0)
         # The own lanes last: what is kept in column k is read for all.
         for c in range(lanes - 8, own - 8, -8):
-            for j in range(8):
-                kept[j], added[j] = 1, 0
-                if k < c + j < r:
-                    shift = scales[k] * inverse[k] * np.float64(sums[c + j])
-                    if forward:
-                        shift += scales[k] * np.float64(row[c + j])
-                        row[c + j] -= np.float32(shift)
-                    else:
-                        row[c + j] = np.float32(-shift)
-                    added[j] = np.float32(-shift * inverse[k])
-                elif c + j == k and not forward:
-                    kept[j], added[j] = 0, np.float32(-scales[k] * inverse[k])
-            _reflect(below + 4 * k, below + 4 * c, lanes, n, scratch + 64)
+            if forward:
+                _reflect(below + 4 * c, row + 4 * c, lanes, n, below + 4 * k, k - c, sums + 4 * c, factors + 4 * k)
+            else:
+                _reflect_back(below + 4 * c, row + 4 * c, lanes, n, below + 4 * k, k - c, sums + 4 * c, factors + 4 * k)
         if not forward:
             for j in range(k):
                 _f32(x + 4 * lanes * j, lanes)[k] = 0
-            row[k] = np.float32(1.0 - scales[k])
+            _f32(row, lanes)[k] = np.float32(1) - scales[k]
 
 
 @_compiled
