@@ -207,7 +207,7 @@ class LipschitzRegularizer:
 
         This is the hot path: at four small layers every microsecond of Python shows.
         """
-        weights: list[Tensor] = []
+        weights: list[nn.Parameter] = []
         addresses: list[int] = []
         grads: list[Tensor | None] = []
         all_there = allowed is None
@@ -227,11 +227,11 @@ class LipschitzRegularizer:
         if iteration is None:
             return None
         if not all_there:
-            for index, weight in enumerate(weights):
-                if not weight.requires_grad or (allowed is not None and id(weight) not in allowed):
+            for index, own in enumerate(weights):
+                if not own.requires_grad or (allowed is not None and id(own) not in allowed):
                     grads[index] = None
                 elif grads[index] is None:
-                    grads[index] = weight.grad = torch.zeros_like(weight)
+                    grads[index] = own.grad = torch.zeros_like(own)
         n_iterations = self._norms.n_iterations if advance else 0
         factor = self.coefficient * scale
         return iteration.penalise_(weights, grads, n_iterations, code, self._log_target, factor, self._repeats)
