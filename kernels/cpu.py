@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_lip.kernels import cpu_compiled, cpu_threads
-from lightning_lip.kernels.cpu_compiled import (
+from lightning_lip.kernels.cpu_compiled import _run
+from lightning_lip.kernels.cpu_layout import (
     _BAND,
     _BAND_SIZE,
     _COEFFICIENTS_GIVEN,
@@ -44,10 +45,9 @@ from lightning_lip.kernels.cpu_compiled import (
     _WEIGHT_ALONG,
     _WEIGHT_LD,
     MAX_BLOCK_SIZE,
-    _band_width,
-    _run,
 )
 from lightning_lip.kernels.cpu_plan import plan
+from lightning_lip.kernels.cpu_products import _band_width
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
 
 _logger = logging.getLogger("lightning_lip")

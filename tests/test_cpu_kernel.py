@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lip.kernels import cpu, cpu_compiled, cpu_threads, reference
+from lightning_lip.kernels import cpu, cpu_compiled, cpu_layout, cpu_threads, reference
 from lightning_lip.kernels.cpu import CpuIteration
 from lightning_lip.penalties import get_penalty
 
@@ -546,7 +546,7 @@ class TestThreads:
         iteration = CpuIteration(weights, blocks(weights, r))
         step = iteration.power_step(weights, n_iterations)
         if cpu_threads.pool_address():
-            assert iteration._header[cpu_compiled._THREADS] == n_threads
+            assert iteration._header[cpu_layout._THREADS] == n_threads
         return step
 
     @pytest.mark.parametrize("n_iterations", [0, 1, 3])
@@ -608,7 +608,7 @@ class TestThreads:
         monkeypatch.setattr(cpu_threads, "pool_address", lambda: 0)
         iteration = CpuIteration(weights, blocks(weights, 4))
         assert torch.equal(iteration.power_step(weights, 2).sigma, expected.sigma)
-        assert iteration._header[cpu_compiled._THREADS] == 1
+        assert iteration._header[cpu_layout._THREADS] == 1
 
     def test_forked_process_has_no_pool(self):
         torch.set_num_threads(2)
@@ -739,6 +739,16 @@ def test_compiled_code_is_cached_between_processes():
     CpuIteration([torch.ones(2, 2)], [torch.eye(2)])
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["1", "0"]
+
+
+def test_a_change_of_any_source_makes_another_key():
+    # Numba's cache takes the variables of closures into its key, and only of the file of the function its time.
+    assert cpu_compiled._run.py_func.__closure__[0].cell_contents == cpu_compiled._checksum()
+    index = cpu_compiled._run._cache
+    signature = cpu_compiled._run.signatures[0]
+    codegen = cpu_compiled._run.targetctx.codegen()
+    other = cpu_compiled._entries(1)[0]
+    assert index._index_key(signature, codegen) != other._cache._index_key(signature, codegen)
 
 
 def test_slow_compilation_is_logged_once(monkeypatch, caplog):
