@@ -409,11 +409,23 @@ def on_ranks(case, n_ranks, package):
         )
 
 
+def case_long(pl):
+    """Over 200 steps of FSDP2 the weights and vectors of the ranks stay the same bit for bit."""
+    from lightning_lip import LipschitzPenalty
+
+    penalty = LipschitzPenalty(0.3)
+    net = make_net(pl, "fsdp")
+    make_trainer(pl, [penalty], 2, max_epochs=-1, max_steps=200).fit(net, loader())
+    assert penalty.state_dict()["n_steps"] == 200
+    assert_same_on_all_ranks([whole(p).detach() for p in net.parameters()])
+    assert_same_on_all_ranks(penalty.state_dict()["regularizer"]["vectors"].values())
+
+
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="gloo between local processes")
 
 
 @linux_only
-@pytest.mark.parametrize(("case", "n_ranks"), [("shards", 2), ("meshes", 4), ("training", 2)])
+@pytest.mark.parametrize(("case", "n_ranks"), [("shards", 2), ("meshes", 4), ("training", 2), ("long", 2)])
 def test_on_ranks(case, n_ranks):
     on_ranks(case, n_ranks, "lightning.pytorch")
 
