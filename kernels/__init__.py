@@ -2,7 +2,8 @@
 
 :mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification; :mod:`~lightning_lip.kernels.cpu`
 (Numba) and :mod:`~lightning_lip.kernels.gpu` (Triton) do the same in one pass over the weights and one call for all
-layers. Kernels know tensors and pointers, never modules.
+layers. Where an operator's maps are PyTorch's own, :mod:`~lightning_lip.kernels.cpu_rows` does the rest of a step on
+the CPU. Kernels know tensors and pointers, never modules.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -25,12 +26,16 @@ from lightning_lip.kernels.reference import (
     power_step,
 )
 
+if TYPE_CHECKING:
+    from lightning_lip.kernels.cpu_rows import CompiledRows
+
 __all__ = [
     "PENALTY_CODES",
     "Backend",
     "Iteration",
     "PowerStep",
     "choose_backend",
+    "compiled_rows",
     "iterations_for",
     "penalty_slope",
     "power_step",
@@ -131,6 +136,22 @@ def check_backend(backend: str) -> None:
     """Raise ValueError if there is no backend of this name."""
     if backend not in get_args(Backend):
         raise ValueError(f"Unknown backend {backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}.")
+
+
+def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = None) -> CompiledRows | None:
+    """Return what iterates a block through maps of PyTorch's, compiled; None where the reference does.
+
+    Args:
+        vectors: The block, shape (r, p).
+        q: Elements of an image of a vector.
+        p: Elements of a vector.
+        backend: As in :func:`choose_backend`. A forced one that is another device's does not matter here.
+    """
+    forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if forced == "reference" or vectors.device.type != "cpu" or vectors.dtype != torch.float32:
+        return None
+    rows = importlib.import_module("lightning_lip.kernels.cpu_rows")
+    return rows.CompiledRows(len(vectors), q, p) if len(vectors) <= rows.MAX_BLOCK_SIZE else None
 
 
 def iterations_for(

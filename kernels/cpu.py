@@ -164,14 +164,14 @@ class CpuIteration:
         self._has_bf16 = False
         self._threads_for: tuple[int, int] | None = None
         self._take_threads(1)
-        _load_compiled("run", lambda: cast(Any, _run).compile("void(int64, int64, int64, float64, float64)"))
+        load_compiled("run", lambda: cast(Any, _run).compile("void(int64, int64, int64, float64, float64)"))
 
     def _take_threads(self, n_threads: int) -> None:
         """Provide for so many threads: their tasks, scratch for each, and the pool that they come from."""
         pool = cpu_threads.pool_address() if n_threads > 1 else 0
         n_threads = n_threads if pool else 1
         if pool:
-            _load_compiled("threads", cpu_compiled.thread_address)
+            load_compiled("threads", cpu_compiled.thread_address)
         thread = cpu_compiled.thread_address() if pool else 0
         self._header[_POOL : _THREADS + 1] = [pool, thread, n_threads]
         work = plan(self._sides, n_threads * GROUP if pool else 0, PART)
@@ -411,7 +411,7 @@ _loaded: set[str] = set()
 _loading = threading.Lock()
 
 
-def _load_compiled(name: str, load: Callable[[], object]) -> None:
+def load_compiled(name: str, load: Callable[[], object]) -> None:
     """Compile a function or load it from the cache, before its first use; say so if that took long."""
     with _loading:
         if name in _loaded:

@@ -134,6 +134,12 @@ class _Emitter:
     def add_to(self, slot: Any, value: Any) -> None:
         self.builder.store(self.add(self.builder.load(slot), value), slot)
 
+    def sum_of(self, vector: Any) -> Any:
+        """Return the sum of a vector's eight numbers."""
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
+        function = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.vector.reduce.fadd.v8f32")
+        return self.builder.call(function, [_FLOAT(0.0), vector], fastmath=_FAST)
+
     def for_range(self, count: Any) -> Any:
         return cgutils.for_range(self.builder, count, intp=_INT)
 
@@ -231,20 +237,60 @@ _gram = _build_gram()
 def _build_combine() -> Any:
     def combine(e: _Emitter, x: Any, ld: Any, size: Any, weights: Any, out: Any) -> None:
         factors = e.load(weights, _VECTOR)
-        name = "llvm.vector.reduce.fadd.v8f32"
-        kind = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
-        total = cgutils.get_or_insert_function(e.builder.module, kind, name)
         with e.for_range(size) as loop:
             vector = e.mul(e.load(e.at(x, e.builder.mul(loop.index, ld)), _VECTOR), factors)
             target = e.at(out, loop.index)
-            found = e.builder.call(total, [e.load(target, _FLOAT), vector], fastmath=_FAST)
-            e.store(found, target)
+            e.store(e.add(e.load(target, _FLOAT), e.sum_of(vector)), target)
 
     return _emitted(5, combine)
 
 
 _combine = _build_combine()
 """Add ``X w`` to `out` (size,): X (size, 8), w (8,) in fp32."""
+
+
+def _build_row_dots() -> Any:
+    def row_dots(e: _Emitter, x: Any, y: Any, ld: Any, eights: Any, out: Any, out_ld: Any) -> None:
+        sums = e.variables(_VECTOR, 16)
+        with e.for_range(eights) as loop:
+            column = e.builder.shl(loop.index, _INT(3))
+            a, b = (
+                [e.load(e.at(rows, e.builder.mul(ld, _INT(k)), column), _VECTOR) for k in range(4)] for rows in (x, y)
+            )
+            for k, total in enumerate(sums):
+                e.add_to(total, e.mul(a[k // 4], b[k % 4]))
+        for k, total in enumerate(sums):
+            target = e.at(out, e.builder.mul(out_ld, _INT(k // 4)), _INT(k % 4), size=8)
+            found = e.builder.fpext(e.sum_of(e.builder.load(total)), _DOUBLE)
+            e.store(e.add(e.load(target, _DOUBLE), found), target)
+
+    return _emitted(6, row_dots)
+
+
+_row_dots = _build_row_dots()
+"""Add ``X Y^T`` to `out` (4, 4) in fp64: X and Y (4, 8 n), rows with one leading dimension, summed in fp32."""
+
+
+def _build_mix_rows() -> Any:
+    def mix_rows(e: _Emitter, x: Any, ld: Any, eights: Any, factors: Any, factors_ld: Any) -> None:
+        with e.for_range(eights) as loop:
+            column = e.builder.shl(loop.index, _INT(3))
+            addresses = [e.at(x, e.builder.mul(ld, _INT(k)), column) for k in range(_W)]
+            rows = [e.load(address, _VECTOR) for address in addresses]
+            for k, address in enumerate(addresses):
+                own = [e.load(e.at(factors, e.builder.mul(factors_ld, _INT(k)), _INT(j)), _FLOAT) for j in range(_W)]
+                terms = [e.mul(e.splat(factor, _VECTOR), row) for factor, row in zip(own, rows, strict=True)]
+                # Two chains, as above.
+                even, odd = terms[:2]
+                for j in range(2, _W, 2):
+                    even, odd = e.add(even, terms[j]), e.add(odd, terms[j + 1])
+                e.store(e.add(even, odd), address)
+
+    return _emitted(5, mix_rows)
+
+
+_mix_rows = _build_mix_rows()
+"""Replace X (8, 8 n), rows with a leading dimension, by ``F X`` for factors F (8, 8) with theirs."""
 
 
 def _build_rotate() -> Any:

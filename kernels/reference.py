@@ -14,8 +14,7 @@ one to keep, and the smaller one to orthonormalise. For a weight ``W`` of shape 
 This differs from the textbook (Saad, "Numerical Methods for Large Eigenvalue Problems", ch. 5) in two ways. The pair
 ``(u, v)`` is taken half a step later, from ``Z`` and not from ``V``: it costs no further read of ``A``, and ``sigma``
 is exactly the Rayleigh quotient of the returned pair, hence never above the spectral norm but for rounding. Every
-Gram matrix is formed of rows whose squares stay in range, divided by their largest magnitude where they would not: fp32
-overflows at weights of 1e19.
+Gram matrix is formed of rows divided by their largest magnitude: squares in fp32 overflow at weights of 1e19.
 """
 
 from __future__ import annotations
@@ -78,9 +77,9 @@ def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
         and the largest magnitude in ``T``, shape (..., 1, 1), one where ``T`` is zero. Where ``T`` is not finite
         the rotation is the identity.
     """
-    scale = _magnitude(images)
-    scaled = images / _positive(scale)
-    return ritz_rotation(scaled @ scaled.mT), torch.where(scale > 0, scale, torch.ones_like(scale))
+    scale = _or_one(_magnitude(images))
+    scaled = images / scale
+    return ritz_rotation(gram_matrix(scaled)).to(images.dtype), scale
 
 
 def ritz_rotation(gram: Tensor) -> Tensor:
@@ -89,9 +88,8 @@ def ritz_rotation(gram: Tensor) -> Tensor:
     Where a matrix is not finite the rotation is the identity.
     """
     # eigh raises on NaN, and a training run whose weights went bad must see NaN in the log, not a LAPACK error.
-    if not (_is_seen(gram) and math.isfinite(gram.sum())):
-        finite = gram.isfinite().all(-1).all(-1)[..., None, None]
-        gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors.mT.flip(-2)
 
@@ -99,58 +97,13 @@ def ritz_rotation(gram: Tensor) -> Tensor:
 def orthonormalise(rows: Tensor, fallback: Tensor) -> Tensor:
     """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; `fallback` where that is impossible.
 
-    It is orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not finite carry no direction:
-    there the block stays as it was. A vector of the basis may have either sign.
+    Householder QR keeps the basis orthonormal to rounding whatever the rank of `rows`. Rows that are all zero or not
+    finite carry no direction: there the block stays as it was. A vector of the basis may have either sign.
     """
-    return _orthonormalise_scaled(_scaled(rows), fallback)
-
-
-def _orthonormalise_scaled(block: _Scaled, fallback: Tensor) -> Tensor:
-    if _is_seen(block.rows) and block.rows.shape[-1] >= _LONG_ROWS:
-        basis = cholesky_qr(block.rows, block.gram)
-        if basis is not None:
-            return basis
-    # Householder's reflections: orthonormal for rows that are dependent, or zero, too.
-    largest = _magnitude(block.rows) * block.scale
-    usable = (largest > 0) & largest.isfinite()
-    return torch.where(usable, torch.linalg.qr(torch.where(usable, block.rows, fallback).mT).Q.mT, fallback)
-
-
-_LONG_ROWS = 1024
-"""Elements of a row from which on :func:`cholesky_qr` is tried first."""
-
-_LEAST_PIVOT = 0.1
-"""How far each unit row must lie from the span of those before it for :func:`cholesky_qr` to serve."""
-
-_GOOD_PIVOT = 0.7
-"""Rows that lie so far apart are orthonormal after one pass of it."""
-
-
-def cholesky_qr(rows: Tensor, gram: Tensor) -> Tensor | None:
-    """Return an orthonormal basis of `rows`, shape (..., r, n), in their order; None where rounding forbids it.
-
-    The rows times the inverse Cholesky factor of their Gram matrix: two products with long rows, where Householder
-    reflects them 2 r times. Rounding leaves an error that grows with the square of the rows' condition number; a second
-    pass removes it (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"). Dependent rows are
-    not for this. Those of an iteration that follows its operator are nearly orthogonal, and one pass is enough.
-
-    Args:
-        rows: Of a magnitude whose squares are in range.
-        gram: Their Gram matrix, as :func:`gram_matrix` returns it.
-    """
-    for is_last in (False, True):
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        # A row's distance from those before it, over its length.
-        pivots = factor.diagonal(dim1=-2, dim2=-1) / gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        least = float(pivots.min())
-        if failed.any() or not least > _LEAST_PIVOT:  # NaN, of rows that are not finite, is not either
-            return None
-        identity = torch.eye(rows.shape[-2], dtype=factor.dtype, device=factor.device)
-        rows = torch.linalg.solve_triangular(factor, identity, upper=False).to(rows.dtype) @ rows
-        if least > _GOOD_PIVOT or is_last:
-            break
-        gram = gram_matrix(rows)
-    return rows
+    magnitude = _magnitude(rows)
+    usable = (magnitude > 0) & magnitude.isfinite()
+    rows = torch.where(usable, rows / _or_one(magnitude), fallback)
+    return torch.where(usable, torch.linalg.qr(rows.mT).Q.mT, fallback)
 
 
 _PART = 8192
@@ -162,47 +115,10 @@ def gram_matrix(rows: Tensor) -> Tensor:
     dtype = rows.dtype if rows.device.type == "mps" else torch.float64
     n = rows.shape[-1]
     part = math.gcd(n, _PART)
-    if part == n or part < _LONG_ROWS:
+    if part == n or part < _PART // 8:
         return (rows @ rows.mT).to(dtype)
     parts = rows.view(*rows.shape[:-1], -1, part).transpose(-3, -2)
     return (parts @ parts.mT).sum(-3, dtype=dtype)
-
-
-def _is_seen(tensor: Tensor) -> bool:
-    """Whether a look at a tensor's values costs nothing: on a device it would wait for all that is queued."""
-    return tensor.device.type == "cpu"
-
-
-class _Scaled(NamedTuple):
-    """Blocks of rows divided by a scale that keeps their squares in range.
-
-    Attributes:
-        rows: Shape (..., r, m).
-        scale: One, or the blocks' largest magnitudes, shape (..., 1, 1).
-        gram: The Gram matrices of `rows`, of :func:`gram_matrix`, shape (..., r, r).
-    """
-
-    rows: Tensor
-    scale: Tensor
-    gram: Tensor
-
-
-_SQUARES = {torch.float32: (1e-20, 1e30), torch.float64: (1e-200, 1e300)}
-"""Between these squared lengths a row needs no scaling: what its squares lose at the ends is below its rounding."""
-
-
-def _scaled(rows: Tensor) -> _Scaled:
-    """Scale blocks of rows, shape (..., r, m), of any magnitude."""
-    if _is_seen(rows):
-        # Weights are seldom so large or small that squares leave the range: two passes over long rows less.
-        gram = gram_matrix(rows)
-        smallest, largest = gram.diagonal(dim1=-2, dim2=-1).aminmax()
-        least, most = _SQUARES[rows.dtype]
-        if least < float(smallest) and float(largest) < most:
-            return _Scaled(rows, rows.new_ones(()).expand(*rows.shape[:-2], 1, 1), gram)
-    scale = _positive(_magnitude(rows))
-    rows = rows / scale
-    return _Scaled(rows, scale, gram_matrix(rows))
 
 
 def _magnitude(rows: Tensor) -> Tensor:
@@ -210,15 +126,15 @@ def _magnitude(rows: Tensor) -> Tensor:
     return rows.abs().amax(dim=(-2, -1), keepdim=True)
 
 
-def _positive(divisor: Tensor) -> Tensor:
-    """Return what is at least 0 as a divisor that leaves a zero numerator zero."""
-    return divisor.clamp(min=torch.finfo(divisor.dtype).tiny)
+def _or_one(divisor: Tensor) -> Tensor:
+    """Return a divisor of at least 0 that leaves a zero numerator zero."""
+    return torch.where(divisor > 0, divisor, torch.ones_like(divisor))
 
 
 def _unit(vector: Tensor) -> tuple[Tensor, Tensor]:
     """Return the vectors in the last dimension divided by their norms, and the norms; a zero stays zero."""
     norm = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
-    return vector / _positive(norm), norm
+    return vector / _or_one(norm), norm
 
 
 def iterate(
@@ -237,9 +153,9 @@ def iterate(
     """
 
     def rotated_images(block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = _scaled(apply(block))
-        rotation = ritz_rotation(images.gram).to(block.dtype)
-        return rotation @ images.rows, rotation, images.scale
+        images = apply(block)
+        rotation, scale = rayleigh_ritz(images)
+        return rotation @ (images / scale), rotation, scale
 
     images, rotation, scale = rotated_images(vectors)
     if n_iterations == 0:
@@ -248,12 +164,14 @@ def iterate(
     for _ in range(n_iterations - 1):
         vectors = orthonormalise(adjoint(images), fallback=vectors)
         images, _, _ = rotated_images(vectors)
-    products = _scaled(adjoint(images))
+    # `images` is scaled, `products` has the magnitude of the weight: scale it before squaring.
+    products = adjoint(images)
+    magnitude = _or_one(_magnitude(products[..., :1, :]))[..., 0]
     left, norm = _unit(images[..., 0, :])
-    right, product_norm = _unit(products.rows[..., 0, :])
-    sigma = product_norm / _positive(norm) * products.scale[..., 0]
+    right, product_norm = _unit(products[..., 0, :] / magnitude)
+    sigma = product_norm / _or_one(norm) * magnitude
     right = torch.where(product_norm > 0, right, vectors[..., 0, :])
-    return sigma[..., 0], left, right, _orthonormalise_scaled(products, fallback=vectors)
+    return sigma[..., 0], left, right, orthonormalise(products, fallback=vectors)
 
 
 def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

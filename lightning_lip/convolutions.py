@@ -182,6 +182,8 @@ class ConvolutionOperator(LinearOperator):
         with torch.enable_grad():
             weight = self.weight()
         gradient = self.weight_gradient(left, right).to(weight.dtype)
+        if len(parameters) == 1 and parameters[0] is weight:
+            return (gradient,)
         return torch.autograd.grad(weight, parameters, gradient, allow_unused=True)
 
     def certified_norm(self, weight: Tensor | None = None, grid: int | None = None) -> float:

@@ -186,7 +186,7 @@ class SpectralNorms:
         if sharded:
             groups.append((sharded, ShardedIteration([weights[i] for i in sharded], [blocks[i] for i in sharded])))
         others = [i for i in which if not self.operators[i].is_matrix]
-        return groups, [(i, _OperatorIteration(self.operators[i], blocks[i])) for i in others]
+        return groups, [(i, _OperatorIteration(self.operators[i], blocks[i], self.backend)) for i in others]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -299,9 +299,11 @@ def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
 class _OperatorIteration:
     """The iteration of one operator that is not a matrix, through its own maps."""
 
-    def __init__(self, operator: LinearOperator, vectors: Tensor) -> None:
+    def __init__(self, operator: LinearOperator, vectors: Tensor, backend: kernels.Backend | None) -> None:
         self._operator = operator
         self.vectors = vectors
+        size = math.prod(operator.codomain_shape), math.prod(operator.domain_shape)
+        self._rows = kernels.compiled_rows(vectors, *size, backend) if operator.leading_vectors() is None else None
 
     def power_step(self, n_iterations: int) -> kernels.PowerStep:
         """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`.
@@ -313,12 +315,29 @@ class _OperatorIteration:
         if exact is not None:
             left, right = exact
             return kernels.PowerStep(op.norm(left, right)[None], [left], [right], [self.vectors])
-
-        def apply(rows: Tensor) -> Tensor:
-            return op.apply(rows.view(len(rows), *op.domain_shape)).flatten(1)
-
-        def adjoint(rows: Tensor) -> Tensor:
-            return op.adjoint(rows.view(len(rows), *op.codomain_shape)).flatten(1)
-
-        sigma, left, right, self.vectors = iterate(apply, adjoint, self.vectors, n_iterations)
+        step = self._compiled_step(n_iterations) if self._rows is not None and n_iterations > 0 else None
+        sigma, left, right, self.vectors = step or iterate(self._apply, self._adjoint, self.vectors, n_iterations)
         return kernels.PowerStep(sigma[None], [left], [right], [self.vectors])
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._operator.apply(rows.view(len(rows), *self._operator.domain_shape)).flatten(1)
+
+    def _adjoint(self, rows: Tensor) -> Tensor:
+        return self._operator.adjoint(rows.view(len(rows), *self._operator.codomain_shape)).flatten(1)
+
+    def _compiled_step(self, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return what :func:`~lightning_lip.kernels.reference.iterate` returns; None where that must do it."""
+        assert self._rows is not None
+        block = self.vectors
+        for _ in range(n_iterations):
+            images = self._apply(block).contiguous()
+            products = self._adjoint(images).contiguous()
+            needed = (rows.untyped_storage().data_ptr() for rows in (images, self.vectors))
+            if products.untyped_storage().data_ptr() in needed:  # it is overwritten
+                products = products.clone()
+            finished = self._rows.finish(images, products)
+            if finished is None:
+                return None
+            sigma, left = finished
+            block = products
+        return sigma, left, block[0], block
