@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 
 from torch import nn
 
@@ -52,3 +54,15 @@ def check_state(state: object, keys: Collection[str], owner: str) -> None:
             f"{owner} expected a state with the keys {list(keys)}, got one with {shown}: {missing} "
             f"{'is' if len(missing) == 1 else 'are'} missing. {remedy}"
         )
+
+
+def check_coefficient(coefficient: float) -> float:
+    """Return `coefficient` as a float.
+
+    Raises:
+        ValueError: If it is not a finite number of at least 0.
+    """
+    is_number = isinstance(coefficient, Real) and not isinstance(coefficient, bool)
+    if not (is_number and math.isfinite(coefficient) and coefficient >= 0):
+        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
+    return float(coefficient)

@@ -23,12 +23,12 @@ from lightning_lip.operators import LinearOperator, UnsupportedLayerError
 from lightning_lip.projected_layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
 from lightning_lip.projection import Caps
 from lightning_lip.recorded import RecordedConvolution
-from lightning_lip.regularizer import trace_selected
 from lightning_lip.rounding import exp_up, sum_up
 from lightning_lip.selection import Selection, find_operators
 from lightning_lip.sharded import refuse_sharded
 from lightning_lip.spectra import Metric
 from lightning_lip.spectral_norms import SpectralNorms
+from lightning_lip.traced_selection import trace_selected
 
 STEP_MARGIN = 1e-4
 """A step aims this far (relative) below the target, for what the estimated norms miss."""

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Mapping, Sequence
-from numbers import Real
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_lip import kernels, penalty_operator
-from lightning_lip.bound import NetworkBound
-from lightning_lip.checks import check_model, check_state
+from lightning_lip.checks import check_coefficient, check_model, check_state
 from lightning_lip.graph_operators import DiagonalOperator
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import LinearOperator
+from lightning_lip.optimizer_steps import optimizer_steps
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.selection import Selected, Selection, find_operators, select
+from lightning_lip.selection import Selection, find_operators
 from lightning_lip.sharded import refuse_sharded, reshard
 from lightning_lip.spectral_norms import SpectralNorms
+from lightning_lip.traced_selection import partial_norm, trace_selected
 
 
 class LipschitzRegularizer:
@@ -289,7 +286,7 @@ class LipschitzRegularizer:
         """Return the operator's norm, differentiable in its penalised parameters only."""
         if self._penalised is None or len(self.penalised(op)) == len(op.parameters):
             return op.norm(left, right)
-        return _Partial.apply(op, tuple(self.penalised(op)), left, right, *self.penalised(op))  # type: ignore[no-any-return, no-untyped-call]
+        return partial_norm(op, self.penalised(op), left, right)
 
     def penalty_of(self, log_sigma: Tensor) -> Tensor:
         """Return the penalty without its coefficient for given log spectral norms.
@@ -398,7 +395,7 @@ class LipschitzRegularizer:
         """Identify the state of the weights: changes with in-place updates, replacements, moves and optimiser steps."""
         versions = (x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
         # Fused optimisers do not count their updates in `_version`.
-        return (_optimizer_steps.count, *versions)
+        return (optimizer_steps(), *versions)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to copy a traced graph, whose rules read the modules that they were traced from.
@@ -416,116 +413,6 @@ class LipschitzRegularizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a handle of its own."""
         self.__dict__.update(state, _handle=penalty_operator.register(self))
-
-
-class _OptimizerSteps:
-    """Counts the steps of all optimisers of the process."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.count += 1
-
-
-_optimizer_steps = _OptimizerSteps()
-
-
-def optimizer_steps() -> int:
-    """Return how many steps the optimisers of this process made; steps that a gradient scaler skips do not count."""
-    return _optimizer_steps.count
-
-
-class _Partial(torch.autograd.Function):
-    """The norm of an operator, with a gradient for some of its parameters only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, op: LinearOperator, chosen: tuple[Tensor, ...], left: Tensor, right: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.op, ctx.chosen = op, chosen
-        ctx.save_for_backward(left, right)
-        return op.norm(left, right).detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        needed = [p for p in ctx.chosen if p.requires_grad]
-        with torch.enable_grad(), without_autocast():
-            pulled = torch.autograd.grad(ctx.op.norm(left, right), needed, allow_unused=True) if needed else ()
-        by_id = {id(p): g for p, g in zip(needed, pulled, strict=True)}
-        found = (by_id.get(id(p)) for p in ctx.chosen)
-        return (None, None, None, None, *(None if g is None else grads[0].to(g) * g for g in found))
-
-
-def trace_selected(
-    model: nn.Module, example_input: Any, layers: Selection | None, exclude: Selection | None
-) -> tuple[NetworkBound | None, set[int] | None]:
-    """Return the bound over the graph that an example input shows, and the ids of the selected parameters in it.
-
-    A LightningModule's own ``example_input_array`` serves if no input is given. It was not set for this purpose, so a
-    graph without a known bound is then no error: a warning says why, and the product of the layers remains.
-    """
-    if example_input is not None:
-        network = NetworkBound.trace(model, example_input)
-        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
-    example_input = getattr(model, "example_input_array", None)
-    if example_input is None:
-        return None, None
-    try:
-        network = NetworkBound.trace(model, example_input)
-        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
-    except ValueError as error:  # UnsupportedLayerError is one
-        warnings.warn(
-            f"The bound over the graph of the module's example_input_array cannot serve; the product of the layers "
-            f"does instead. {error}",
-            stacklevel=3,
-        )
-        return None, None
-
-
-def _chosen(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
-    """Return the ids of the selected layers' parameters in a traced graph's operators.
-
-    Raises:
-        ValueError: If there is none; or, where `must_cover`, if a selected layer is not in the graph.
-    """
-    in_graph = {id(p) for op in operators for p in op.parameters}
-    chosen: set[int] = set()
-    absent = []
-    for layer in selected:
-        module = layer.found.module
-        # Its own parameters, and those of its parametrizations; a layer inside it is selected for itself.
-        computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
-        own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
-        ids = {id(p) for p in own if p is not None}
-        chosen |= ids & in_graph
-        if ids and not ids & in_graph:
-            absent.append(layer.found.name)
-    if absent and must_cover:
-        names = absent[0] if len(absent) == 1 else absent
-        raise ValueError(
-            f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
-            f"exclude={names!r}, or give an input that reaches them."
-        )
-    if not chosen:
-        raise ValueError(
-            f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
-        )
-    return chosen
-
-
-def check_coefficient(coefficient: float) -> float:
-    """Return `coefficient` as a float.
-
-    Raises:
-        ValueError: If it is not a finite number of at least 0.
-    """
-    is_number = isinstance(coefficient, Real) and not isinstance(coefficient, bool)
-    if not (is_number and math.isfinite(coefficient) and coefficient >= 0):
-        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
-    return float(coefficient)
 
 
 def _copied(step: kernels.PowerStep) -> kernels.PowerStep:

@@ -23,8 +23,8 @@ from lightning_lip.callbacks._trainer import (
     refuse_strategy,
 )
 from lightning_lip.checks import check_state
+from lightning_lip.optimizer_steps import optimizer_steps
 from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
-from lightning_lip.regularizer import optimizer_steps
 from lightning_lip.spectra import Metric
 
 

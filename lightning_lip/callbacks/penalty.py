@@ -25,9 +25,9 @@ from lightning_lip.callbacks._trainer import (
     own_state,
     refuse_strategy,
 )
-from lightning_lip.checks import check_state
+from lightning_lip.checks import check_coefficient, check_state
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.regularizer import LipschitzRegularizer, check_coefficient
+from lightning_lip.regularizer import LipschitzRegularizer
 
 
 @skipping("on_train_batch_start", "on_before_zero_grad", "on_before_backward")
