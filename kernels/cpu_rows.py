@@ -5,6 +5,7 @@ The functions are in :mod:`lightning_lip.kernels.cpu_rows_compiled`; this module
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -20,17 +21,14 @@ from lightning_lip.kernels.cpu_rows_compiled import (
     _IMAGES,
     _LANES,
     _LEFT,
-    _MIX,
     _N_HEADER,
     _P,
     _POOL,
-    _PRODUCTS,
     _Q,
     _R,
     _SIGMA,
     _STRIP,
     _STRIPS,
-    _SUMS,
     _THREAD,
     _THREADS,
     _run,
@@ -44,7 +42,7 @@ PARALLEL = 1 << 16
 
 
 class CompiledRows:
-    """Finishes steps with blocks of one size; everything but u is preallocated. One object serves one thread at a time.
+    """Finishes steps with blocks of one size. One object serves one thread at a time.
 
     Args:
         r: Vectors, at most :data:`~lightning_lip.kernels.cpu_layout.MAX_BLOCK_SIZE`.
@@ -56,15 +54,9 @@ class CompiledRows:
         self._shape = r, q, p
         self._is_parallel = r * (q + p) >= PARALLEL
         self._header = np.zeros(_N_HEADER, np.int64)
+        self._header_address: int = self._header.ctypes.data
         self._header[[_R, _Q, _P]] = r, q, p
-        n_tasks = -(-q // _CHUNK) - (-p // _CHUNK)
-        fp64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-        self._sums = torch.empty((n_tasks + 3) * _LANES**2, **fp64)
-        self._sigma = torch.zeros((), **fp64)
-        self._mix = torch.empty((_LANES + 1) * _LANES, dtype=torch.float32, device="cpu")
-        buffers = {_SUMS: self._sums, _SIGMA: self._sigma, _MIX: self._mix}
-        for field, buffer in buffers.items():
-            self._header[field] = buffer.data_ptr()
+        self._n_tasks = -(-q // _CHUNK) - (-p // _CHUNK)
         self._threads_for: tuple[int, int] | None = None
         load_compiled("rows", lambda: cast(Any, _run).compile("boolean(int64)"))
 
@@ -80,8 +72,15 @@ class CompiledRows:
         if pool:
             load_compiled("threads for rows", thread_address)
         self._header[[_POOL, _THREAD, _THREADS]] = pool, thread_address() if pool else 0, n_threads
-        self._strips = torch.empty(n_threads * _LANES * _STRIP, dtype=torch.float32, device="cpu")
-        self._header[_STRIPS] = self._strips.data_ptr()
+        # In fp64 numbers: sigma, Gram matrices, what mixes rows, and the strips of each thread.
+        sizes = (
+            8,
+            (self._n_tasks + 3) * _LANES**2,
+            (_LANES + 1) * _LANES // 2,
+            n_threads * self._shape[0] * _STRIP // 2,
+        )
+        starts = [8 * start for start in accumulate(sizes, initial=0)]
+        self._offsets, self._scratch_size = np.array(starts[:-1]), sum(sizes)
 
     def finish(self, images: Tensor, products: Tensor) -> tuple[Tensor, Tensor] | None:
         """Turn T and Z of a block into sigma and u, and Z, in place, into the next block, whose first row is v.
@@ -106,8 +105,11 @@ class CompiledRows:
                 )
         self._note_threads()
         left = images.new_empty(q)
-        self._header[[_IMAGES, _PRODUCTS, _LEFT]] = images.data_ptr(), products.data_ptr(), left.data_ptr()
-        if not _run(self._header.ctypes.data):
+        # Of this call only: kept by every layer it would be as much as many layers' vectors.
+        scratch = torch.empty(self._scratch_size, dtype=torch.float64, device="cpu")
+        self._header[_IMAGES : _LEFT + 1] = images.data_ptr(), products.data_ptr(), left.data_ptr()
+        self._header[_SIGMA : _STRIPS + 1] = self._offsets + scratch.data_ptr()
+        if not _run(self._header_address):
             return None
         increment_version([products])
-        return self._sigma.float(), left
+        return scratch[0].float(), left

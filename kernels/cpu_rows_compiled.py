@@ -65,7 +65,7 @@ is enough, beyond the second one two are not."""
     _SIGMA,  # fp64
     _SUMS,  # a Gram matrix (lanes, lanes) fp64 for each task
     _MIX,  # (lanes + 1, lanes) fp32: what makes the next block of Z, then what makes u of T
-    _STRIPS,  # (lanes, strip) fp32 for each thread
+    _STRIPS,  # (r, strip) fp32 for each thread
     _POOL,  # GOMP_parallel, 0 where there is none
     _THREAD,  # what each thread runs
     _THREADS,
@@ -162,7 +162,7 @@ def _combine(header: _I64, is_product: bool, begin: int, end: int, strip: int) -
 def _run_thread(header: _I64) -> None:
     """Do tasks until none is left: first those of T, then those of Z, each some columns."""
     q, p, r = header[_Q], header[_P], header[_R]
-    strip = header[_STRIPS] + 4 * _LANES * _STRIP * _fetch_add(header.ctypes.data + 8 * _NEXT_THREAD, 1)
+    strip = header[_STRIPS] + 4 * r * _STRIP * _fetch_add(header.ctypes.data + 8 * _NEXT_THREAD, 1)
     n_images = _n_chunks(q)
     while True:
         task = _fetch_add(header.ctypes.data + 8 * _NEXT_TASK, 1)

@@ -6,7 +6,8 @@ The spectral norm of the kernel reshaped to (c_out, -1) lies 35% (3 x 3) to 72% 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,13 @@ _KINDS: tuple[type[Any], ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+
+
+_PRODUCT_SIZE = 20480
+"""Elements of an input up to which the kernel's gradient is one product of matrices.
+
+torch's convolutions work that way too up to here, into memory of their own that must be filled and added.
+"""
 
 
 class ConvolutionOperator(LinearOperator):
@@ -73,11 +81,28 @@ class ConvolutionOperator(LinearOperator):
         self._output_padding = tuple(module.output_padding)
         self._mode: PaddingMode = module.padding_mode
         self._pairs = padding_pairs(module.padding, self._kernel_size, self._dilation)
+        # Whether torch's convolution knows the padding: zeros, as many before as after.
+        self._pads_itself = self._mode == "zeros" and all(before == after for before, after in self._pairs)
+        self._padding = [before if self._pads_itself else 0 for before, _ in self._pairs]
         self._forward, self._backward = _FUNCTIONS[len(self._kernel_size)]
         self._codomain_shape = (module.out_channels, *self._output_size())
         if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
             self._domain_shape = (module.in_channels, *[1] * len(self._kernel_size))
             self._codomain_shape = (module.out_channels, *self._output_size())
+        self._beyond = self._unreached()
+        is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and self._pads_itself
+        self._is_product = is_plain and math.prod(self._domain_shape) <= _PRODUCT_SIZE
+
+    def _unreached(self) -> list[int]:
+        """Return how many places at the end of the larger side the strides of the smaller one do not reach."""
+        small, large = self._domain_shape[1:], self._codomain_shape[1:]
+        if not self._transposed:
+            small, large = large, small
+        reached = [
+            (n - 1) * s + d * (k - 1) + 1
+            for n, s, d, k in zip(small, self._stride, self._dilation, self._kernel_size, strict=True)
+        ]
+        return [n + sum(pair) - reach for n, pair, reach in zip(large, self._pairs, reached, strict=True)]
 
     def _output_size(self) -> tuple[int, ...]:
         channels, *spatial = self._domain_shape or (0,)
@@ -104,11 +129,6 @@ class ConvolutionOperator(LinearOperator):
     @property
     def _transposed(self) -> bool:
         return self._convolution.transposed
-
-    @property
-    def _pads_itself(self) -> bool:
-        """Whether torch's convolution knows the padding: zeros, as many before as after."""
-        return self._mode == "zeros" and all(before == after for before, after in self._pairs)
 
     @property
     def spatial(self) -> tuple[int, ...]:
@@ -156,9 +176,8 @@ class ConvolutionOperator(LinearOperator):
         """Return the gradient of ``<u, A v>``, which is linear in the kernel: of its shape, in the vectors' dtype."""
         weight = self.weight().detach().to(left.dtype)  # only its shape matters
         outputs, inputs = left.view(1, *self._codomain_shape), right.view(1, *self._domain_shape)
-        padding: Sequence[int] = [before for before, _ in self._pairs]
         if not self._pads_itself:
-            inputs, padding = pad(inputs, self._pairs, self._mode), [0] * len(padding)
+            inputs = pad(inputs, self._pairs, self._mode)
         with _fp32_kept(inputs):
             gradient: Tensor = torch.ops.aten.convolution_backward(
                 outputs,
@@ -166,7 +185,7 @@ class ConvolutionOperator(LinearOperator):
                 weight,
                 None,
                 self._stride,
-                padding,
+                self._padding,
                 self._dilation,
                 self._transposed,
                 self._output_padding,
@@ -185,6 +204,25 @@ class ConvolutionOperator(LinearOperator):
         if len(parameters) == 1 and parameters[0] is weight:
             return (gradient,)
         return torch.autograd.grad(weight, parameters, gradient, allow_unused=True)
+
+    def add_norm_gradients_(
+        self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
+
+        Small inputs of plain convolutions on the CPU are a product of matrices, added in place.
+        """
+        kernel = self._convolution._parameters.get("weight")
+        grad = None if kernel is None or len(parameters) != 1 or parameters[0] is not kernel else kernel.grad
+        is_product = self._is_product and grad is not None and type(grad) is Tensor and grad.is_contiguous()
+        if not is_product or isinstance(factor, Tensor) or grad is None or grad.dtype != left.dtype:
+            super().add_norm_gradients_(factor, left, right, parameters)
+        elif factor != 0:
+            inputs = right.view(1, *self._domain_shape)
+            padding: Any = self._padding
+            columns = F.unfold(inputs, self._kernel_size, self._dilation, padding, self._stride)[0]
+            outputs = left.view(self._codomain_shape[0], -1)
+            grad.view(len(outputs), -1).addmm_(outputs, columns.mT, alpha=factor)
 
     def certified_norm(self, weight: Tensor | None = None, grid: int | None = None) -> float:
         """Return a *certified upper bound* of the spectral norm: see :func:`certified_convolution_norm`.
@@ -208,28 +246,20 @@ class ConvolutionOperator(LinearOperator):
         )
 
     def _convolve(self, inputs: Tensor) -> Tensor:
-        weight = self.weight().to(inputs.dtype)
-        padding: Any = [before for before, _ in self._pairs] if self._pads_itself else 0
+        weight, groups = self.weight().to(inputs.dtype), self._convolution.groups
         if not self._pads_itself:
             inputs = pad(inputs, self._pairs, self._mode)
+        padding: Any = self._padding  # typed as a tuple in torch
         with _fp32_kept(inputs):
-            return self._forward(inputs, weight, None, self._stride, padding, self._dilation, self._convolution.groups)
+            return self._forward(inputs, weight, None, self._stride, padding, self._dilation, groups)
 
     def _upsample(self, inputs: Tensor) -> Tensor:
         """Apply the transposed convolution, then crop by the padding or add the padded places to their sources."""
-        weight = self.weight().to(inputs.dtype)
-        sizes = (self._codomain_shape if self._transposed else self._domain_shape)[1:]
-        reached = [
-            (n - 1) * s + d * (k - 1) + 1
-            for n, s, d, k in zip(inputs.shape[2:], self._stride, self._dilation, self._kernel_size, strict=True)
-        ]
-        # Places at the end that the convolution's strides do not reach.
-        beyond = [n + sum(pair) - reach for n, pair, reach in zip(sizes, self._pairs, reached, strict=True)]
-        padding: Any = [before for before, _ in self._pairs] if self._pads_itself else 0
+        weight, groups = self.weight().to(inputs.dtype), self._convolution.groups
+        padding: Any = self._padding
+        beyond: Any = self._beyond
         with _fp32_kept(inputs):
-            outputs = self._backward(
-                inputs, weight, None, self._stride, padding, beyond, self._convolution.groups, self._dilation
-            )
+            outputs = self._backward(inputs, weight, None, self._stride, padding, beyond, groups, self._dilation)
         return outputs if self._pads_itself else pad_adjoint(outputs, self._pairs, self._mode)
 
 
@@ -249,14 +279,14 @@ def check_convolution(module: nn.Module) -> Convolution:
     return cast(Convolution, module)
 
 
-@contextlib.contextmanager
-def _fp32_kept(inputs: Tensor) -> Iterator[None]:
+def _fp32_kept(inputs: Tensor) -> contextlib.AbstractContextManager[None]:
     """Keep cuDNN from rounding fp32 to tf32, which it does by default and which moves norms by 1e-3."""
-    cudnn = torch.backends.cudnn
     if not inputs.is_cuda:
-        yield
-        return
-    with cudnn.flags(
+        return _NOTHING
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
-    ):
-        yield
+    )
+
+
+_NOTHING = contextlib.nullcontext()

@@ -97,6 +97,20 @@ class LinearOperator(ABC):
         with torch.enable_grad():
             return torch.autograd.grad(self.norm(left, right), parameters, allow_unused=True)
 
+    def add_norm_gradients_(
+        self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
+
+        A zero adds zeros, also where the gradient is NaN.
+        """
+        # The norm is linear in u: with c u its gradient needs no scaling of its own.
+        for parameter, gradient in zip(parameters, self.norm_gradients(factor * left, right, parameters), strict=True):
+            if gradient is None:
+                continue
+            gradient = _unless_zero(factor, gradient)
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
     @property
     def direct_parameter(self) -> nn.Parameter | None:
         """The parameter that *is* the matrix (m, n), if kernels may write its gradient in place; else None."""
@@ -106,6 +120,13 @@ class LinearOperator(ABC):
     def trainable(self) -> bool:
         """Whether any of the parameters requires a gradient."""
         return any(p.requires_grad for p in self.parameters)
+
+
+def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient with a factor in it: zeros where that is zero, not 0 * NaN of a weight gone bad."""
+    if isinstance(factor, Tensor):
+        return torch.where((factor == 0).to(gradient.device), 0.0, gradient)
+    return gradient if factor != 0 else torch.zeros_like(gradient)  # no copy as large as the weight
 
 
 class MatrixOperator(LinearOperator):

@@ -127,3 +127,9 @@ class RecordedConvolution(LinearOperator):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of :meth:`norm` in some of the parameters."""
         return self._operator.norm_gradients(left, right, parameters)
+
+    def add_norm_gradients_(
+        self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some of the parameters."""
+        self._operator.add_norm_gradients_(factor, left, right, parameters)

@@ -257,6 +257,8 @@ class LipschitzRegularizer:
     def _add_norm_gradients_(self, coefficients: Tensor, step: kernels.PowerStep, allowed: set[int] | None) -> None:
         """Add ``c_l`` times the gradient of the norm of each trainable layer."""
         grads: list[Tensor | None] = [None] * len(self.operators)
+        # On the CPU a look at the numbers waits for nothing.
+        factors = coefficients.tolist() if coefficients.device.type == "cpu" else coefficients.unbind()
         for index, op in enumerate(self.operators):
             trainable = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
             if not trainable:
@@ -268,14 +270,8 @@ class LipschitzRegularizer:
                 grads[index] = weight.grad
                 continue
             left, right = step.left[index], step.right[index]
-            coefficient = coefficients[index].to(left)
-            # The norm is linear in u: with c u its gradient needs no scaling of its own.
-            pulled = op.norm_gradients(coefficient * left, right, trainable)
-            for parameter, gradient in zip(trainable, pulled, strict=True):
-                if gradient is None:
-                    continue
-                gradient = _unless_zero(coefficient, gradient)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            factor = factors[index].to(left) if isinstance(factors[index], Tensor) else factors[index]
+            op.add_norm_gradients_(factor, left, right, trainable)
         self._norms.rank_one_update_(grads, coefficients)
 
     def penalised(self, op: LinearOperator) -> list[nn.Parameter]:
@@ -418,13 +414,6 @@ class LipschitzRegularizer:
 def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
     left, right = [u.clone() for u in step.left], [v.clone() for v in step.right]
     return kernels.PowerStep(step.sigma.clone(), left, right, [])
-
-
-def _unless_zero(coefficient: Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient with the factor `coefficient`: zeros where that is zero, not 0 * NaN of a weight gone bad."""
-    if coefficient.device.type == "cpu":  # a look at it waits for nothing, and saves a copy as large as the weight
-        return gradient if coefficient != 0 else torch.zeros_like(gradient)
-    return torch.where((coefficient == 0).to(gradient.device), 0.0, gradient)
 
 
 def _double(sigma: Tensor) -> Tensor:

@@ -353,6 +353,60 @@ POINTWISE = [
 ]
 
 
+ADDED = [
+    (nn.Conv2d(3, 5, 3, padding=1), (3, 8, 9)),
+    (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(0, 1), dilation=(1, 2)), (3, 8, 9)),
+    (nn.Conv2d(6, 4, 1, stride=2), (6, 5, 5)),
+    (nn.Conv2d(4, 4, 3, groups=2, padding=1), (4, 6, 6)),
+    (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, 8, 9)),
+    (nn.Conv2d(3, 5, 4, padding="same"), (3, 8, 9)),
+    (nn.Conv2d(20, 2, 3), (20, 33, 33)),  # larger than what is one product
+    (nn.Conv1d(3, 5, 3), (3, 12)),
+    (nn.ConvTranspose2d(3, 5, 3, stride=2), (3, 5, 5)),
+    (nn.Conv2d(3, 5, 3).double(), (3, 6, 6)),
+    (nn.Conv2d(3, 5, 3).bfloat16(), (3, 6, 6)),
+]
+
+
+@pytest.mark.parametrize("factor", [0.5, -2.0, 0.0, torch.tensor(0.5)], ids=str)
+@pytest.mark.parametrize("start", ["none", "zeros", "channels last"])
+@pytest.mark.parametrize(("module", "shape"), ADDED, ids=lambda x: str(x) if isinstance(x, nn.Module) else "")
+def test_gradients_are_added_to_what_is_there(module, shape, start, factor):
+    op, weight = ConvolutionOperator("conv", module, shape), module.weight
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    left, right = (
+        torch.randn(math.prod(side), generator=generator, dtype=dtype) for side in (op.codomain_shape, op.domain_shape)
+    )
+    weight.grad = {
+        "none": lambda: None,
+        "zeros": lambda: torch.ones_like(weight),
+        "channels last": lambda: torch.ones_like(weight.mT).mT,  # no view of it is a matrix
+    }[start]()
+    [expected] = op.norm_gradients(float(factor) * left, right, [weight])
+    expected = expected if start == "none" else 1 + expected
+    there = weight.grad
+    with torch.no_grad():
+        op.add_norm_gradients_(factor, left, right, [weight])
+    if there is not None:
+        assert weight.grad is there
+    rounding = 8 * torch.finfo(weight.dtype).eps
+    torch.testing.assert_close(weight.grad, expected, rtol=rounding, atol=rounding * float(expected.abs().max()))
+    weight.grad = None
+
+
+@pytest.mark.parametrize("factor", [0.0, torch.tensor(0.0)], ids=str)
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_a_factor_of_zero_adds_nothing_of_a_gradient_that_is_nan(padding_mode, factor):
+    module = nn.Conv2d(3, 5, 3, padding=1, padding_mode=padding_mode)
+    op = ConvolutionOperator("conv", module, (3, 6, 6))
+    left, right = torch.full((180,), math.nan), torch.ones(108)
+    module.weight.grad = torch.ones_like(module.weight)
+    with torch.no_grad():
+        op.add_norm_gradients_(factor, left, right, [module.weight])
+    assert torch.equal(module.weight.grad, torch.ones_like(module.weight))
+
+
 @pytest.mark.parametrize(("module", "shape"), POINTWISE, ids=lambda value: str(value)[:40])
 def test_a_kernel_of_size_one_is_taken_at_one_place(module, shape):
     module = copy.deepcopy(module).double()
