@@ -11,6 +11,9 @@ from lightning_lip.paper.extras import extra
 COLOURS = {1: "#E69F00", 8: "#0072B2", "step": "#000000", "floor": "#999999", "peer": "#777777"}
 """Okabe and Ito's, by block size and role."""
 
+TICKS = (0.8, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
+"""Ratios that are marked: a logarithmic axis' own marks are powers of ten, of which most panels hold one."""
+
 Figure = Any
 
 
@@ -35,6 +38,7 @@ def write_figures(found: dict[str, Any], folder: Path) -> list[str]:
 def steps(models: list[dict[str, Any]]) -> Figure:
     """Draw each contender's step over the plain training's, with p20 and p80, one panel a model."""
     heights = [len(model["rows"]) - 1 for model in models]
+    ticker = extra("matplotlib.ticker", "bench")
     size = (8.0, 1.0 + 0.3 * sum(heights) + 0.5 * len(models))
     figure = extra("matplotlib.figure", "bench").Figure(figsize=size, dpi=150, layout="constrained")
     panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -50,7 +54,9 @@ def steps(models: list[dict[str, Any]]) -> Figure:
         axes.set_ylim(-0.6, len(rows) - 0.2)
         axes.axvline(1.0, color=COLOURS["step"], linewidth=0.8)
         axes.set_xscale("log")
-        axes.tick_params(axis="x", which="minor", labelbottom=False)
+        axes.xaxis.set_major_locator(ticker.FixedLocator(TICKS))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(ticker.NullLocator())
         axes.set_title(f"{model['model_title']}; batch {model['batch_size']}", fontsize=9, loc="left")
         axes.tick_params(labelsize=7)
     panels[-1].set_xlabel("time of a training step over the plain training's: median, p20 to p80", fontsize=8)
