@@ -9,13 +9,8 @@ import sys
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -342,9 +337,12 @@ def test_stochastic_weight_averaging_ends_certified(make_module, make_trainer, r
     assert certified(module.state_dict()) <= TARGET
 
 
-@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
+@pytest.mark.parametrize("averaging", ["WeightAveraging", "EMAWeightAveraging"])
 def test_weight_averaging_is_refused(make_module, make_trainer, regression_data, averaging):
-    trainer = make_trainer(lightning, callbacks=[LipschitzConstraint(TARGET), averaging()])
+    if not hasattr(lightning_callbacks, averaging):
+        pytest.skip(f"this Lightning has no {averaging}")
+    callback = getattr(lightning_callbacks, averaging)()
+    trainer = make_trainer(lightning, callbacks=[LipschitzConstraint(TARGET), callback])
     with pytest.raises(RuntimeError, match=r"beside WeightAveraging.*no convex set"):
         trainer.fit(make_module(lightning), regression_data)
 

@@ -425,6 +425,10 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="gloo between lo
 
 
 @linux_only
+needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 of torch 2.6 does not run on the CPU")
+
+
+@needs_fsdp2
 @pytest.mark.parametrize(("case", "n_ranks"), [("shards", 2), ("meshes", 4), ("training", 2), ("long", 2)])
 def test_on_ranks(case, n_ranks):
     on_ranks(case, n_ranks, "lightning.pytorch")
@@ -469,6 +473,7 @@ def placed(mesh, placements):
     return layer
 
 
+@needs_fsdp2
 def test_layers_that_cannot_be_iterated_are_refused(mesh):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Partial, Shard
@@ -491,6 +496,7 @@ def test_layers_that_cannot_be_iterated_are_refused(mesh):
         LipschitzRegularizer(convolution, 1.0)
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("is_whole", [False, True])
 def test_what_needs_whole_weights_is_refused(mesh, is_whole):
     model = fsdp(mesh, nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

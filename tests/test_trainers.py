@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -24,6 +25,8 @@ def rows(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name.replace(", ", "-").replace(" ", "_") for case in CASES])
 def test_case_ends_as_the_table_says(rows, case):
+    if case.strategy.startswith("FSDP2") and torch.__version__ < (2, 7):
+        pytest.skip("FSDP2 of torch 2.6 does not run on the CPU")
     assert rows[case].holds, f"distance {rows[case].distance}, {rows[case].error}"
 
 

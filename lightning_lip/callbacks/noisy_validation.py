@@ -30,8 +30,8 @@ class NoisyValidation(BaseCallback):
     The values are *estimates*: exact means over one draw of the noise, which is the same at every epoch (keep the
     validation loader unshuffled, so that it meets the same samples) and different on every rank. They are logged over
     all ranks, once a validation epoch, for EarlyStopping and ModelCheckpoint to monitor. With several validation
-    loaders the names end with ``/dataloader_idx_0`` and so on, as Lightning's own do. The sanity check runs the metric,
-    but logs nothing.
+    loaders the names end with ``/dataloader_idx_0`` and so on, as Lightning's own do (with ``/dataloader_0`` where an
+    older Lightning keeps that ending to itself). The sanity check runs the metric, but logs nothing.
 
     Training is left untouched: a run with the callback ends with bit-identical weights to one without. The global
     random generators are restored after the forward passes and after the pass over the training data.
@@ -179,7 +179,19 @@ class NoisyValidation(BaseCallback):
             for name, value in zip(self.names, metrics[index].compute(), strict=True):
                 # All ranks hold the same value. The maximum over ranks keeps it exactly; without sync_dist, Lightning
                 # warns that values may differ.
-                pl_module.log(name + suffix, value, sync_dist=True, reduce_fx="max", add_dataloader_idx=False)
+                _log(pl_module, name, suffix, value)
+
+
+def _log(pl_module: pl.LightningModule, name: str, suffix: str, value: Tensor) -> None:
+    """Log a value that all ranks hold under its name with the validation loader's."""
+    options: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max", "add_dataloader_idx": False}
+    try:
+        pl_module.log(name + suffix, value, **options)
+    except Exception as error:
+        # Lightning has an exception class for each of its packages.
+        if "dataloader_idx" not in str(error):
+            raise
+        pl_module.log(name + suffix.replace("dataloader_idx", "dataloader"), value, **options)
 
 
 def _training_batches(trainer: pl.Trainer) -> Iterator[Any]:
