@@ -422,12 +422,10 @@ def case_long(pl):
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="gloo between local processes")
-
-
-@linux_only
 needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 of torch 2.6 does not run on the CPU")
 
 
+@linux_only
 @needs_fsdp2
 @pytest.mark.parametrize(("case", "n_ranks"), [("shards", 2), ("meshes", 4), ("training", 2), ("long", 2)])
 def test_on_ranks(case, n_ranks):
