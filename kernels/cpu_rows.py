@@ -60,6 +60,10 @@ class CompiledRows:
         self._threads_for: tuple[int, int] | None = None
         load_compiled("rows", lambda: cast(Any, _run).compile("boolean(int64)"))
 
+    def __reduce__(self) -> tuple[type[CompiledRows], tuple[int, int, int]]:
+        """Make copies anew: a copied header would hold addresses of the original."""
+        return CompiledRows, self._shape
+
     def _note_threads(self) -> None:
         """Provide for torch's present number of threads."""
         n_threads = torch.get_num_threads() if self._is_parallel else 1

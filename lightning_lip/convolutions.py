@@ -39,13 +39,6 @@ _KINDS: tuple[type[Any], ...] = (
 )
 
 
-_PRODUCT_SIZE = 20480
-"""Elements of an input up to which the kernel's gradient is one product of matrices.
-
-torch's convolutions work that way too up to here, into memory of their own that must be filled and added.
-"""
-
-
 class ConvolutionOperator(LinearOperator):
     """A convolution or transposed convolution without its bias, for inputs of one size.
 
@@ -91,7 +84,8 @@ class ConvolutionOperator(LinearOperator):
             self._codomain_shape = (module.out_channels, *self._output_size())
         self._beyond = self._unreached()
         is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and self._pads_itself
-        self._is_product = is_plain and math.prod(self._domain_shape) <= _PRODUCT_SIZE
+        # The columns of the product are then fewer numbers than the kernel.
+        self._is_product = is_plain and math.prod(self._codomain_shape[1:]) < module.out_channels
 
     def _unreached(self) -> list[int]:
         """Return how many places at the end of the larger side the strides of the smaller one do not reach."""
@@ -210,12 +204,12 @@ class ConvolutionOperator(LinearOperator):
     ) -> None:
         """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
 
-        Small inputs of plain convolutions on the CPU are a product of matrices, added in place.
+        On the CPU that is one product of matrices, added in place, where the places are fewer than the channels.
         """
         kernel = self._convolution._parameters.get("weight")
-        grad = None if kernel is None or len(parameters) != 1 or parameters[0] is not kernel else kernel.grad
-        is_product = self._is_product and grad is not None and type(grad) is Tensor and grad.is_contiguous()
-        if not is_product or isinstance(factor, Tensor) or grad is None or grad.dtype != left.dtype:
+        grad = kernel.grad if kernel is not None and [*map(id, parameters)] == [id(kernel)] else None
+        is_product = self._is_product and type(grad) is Tensor and grad.is_contiguous() and grad.dtype == left.dtype
+        if grad is None or isinstance(factor, Tensor) or not is_product or left.device.type != "cpu":
             super().add_norm_gradients_(factor, left, right, parameters)
         elif factor != 0:
             inputs = right.view(1, *self._domain_shape)

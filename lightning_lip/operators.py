@@ -109,7 +109,10 @@ class LinearOperator(ABC):
             if gradient is None:
                 continue
             gradient = _unless_zero(factor, gradient)
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            if parameter.grad is None:
+                # Not the gradient itself, which autograd may return for two parameters, or expanded from less memory.
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad.add_(gradient)
 
     @property
     def direct_parameter(self) -> nn.Parameter | None:

@@ -315,8 +315,16 @@ class _OperatorIteration:
         if exact is not None:
             left, right = exact
             return kernels.PowerStep(op.norm(left, right)[None], [left], [right], [self.vectors])
-        step = self._compiled_step(n_iterations) if self._rows is not None and n_iterations > 0 else None
-        sigma, left, right, self.vectors = step or iterate(self._apply, self._adjoint, self.vectors, n_iterations)
+        step = None
+        for done in range(n_iterations):
+            step = self._compiled_step()
+            if step is None:
+                n_iterations -= done
+                break
+            self.vectors = step[3]
+        if step is None:
+            step = iterate(self._apply, self._adjoint, self.vectors, n_iterations)
+        sigma, left, right, self.vectors = step
         return kernels.PowerStep(sigma[None], [left], [right], [self.vectors])
 
     def _apply(self, rows: Tensor) -> Tensor:
@@ -325,19 +333,14 @@ class _OperatorIteration:
     def _adjoint(self, rows: Tensor) -> Tensor:
         return self._operator.adjoint(rows.view(len(rows), *self._operator.codomain_shape)).flatten(1)
 
-    def _compiled_step(self, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return what :func:`~lightning_lip.kernels.reference.iterate` returns; None where that must do it."""
-        assert self._rows is not None
-        block = self.vectors
-        for _ in range(n_iterations):
-            images = self._apply(block).contiguous()
-            products = self._adjoint(images).contiguous()
-            needed = (rows.untyped_storage().data_ptr() for rows in (images, self.vectors))
-            if products.untyped_storage().data_ptr() in needed:  # it is overwritten
-                products = products.clone()
-            finished = self._rows.finish(images, products)
-            if finished is None:
-                return None
-            sigma, left = finished
-            block = products
-        return sigma, left, block[0], block
+    def _compiled_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return what one iteration of the reference returns; None where that must do it."""
+        if self._rows is None:
+            return None
+        images = self._apply(self.vectors).contiguous()
+        products = self._adjoint(images).contiguous()
+        needed = (rows.untyped_storage().data_ptr() for rows in (images, self.vectors))
+        if products.untyped_storage().data_ptr() in needed:  # it is overwritten
+            products = products.clone()
+        finished = self._rows.finish(images, products)
+        return None if finished is None else (*finished, products[0], products)

@@ -360,7 +360,8 @@ ADDED = [
     (nn.Conv2d(4, 4, 3, groups=2, padding=1), (4, 6, 6)),
     (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, 8, 9)),
     (nn.Conv2d(3, 5, 4, padding="same"), (3, 8, 9)),
-    (nn.Conv2d(20, 2, 3), (20, 33, 33)),  # larger than what is one product
+    (nn.Conv2d(3, 40, 3, padding=1, stride=2), (3, 9, 7)),  # fewer places than channels
+    (nn.Conv2d(3, 40, (2, 3), dilation=(2, 1)), (3, 5, 6)),
     (nn.Conv1d(3, 5, 3), (3, 12)),
     (nn.ConvTranspose2d(3, 5, 3, stride=2), (3, 5, 5)),
     (nn.Conv2d(3, 5, 3).double(), (3, 6, 6)),
@@ -398,9 +399,9 @@ def test_gradients_are_added_to_what_is_there(module, shape, start, factor):
 @pytest.mark.parametrize("factor", [0.0, torch.tensor(0.0)], ids=str)
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_a_factor_of_zero_adds_nothing_of_a_gradient_that_is_nan(padding_mode, factor):
-    module = nn.Conv2d(3, 5, 3, padding=1, padding_mode=padding_mode)
+    module = nn.Conv2d(3, 50, 3, padding=1, padding_mode=padding_mode)
     op = ConvolutionOperator("conv", module, (3, 6, 6))
-    left, right = torch.full((180,), math.nan), torch.ones(108)
+    left, right = torch.full((1800,), math.nan), torch.ones(108)
     module.weight.grad = torch.ones_like(module.weight)
     with torch.no_grad():
         op.add_norm_gradients_(factor, left, right, [module.weight])

@@ -760,3 +760,35 @@ def test_a_constant_penalty_moves_nothing():
     model.zero_grad()
     assert float(regularizer.add_grad_()) == 3.0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+class Added(nn.Module):
+    """A parametrization that adds a tensor of its own, and a sum over another one."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.delta, self.shift = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, weight):
+        return weight + self.delta + self.shift.sum()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_parameters_that_have_one_gradient_get_one_each(layer):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Added(layer.weight.shape))
+    model = nn.Sequential(layer)
+    if isinstance(layer, nn.Conv2d):
+        regularizer = LipschitzRegularizer(model, 1.0, "log", layers=["0"], example_input=torch.zeros(1, 2, 6, 6))
+    else:
+        regularizer = LipschitzRegularizer(model, 1.0, "log")
+    regularizer.add_grad_()
+    added = layer.parametrizations.weight[0]
+    parameters = [layer.parametrizations.weight.original, added.delta, added.shift]
+    once = [p.grad.clone() for p in parameters]
+    assert all(g.count_nonzero() for g in once)
+    torch.testing.assert_close(once[0], once[1])
+    torch.testing.assert_close(once[2], once[0].sum().expand(3))
+    regularizer.add_grad_(advance=False)
+    for parameter, gradient in zip(parameters, once, strict=True):
+        # The vectors of a block that did not advance are half a step older.
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-3, atol=1e-3)
