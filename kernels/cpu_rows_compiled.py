@@ -212,6 +212,17 @@ def _is_in_range(gram: _F64, r: int) -> bool:
 
 
 @_compiled
+def _times_transposed(a: _F64, b: _F64, r: int, out: _F64) -> None:
+    """Write ``A B^T`` (r, r)."""
+    for i in range(r):
+        for j in range(r):
+            total = 0.0
+            for k in range(r):
+                total += a[_LANES * i + k] * b[_LANES * j + k]
+            out[_LANES * i + j] = total
+
+
+@_compiled
 def _mix_of(gram: _F64, rotation: _F64, r: int, rotated: _F64, factor: _F64, mix: int) -> tuple[float, float]:
     """Write what makes an orthonormal basis of rows: the inverse Cholesky factor of their rotated Gram matrix, rotated.
 
@@ -226,18 +237,8 @@ def _mix_of(gram: _F64, rotation: _F64, r: int, rotated: _F64, factor: _F64, mix
     Returns:
         The squared length of the first rotated row, and the noise of the basis; infinite where there is none.
     """
-    for i in range(r):
-        for j in range(r):
-            total = 0.0
-            for k in range(r):
-                total += rotation[_LANES * i + k] * gram[_LANES * k + j]
-            factor[_LANES * i + j] = total
-    for i in range(r):
-        for j in range(r):
-            total = 0.0
-            for k in range(r):
-                total += factor[_LANES * i + k] * rotation[_LANES * j + k]
-            rotated[_LANES * i + j] = total
+    _times_transposed(rotation, gram, r, factor)  # G is symmetric
+    _times_transposed(factor, rotation, r, rotated)
     first = rotated[0]
     noise = 0.0
     for i in range(r):

@@ -188,8 +188,8 @@ def _log(pl_module: pl.LightningModule, name: str, suffix: str, value: Tensor) -
     try:
         pl_module.log(name + suffix, value, **options)
     except Exception as error:
-        # Lightning has an exception class for each of its packages.
-        if "dataloader_idx" not in str(error):
+        # By name: `lightning` and `pytorch_lightning` have a class each.
+        if type(error).__name__ != "MisconfigurationException" or "dataloader_idx" not in str(error):
             raise
         pl_module.log(name + suffix.replace("dataloader_idx", "dataloader"), value, **options)
 
