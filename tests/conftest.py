@@ -1,5 +1,6 @@
-"""Test-wide settings: the installed package is what is tested, on one thread, in a folder of its own."""
+"""Test-wide settings: the installed package is what is tested, seeded, on one thread, in a folder of its own."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,12 +10,21 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # The checkout goes last: `kernels/` is imported as `lightning_lip.kernels`, never as a top-level package.
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == ROOT)
+# What a test draws without a seed of its own is the same in every run; another number shakes the whole suite.
+SEED = int(os.environ.get("LIGHTNING_LIP_TEST_SEED", "0"))
+
+
+def pytest_collectstart(collector):
+    """Seed what a file draws while it is imported, whatever was collected before it."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_in_a_folder(tmp_path, monkeypatch):
-    """Run every test in a folder of its own, on one thread."""
+def _seeded_on_one_thread_in_a_folder(tmp_path, monkeypatch):
+    """Run every test in a folder of its own, on one thread, from one seed."""
     monkeypatch.chdir(tmp_path)
+    torch.manual_seed(SEED)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

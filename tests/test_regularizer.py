@@ -773,22 +773,29 @@ class Added(nn.Module):
         return weight + self.delta + self.shift.sum()
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
-def test_parameters_that_have_one_gradient_get_one_each(layer):
+@pytest.mark.parametrize("make", [lambda: nn.Linear(5, 4), lambda: nn.Conv2d(2, 3, 3)], ids=["linear", "convolution"])
+def test_parameters_that_have_one_gradient_get_one_each(make):
+    torch.manual_seed(0)
+    layer = make()
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", Added(layer.weight.shape))
     model = nn.Sequential(layer)
     if isinstance(layer, nn.Conv2d):
         regularizer = LipschitzRegularizer(model, 1.0, "log", layers=["0"], example_input=torch.zeros(1, 2, 6, 6))
     else:
         regularizer = LipschitzRegularizer(model, 1.0, "log")
-    regularizer.add_grad_()
     added = layer.parametrizations.weight[0]
-    parameters = [layer.parametrizations.weight.original, added.delta, added.shift]
-    once = [p.grad.clone() for p in parameters]
-    assert all(g.count_nonzero() for g in once)
-    torch.testing.assert_close(once[0], once[1])
-    torch.testing.assert_close(once[2], once[0].sum().expand(3))
+    original, delta, shift = layer.parametrizations.weight.original, added.delta, added.shift
+
+    def check():
+        torch.testing.assert_close(delta.grad, original.grad)
+        torch.testing.assert_close(shift.grad, original.grad.sum().expand(3))
+
+    regularizer.add_grad_()
+    check()
+    once = original.grad.clone()
+    assert once.norm() > 0.1
     regularizer.add_grad_(advance=False)
-    for parameter, gradient in zip(parameters, once, strict=True):
-        # The vectors of a block that did not advance are half a step older.
-        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=1e-3, atol=1e-3)
+    check()
+    # One tensor for both parameters would be added to twice. What a block that did not advance gives differs a little:
+    # its vectors are half a step older.
+    assert (original.grad - 2 * once).norm() < 0.1 * once.norm()
