@@ -125,6 +125,7 @@ class CpuIteration:
         self._table[:, _MULTIPLICITY] = 1
         self._multiplicities: Sequence[int] = []
         self._weight_addresses = [0] * n_layers
+        self._weight_strides: list[tuple[int, ...]] = [()] * n_layers
         self._aliases: list[Tensor | None] = [None] * n_layers
         self._grad_layouts: list[_Layout | None] = [None] * n_layers
         self._torch_grads: list[int] = []
@@ -231,8 +232,7 @@ class CpuIteration:
         Raises:
             ValueError: If a weight changed its shape, or to something that :meth:`why_not` refuses.
         """
-        if [w.data_ptr() for w in weights] != self._weight_addresses:
-            self._take_weights(weights)
+        self._take_weights(weights)
         self._write_addresses(*self._weight_addresses, *[0] * len(weights))
         self._run(n_iterations, _NO_UPDATE)
         return self.last_step
@@ -275,8 +275,7 @@ class CpuIteration:
             ``scale * penalty``, shape (), fp32; the next call overwrites it. A layer that is exactly zero gets no
             gradient, nor does one whose coefficient is not finite.
         """
-        if [w.data_ptr() for w in weights] != self._weight_addresses:
-            self._take_weights(weights)
+        self._take_weights(weights)
         self._take_grads(grads)
         if multiplicities != self._multiplicities:
             self._table[:, _MULTIPLICITY] = multiplicities
@@ -292,9 +291,15 @@ class CpuIteration:
         return self._value
 
     def _take_weights(self, weights: Sequence[Tensor]) -> None:
-        """Rewrite the table where a weight has moved."""
-        for index, (weight, address) in enumerate(zip(weights, self._weight_addresses, strict=True)):
-            if weight.data_ptr() == address:
+        """Rewrite the table where a weight has moved, or lies in another way at the same place."""
+        addresses, strides = [w.data_ptr() for w in weights], [w.stride() for w in weights]
+        if addresses == self._weight_addresses and strides == self._weight_strides:
+            return
+        known = zip(self._weight_addresses, self._weight_strides, strict=True)
+        for index, (weight, layout, old) in enumerate(
+            zip(weights, zip(addresses, strides, strict=True), known, strict=True)
+        ):
+            if layout == old:
                 continue
             m, n = self._shapes[index]
             reason = self.why_not(weight, 1)
@@ -306,9 +311,9 @@ class CpuIteration:
                     "construct a new iteration."
                 )
             self._table[index, _WEIGHT_LD : _WEIGHT_ALONG + 1] = self._entry(weight)
-            # An address identifies the weight, with its layout, as long as no other tensor can be given it.
+            # An address and strides identify the weight as long as no other tensor can be given the address.
             self._aliases[index] = weight.detach()
-            self._weight_addresses[index] = weight.data_ptr()
+            self._weight_addresses[index], self._weight_strides[index] = layout
             self.n_refreshes += 1
 
     def _take_grads(self, grads: Sequence[Tensor | None]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,11 @@ from lightning_lip.operators import LinearOperator, MatrixOperator, Parametrized
 
 
 class _Recorder:
-    """Keeps the shape of the first input that a module sees with gradients enabled; one a module."""
+    """A forward pre-hook: keeps the shape of the first input that a module sees with gradients enabled."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.shape: tuple[int, ...] | None = None
-        self._warned = False
+        self.other: tuple[int, ...] | None = None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # Gradients, not the module's mode: a frozen backbone trains in eval mode, a validation has no gradients.
@@ -31,23 +30,15 @@ class _Recorder:
         shape = tuple(inputs[0].shape[-(len(module.kernel_size) + 1) :])  # type: ignore[arg-type]
         if self.shape is None:
             self.shape = shape
-        elif shape != self.shape and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"Layer {self.name!r} now sees inputs of shape {shape}; its spectral norm stays that at the first one, "
-                f"{self.shape}. Pass example_input= to choose another.",
-                stacklevel=2,
-            )
-
-
-_recorders: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
+        elif self.other is None and shape != self.shape:
+            self.other = shape  # told of outside of the forward pass, which may be compiled
 
 
 class RecordedConvolution(LinearOperator):
     """A :class:`ConvolutionOperator` at the size of the first input that the module sees with gradients enabled.
 
-    A forward pre-hook records it: one for each module, however many operators are made of it, and it stays. A later
-    change of size keeps the first one, with one warning.
+    A forward pre-hook records it, as long as the operator lives or until :meth:`stop_recording`. A later change of size
+    keeps the first one, with one warning.
 
     Args:
         name: The module's name in the model.
@@ -64,11 +55,19 @@ class RecordedConvolution(LinearOperator):
         if not parametrized:
             check_weight(module)
         self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
-        if module not in _recorders:
-            _recorders[module] = _Recorder(name)
-            module.register_forward_pre_hook(_recorders[module])
-        self._recorder = _recorders[module]
+        self._recorder, self._warned = _Recorder(), False
+        self._handle = module.register_forward_pre_hook(self._recorder)
+        _forget_compiled_code()
         self._known: ConvolutionOperator | None = None
+
+    def stop_recording(self) -> None:
+        """Take the hook off the module; a size that is known stays."""
+        self._handle.remove()
+
+    def __del__(self) -> None:
+        """Take the hook off the module."""
+        if "_handle" in vars(self):
+            self.stop_recording()
 
     @property
     def _operator(self) -> ConvolutionOperator:
@@ -80,6 +79,13 @@ class RecordedConvolution(LinearOperator):
                     f"exclude={self.name!r}."
                 )
             self._known = ConvolutionOperator(self.name, self.module, self._recorder.shape)
+        if self._recorder.other is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"Layer {self.name!r} now sees inputs of shape {self._recorder.other}; its spectral norm stays that at "
+                f"the first one, {self._recorder.shape}. Pass example_input= to choose another.",
+                stacklevel=2,
+            )
         return self._known
 
     @property
@@ -133,3 +139,19 @@ class RecordedConvolution(LinearOperator):
     ) -> None:
         """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some of the parameters."""
         self._operator.add_norm_gradients_(factor, left, right, parameters)
+
+
+def stop_recording(operators: Iterable[LinearOperator]) -> None:
+    """Take the hooks of the operators that record sizes off their modules."""
+    for operator in operators:
+        if isinstance(operator, RecordedConvolution):
+            operator.stop_recording()
+
+
+def _forget_compiled_code() -> None:
+    """Have torch.compile compile anew: what it compiled before does not call a hook, and it does not look for new ones.
+
+    (``torch._dynamo.config.skip_nnmodule_hook_guards`` is True by default.)
+    """
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()

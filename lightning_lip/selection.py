@@ -224,6 +224,22 @@ def find_operators(
     return list(operators.values())
 
 
+def refuse_replaced(model: nn.Module, operators: Iterable[LinearOperator], owner: str) -> None:
+    """Refuse to go on with layers that are no longer part of the model.
+
+    Raises:
+        RuntimeError: Naming them, and what to do.
+    """
+    present = {id(module) for module in model.modules()}
+    gone = [operator.name for operator in operators if id(operator.module) not in present]
+    if gone:
+        raise RuntimeError(
+            f"{owner}: the layers {gone} are no longer part of the model; they were replaced or removed after they "
+            "were selected, when training started. Change layers before training or between two calls of "
+            "trainer.fit, which select anew, or leave those that will go out with `exclude`."
+        )
+
+
 def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """Split an example input into positional and keyword arguments of a model."""
     if isinstance(example_input, Mapping):

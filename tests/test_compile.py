@@ -211,30 +211,58 @@ def test_resume_across_compilation(fit, tmp_path, first, second):
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
 
 
+class Images(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def compiled_images(way):
+    """Return what a Trainer takes: a compiled module, or one that holds a compiled network."""
+    module = Images()
+    if way == "before":
+        return torch.compile(module, backend=BACKEND, fullgraph=True)
+    module.net = torch.compile(module.net, backend=BACKEND, fullgraph=True)
+    return module
+
+
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way):
-    class Images(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.Linear(48, 1))
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch).square().mean()
-
-        validation_step = training_step
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.01)
-
     data = torch.utils.data.DataLoader(torch.ones(8, 1, 6, 6), batch_size=4)
-    module, penalty = Images(), LipschitzPenalty(0.1)
-    compiled = module
-    if way == "before":
-        compiled = torch.compile(module, backend=BACKEND, fullgraph=True)
-    else:
-        module.net = torch.compile(module.net, backend=BACKEND, fullgraph=True)
+    penalty = LipschitzPenalty(0.1)
     # The sanity check compiles a forward without gradients first.
-    make_trainer(lightning, callbacks=[penalty]).fit(compiled, data, data)
+    make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), data, data)
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("way", ["before", "inside"])
+def test_convolutions_record_their_size_where_a_forward_was_compiled_before(make_trainer, way):
+    def data(size):
+        return torch.utils.data.DataLoader(torch.ones(8, 1, size, size), batch_size=4)
+
+    # torch.compile would go on with code that it compiled of the same forward without the hooks.
+    make_trainer(lightning).fit(compiled_images(way), data(6))
+    penalty, network = LipschitzPenalty(0.1), compiled_images(way)
+    make_trainer(lightning, callbacks=[penalty]).fit(network, data(6))
+    assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
+    make_trainer(lightning, callbacks=[penalty]).fit(network, data(8))
+    assert penalty.regularizer.operators[0].domain_shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("way", ["before", "inside"])
+def test_another_size_in_a_whole_graph_is_told_of(make_trainer, way):
+    penalty = LipschitzPenalty(0.1)
+    data = torch.utils.data.DataLoader([torch.ones(4, 1, size, size) for size in (6, 8, 6)], batch_size=None)
+    with pytest.warns(UserWarning, match=r"'net.0' now sees inputs of shape \(1, 8, 8\).*\(1, 6, 6\)"):
+        make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), data)
+    assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)

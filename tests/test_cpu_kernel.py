@@ -471,6 +471,20 @@ def test_same_address_with_other_strides_or_dtype_is_noticed():
     torch.testing.assert_close(half.float(), first, rtol=BF16_GRADIENT, atol=1e-6)
 
 
+def test_a_weight_that_is_transposed_in_place_is_noticed():
+    weight = matrix(6, 6).float()
+    iteration = CpuIteration([weight], blocks([weight], 6))
+    iteration.power_step([weight], 30)
+    parameter = torch.nn.Parameter(weight)
+    parameter.data = parameter.data.t()
+    assert parameter.data_ptr() == weight.data_ptr()
+    grad = torch.zeros(6, 6)
+    penalise(iteration, [parameter], [grad])
+    u, _, vh = torch.linalg.svd(parameter.detach().double())
+    direction = grad.double() / grad.double().norm()
+    torch.testing.assert_close(direction, torch.outer(u[:, 0], vh[0]), rtol=0, atol=1e-3)
+
+
 def test_an_address_is_not_given_to_another_weight():
     # The iteration keeps an alias of each weight, so that "the same address" means "the same weight".
     memory = np.ones((6, 5), np.float32)

@@ -1,17 +1,26 @@
 """LipschitzPenalty on real Trainers: the weights must move as if the penalty stood in the loss."""
 
+import contextlib
+import copy
 import inspect
 import math
 
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_lip import LipschitzMixin, LipschitzPenalty, LipschitzRegularizer, UnsupportedLayerError
+from lightning_lip import (
+    LipschitzConstraint,
+    LipschitzMixin,
+    LipschitzMonitor,
+    LipschitzPenalty,
+    LipschitzRegularizer,
+    UnsupportedLayerError,
+)
 
 COEFFICIENT = 0.05
 EPOCHS = 5  # 12 batches each: 60 optimiser steps, 20 with accumulation over 3
@@ -276,6 +285,75 @@ def test_every_n_steps_scales_the_coefficient(make_module, make_trainer, regress
     assert seen == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 9, rel=1e-4)
 
 
+class TwoNetworks(lightning.LightningModule):
+    """Two networks with an optimiser each, the first of which steps every other batch only."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        for index, optimizer in enumerate(self.optimizers()):
+            if index == 0 and batch_idx % 2 == 0:
+                continue
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.mse_loss(self.second(self.first(batch[0])), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(network.parameters(), 0.01) for network in (self.first, self.second)]
+
+
+def test_every_n_steps_counts_the_steps_of_each_optimiser(make_trainer, regression_data, monkeypatch):
+    served = []
+
+    def note(self, scale, advance, parameters):
+        served.append((len(parameters[0]), scale, advance))
+        return add(self, scale, advance, parameters)
+
+    add = LipschitzRegularizer.accumulate_
+    monkeypatch.setattr(LipschitzRegularizer, "accumulate_", note)
+    penalty = LipschitzPenalty(COEFFICIENT, every_n_steps=2)
+    trainer = make_trainer(lightning, callbacks=[penalty])
+    trainer.fit(TwoNetworks(), regression_data)
+    # The second acts in batches 0, 2, 4, ..., the first, which steps in 1, 3, 5, ..., in 1, 5, 9.
+    assert served == [(1, 2.0, True), (4, 2.0, True), (1, 2.0, True)] * 3
+    assert penalty.state_dict()["optimizer_steps"] == {0: 6, 1: 12}
+    resumed = LipschitzPenalty(COEFFICIENT, every_n_steps=2)
+    resumed.load_state_dict(penalty.state_dict())
+    served.clear()
+    make_trainer(lightning, callbacks=[resumed], limit_train_batches=2).fit(TwoNetworks(), regression_data)
+    assert served == [(1, 2.0, True), (4, 2.0, True)]  # the seventh and the thirteenth
+    state = penalty.state_dict()
+    del state["optimizer_steps"]  # as of before they were counted
+    resumed.load_state_dict(state)
+    assert resumed.state_dict()["optimizer_steps"] == {0: 12}
+
+
+def test_optimisers_that_take_the_place_of_others(make_module, make_trainer, regression_data, monkeypatch):
+    served = []
+
+    def note(self, scale, advance, parameters):
+        served.append([index for index in (0, 2, 4) for p in parameters if p is module.net[index].weight])
+        return add(self, scale, advance, parameters)
+
+    class Replace(lightning.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.strategy.optimizers = []  # freed first: the next may get its address
+            layer = pl_module.net[2 * (trainer.current_epoch % 3)]
+            trainer.strategy.optimizers = [torch.optim.SGD(layer.parameters(), 0.01)]
+
+    add = LipschitzRegularizer.accumulate_
+    monkeypatch.setattr(LipschitzRegularizer, "accumulate_", note)
+    module = make_module(lightning)
+    make_trainer(lightning, callbacks=[LipschitzPenalty(), Replace()], max_epochs=6, limit_train_batches=2).fit(
+        module, regression_data
+    )
+    assert served == [[0], [0], [2], [2], [4], [4]] * 2
+
+
 def fit_in_two_parts(make_trainer, module, data, tmp_path, callbacks):
     """Train for two epochs, then resume in a new Trainer for two more; return the resumed module."""
     checkpoint = tmp_path / "half.ckpt"
@@ -312,6 +390,24 @@ def test_a_checkpoint_without_our_state_resumes(make_module, make_trainer, regre
     assert penalty.state_dict()["n_steps"] == 12
 
 
+def test_a_state_of_a_fit_without_steps_is_not_another_models(make_module, make_trainer, regression_data, tmp_path):
+    trainer = make_trainer(lightning, callbacks=[LipschitzPenalty(COEFFICIENT)])
+    trainer.fit(make_module(lightning), regression_data)
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    penalty, module = LipschitzPenalty(COEFFICIENT), make_module(lightning)
+    trainer = make_trainer(lightning, callbacks=[penalty])
+    trainer.fit(module, regression_data, ckpt_path=tmp_path / "done.ckpt")  # no epoch is left
+    state = penalty.state_dict()
+    assert state["n_steps"] == 12
+    assert state["regularizer"]["vectors"]
+    more = make_trainer(lightning, callbacks=[copy.deepcopy(penalty)], limit_train_batches=3)
+    more.fit(make_module(lightning), regression_data)
+    assert more.callbacks[-1].state_dict()["n_steps"] == 15  # a copy has no model: it goes on
+    more = make_trainer(lightning, callbacks=[penalty], limit_train_batches=3)
+    more.fit(make_module(lightning), regression_data)
+    assert penalty.state_dict()["n_steps"] == 3
+
+
 def test_a_second_fit_goes_on_with_its_vectors(make_module, make_trainer, regression_data):
     penalty, module = LipschitzPenalty(COEFFICIENT, block_size=1), make_module(lightning)
     make_trainer(lightning, callbacks=[penalty]).fit(module, regression_data)
@@ -320,6 +416,103 @@ def test_a_second_fit_goes_on_with_its_vectors(make_module, make_trainer, regres
     assert penalty.select_layers(module).state_dict()["vectors"].keys() == vectors.keys()
     penalty.setup(make_trainer(lightning), module, "fit")
     assert penalty.select_layers(make_module(lightning)).state_dict()["vectors"] == {}  # another model starts afresh
+
+
+@pytest.mark.parametrize("callbacks", [[LipschitzPenalty], [LipschitzPenalty, LipschitzMonitor], [LipschitzMonitor]])
+def test_checkpoints_by_steps_see_the_value_of_their_step(
+    make_module, make_trainer, regression_data, tmp_path, callbacks
+):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="lipschitz/product", every_n_train_steps=5, save_top_k=-1)
+    callbacks = [*[make() for make in callbacks], checkpoint]
+    trainer = make_trainer(lightning, callbacks=callbacks, enable_checkpointing=True, max_epochs=2)
+    trainer.fit(make_module(lightning), regression_data)
+    assert len(checkpoint.best_k_models) == 4  # after steps 5, 10, 15 and 20 of 24; no step is a logging step
+    for path, value in checkpoint.best_k_models.items():
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        product = math.prod(float(torch.linalg.matrix_norm(weights[f"net.{i}.weight"].double(), 2)) for i in (0, 2, 4))
+        assert float(value) == pytest.approx(product, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, lambda: LipschitzConstraint(10.0)])
+@pytest.mark.parametrize("interval", [0.25, 3])
+def test_a_watched_bound_is_there_at_validations_within_an_epoch(
+    make_module, make_trainer, regression_data, make, interval
+):
+    seen = []
+
+    class Stopping(EarlyStopping):
+        def on_validation_end(self, trainer, pl_module):
+            super().on_validation_end(trainer, pl_module)
+            if not trainer.sanity_checking:
+                seen.append(float(trainer.callback_metrics[self.monitor]))
+
+    stopping = Stopping("lipschitz/product", patience=100, check_on_train_epoch_end=False)
+    trainer = make_trainer(lightning, callbacks=[make(), stopping], val_check_interval=interval)
+    trainer.fit(make_module(lightning), regression_data, regression_data)
+    assert len(set(seen)) == 4
+
+
+def test_a_scheduler_of_steps_may_watch_the_bound(make_module, make_trainer, regression_data):
+    def optimizer(parameters):
+        optimizer = torch.optim.SGD(parameters, 0.01)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=100)
+        watching = {"scheduler": scheduler, "monitor": "lipschitz/product", "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": watching}
+
+    trainer = make_trainer(lightning, callbacks=[LipschitzPenalty()])
+    trainer.fit(make_module(lightning, optimizer=optimizer), regression_data)
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 12
+
+
+def test_an_unwatched_bound_is_not_computed_between_logging_steps(
+    make_module, make_trainer, regression_data, monkeypatch
+):
+    calls = []
+    log_sigma = LipschitzRegularizer.log_sigma
+    monkeypatch.setattr(LipschitzRegularizer, "log_sigma", lambda self: calls.append(1) or log_sigma(self))
+    stopping = EarlyStopping("lipschitz/product", patience=100)
+    callbacks = [LipschitzPenalty(), stopping, ModelCheckpoint(monitor="val_loss", every_n_train_steps=1)]
+    trainer = make_trainer(lightning, callbacks=callbacks, enable_checkpointing=True)
+    trainer.fit(make_module(lightning), regression_data, regression_data)
+    assert len(calls) == 1  # at the end of the epoch, for EarlyStopping
+
+
+@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, lambda: LipschitzConstraint(10.0)])
+def test_layers_that_are_replaced_in_training(make_module, make_trainer, regression_data, make):
+    class Replace(lightning.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            pl_module.net[2] = nn.Linear(8, 8)
+
+    trainer = make_trainer(lightning, callbacks=[make(), Replace()], max_epochs=2)
+    module = make_module(lightning)
+    with pytest.raises(RuntimeError, match=r"Lipschitz.*: the layers \['net.2'\] are no longer part of the model"):
+        trainer.fit(module, regression_data)
+    make_trainer(lightning, callbacks=[make()]).fit(module, regression_data)  # another fit selects anew
+
+
+@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, lambda: LipschitzConstraint(10.0)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_hook_stays_on_a_convolution(make_trainer, make, fails):
+    class Images(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 1))
+
+        def training_step(self, batch, batch_idx):
+            assert self.net[0]._forward_pre_hooks
+            if fails and batch_idx == 1:
+                raise KeyError("stop")
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    module = Images()
+    trainer = make_trainer(lightning, callbacks=[make()])
+    with pytest.raises(KeyError, match="stop") if fails else contextlib.nullcontext():
+        trainer.fit(module, torch.utils.data.DataLoader([torch.ones(2, 1, 6, 6)] * 2, batch_size=None))
+    assert not module.net[0]._forward_pre_hooks
+    torch.jit.script(module.net)
 
 
 def test_logs_for_checkpoints_and_loggers(make_module, make_trainer, regression_data, tmp_path):

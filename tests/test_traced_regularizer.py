@@ -1,6 +1,7 @@
 """The regulariser over a traced graph, and with convolutions whose size is recorded in training."""
 
 import copy
+import gc
 import math
 import pickle
 
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer
+from lightning_lip.recorded import stop_recording
 
 
 def exact(weight):
@@ -174,9 +176,9 @@ def test_convolutions_without_a_size_wait_for_the_first_training_batch():
     expected = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 2, 9))
     assert [op.domain_shape for op in regularizer.operators] == [(2, 9), (3, 7)]
     assert float(regularizer.bound()) == pytest.approx(float(expected.bound()), rel=1e-4)
-    longer = torch.zeros(1, 2, 11)
+    model(torch.zeros(1, 2, 11))
     with pytest.warns(UserWarning, match=r"'0' now sees inputs of shape \(2, 11\)") as caught:
-        [model(longer) for _ in range(3)]
+        [regularizer.iterate() for _ in range(3)]
     assert len([w for w in caught if "now sees" in str(w.message)]) == 2  # one a layer
     assert regularizer.operators[0].domain_shape == (2, 9)
 
@@ -412,9 +414,43 @@ def test_frozen_convolutions_in_eval_mode_are_recorded():
     regularizer = LipschitzRegularizer(model, 1.0)
     model(torch.zeros(1, 2, 9))
     assert float(regularizer.add_grad_()) > 0
-    # A second regulariser shares the hook and the size.
-    assert float(LipschitzRegularizer(model, 1.0).bound()) > 0
-    assert len(model[0]._forward_pre_hooks) == 1
+
+
+def test_every_regulariser_records_the_sizes_of_its_own_time():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 2, 3))
+    first = LipschitzRegularizer(model, 1.0)
+    model(torch.zeros(1, 2, 9))
+    second = LipschitzRegularizer(model, 1.0)
+    with pytest.raises(RuntimeError, match="not known yet"):
+        second.bound()
+    model(torch.zeros(1, 2, 12))
+    with pytest.warns(UserWarning, match="now sees"):
+        assert float(first.bound()) > 0
+    assert float(second.bound()) > 0
+    assert [first.operators[0].domain_shape, second.operators[0].domain_shape] == [(2, 9), (2, 12)]
+    copied = copy.deepcopy(model)
+    assert len(copied[0]._forward_pre_hooks) == 2
+    # The hooks go with the regularisers; a size that was seen stays.
+    stop_recording(first.operators)
+    model(torch.zeros(1, 2, 12))
+    assert first.operators[0].domain_shape == (2, 9)
+    del second
+    gc.collect()
+    assert not model[0]._forward_pre_hooks
+    torch.jit.script(model)
+
+
+def test_a_copied_regulariser_records_for_the_copied_model():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Flatten(), nn.Linear(21, 1))
+    model.regularizer = LipschitzRegularizer(model, 1.0)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(torch.zeros(1, 2, 9))
+        assert copied.regularizer.operators[0].domain_shape == (2, 9)
+        copied.regularizer = None
+        gc.collect()
+        assert not copied[0]._forward_pre_hooks
+    with pytest.raises(RuntimeError, match="not known yet"):
+        model.regularizer.bound()
 
 
 def test_an_example_of_another_precision():

@@ -9,10 +9,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+from typing_extensions import override
+
+from lightning_lip.callbacks._trainer import refuse_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
+    from lightning.pytorch import LightningModule, Trainer
 else:
     from lightning.pytorch import Callback
     from lightning_utilities.core import rank_zero
@@ -30,9 +36,43 @@ else:
             """A callback of both Lightning packages."""
 
 
-__all__ = ["BaseCallback", "skipping"]
+__all__ = ["BaseCallback", "SelectingCallback", "skipping"]
 
 _Class = TypeVar("_Class", bound=type)
+
+
+class SelectingCallback(BaseCallback):
+    """A callback that selects layers when training starts; a state that is loaded before waits until then."""
+
+    _loaded: dict[str, Any] | None = None
+    _loaded_for: nn.Module | None = None
+    _fitting: nn.Module | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_strategy(trainer, self)
+        if self._loaded_for is not None and self._loaded_for is not pl_module:
+            self._loaded = None  # of a fit that never came to training
+        self._fitting = pl_module
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.end_fit()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.end_fit()
+
+    def end_fit(self) -> None:
+        """Let go of the module that was in training."""
+        self._fitting = None
+
+    def keep_until_training(self, loaded: dict[str, Any] | None) -> None:
+        """Keep a state that is loaded, for the module in training if there is one."""
+        self._loaded, self._loaded_for = loaded, self._fitting
 
 
 def skipping(*hooks: str) -> Callable[[_Class], _Class]:

@@ -30,8 +30,9 @@ def refuse_strategy(trainer: Any, callback: object) -> None:
 
 
 def own_state(callback: object) -> dict[str, Any]:
-    """Return a callback's attributes less those that Lightning attaches, which are bound to the module."""
-    return {name: value for name, value in vars(callback).items() if name not in ("log", "log_dict")}
+    """Return a callback's attributes less those that are bound to the module."""
+    bound = ("log", "log_dict", "_loaded_for", "_fitting")
+    return {name: value for name, value in vars(callback).items() if name not in bound}
 
 
 def has_callback(trainer: Any, name: str) -> bool:
@@ -76,18 +77,45 @@ def monitored_metrics(trainer: Any) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
-def is_read(trainer: Any, *tags: str) -> bool:
+def is_watched_within_epochs(trainer: Any, *tags: str) -> bool:
+    """Whether something reads metrics ``<tag>/...`` at other times than the end of an epoch.
+
+    Validations within an epoch let ``EarlyStopping`` and ``ModelCheckpoint`` look; checkpoints after so many steps or
+    so much time, and schedulers of steps, look by themselves.
+    """
+    prefixes = tuple(f"{tag}/" for tag in tags)
+    watching = [one for one in (*trainer.callbacks, *trainer.lr_scheduler_configs) if _is_of(one, prefixes)]
+    if not watching:
+        return False
+    return trainer.val_check_batch != trainer.num_training_batches or any(
+        getattr(one, "_every_n_train_steps", 0)
+        or getattr(one, "_train_time_interval", None) is not None
+        or getattr(one, "interval", "epoch") == "step"
+        for one in watching
+    )
+
+
+def _is_of(watching: Any, prefixes: tuple[str, ...]) -> bool:
+    monitor = getattr(watching, "monitor", None)
+    return isinstance(monitor, str) and monitor.startswith(prefixes)
+
+
+def is_read(trainer: Any, is_watched: bool, *tags: str) -> bool:
     """Whether the metrics ``<tag>/...`` have a reader at the end of this training batch: else nobody needs the values.
 
-    Readers are loggers and what watches a metric, on logging steps, and ``callback_metrics`` at the end of an epoch.
-    The answer is the same on every rank.
+    Readers are loggers on logging steps, ``callback_metrics`` at the end of an epoch, and what watches a metric: at
+    every optimiser step where `is_watched` tells of :func:`is_watched_within_epochs`. The answer is the same on every
+    rank.
     """
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return True
+    if is_watched:
+        return not trainer.fit_loop._should_accumulate()
     if not is_logging_step(trainer):
         return False
-    prefixes = tuple(f"{tag}/" for tag in tags)
-    return bool(trainer.loggers) or any(name.startswith(prefixes) for name in monitored_metrics(trainer))
+    return bool(trainer.loggers) or any(
+        name.startswith(tuple(f"{tag}/" for tag in tags)) for name in monitored_metrics(trainer)
+    )
 
 
 def log_to_trainer(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:

@@ -12,23 +12,26 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_lip.allocation import Method
-from lightning_lip.callbacks._base import BaseCallback
+from lightning_lip.callbacks._base import SelectingCallback
 from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
     has_callback,
     is_logging_step,
+    is_read,
+    is_watched_within_epochs,
     log_to_loggers,
     log_to_trainer,
     own_state,
-    refuse_strategy,
 )
 from lightning_lip.checks import check_state
 from lightning_lip.optimizer_steps import optimizer_steps
 from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
+from lightning_lip.recorded import stop_recording
+from lightning_lip.selection import refuse_replaced
 from lightning_lip.spectra import Metric
 
 
-class LipschitzConstraint(BaseCallback):
+class LipschitzConstraint(SelectingCallback):
     """Projects the weights after every optimiser step, so that the network's Lipschitz bound stays within a budget M.
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
@@ -130,13 +133,13 @@ class LipschitzConstraint(BaseCallback):
         }
         self._projector: LipschitzProjector | None = None
         self._model: nn.Module | None = None
-        self._loaded: dict[str, Any] | None = None
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
         self._n_optimizer_steps = 0
         self._sizes_are_shared = False
         self._last: Projection | None = None
         self._certified: Projection | None = None
+        self._is_watched = False
 
     @property
     @override
@@ -170,15 +173,19 @@ class LipschitzConstraint(BaseCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()  # left by a fit that an exception ended
-        if stage != "fit":
-            return
-        refuse_strategy(trainer, self)
-        if has_callback(trainer, "WeightAveraging"):
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and has_callback(trainer, "WeightAveraging"):
             raise RuntimeError(
                 "LipschitzConstraint cannot serve beside WeightAveraging, which validates and saves an average of the "
                 "weights: the budget is no convex set, so the average of weights within it can exceed it. Remove one "
                 "of the two, or project the averaged model after training with lightning_lip.project."
             )
+
+    @override
+    def end_fit(self) -> None:
+        super().end_fit()
+        if self._projector is not None:
+            stop_recording(self._projector.operators)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -208,6 +215,11 @@ class LipschitzConstraint(BaseCallback):
                     "its checkpoints would hold weights above the budget: call super().state_dict() in it."
                 )
 
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_watched = is_watched_within_epochs(trainer, self.tag)
+        refuse_replaced(pl_module, self.projector.operators, "LipschitzConstraint")
+
     def project(self) -> Projection:
         """Project exactly now; every rank must call it."""
         self.projector.target = self.present_target
@@ -229,7 +241,7 @@ class LipschitzConstraint(BaseCallback):
                     refuse_sizes_of_one_rank(self.projector.operators)
                 self.projector.target = self.present_target
                 self._last = self.projector.step()
-        if self._last is None or not (is_logging_step(trainer) or trainer.is_last_batch):
+        if self._last is None or not is_read(trainer, self._is_watched, self.tag):
             return
         metrics = {f"{self.tag}/target": self.present_target, f"{self.tag}/distance": self._last.distance}
         if not (has_callback(trainer, "LipschitzMonitor") or has_callback(trainer, "LipschitzPenalty")):
@@ -277,9 +289,8 @@ class LipschitzConstraint(BaseCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "projector"), "LipschitzConstraint")
-        # Kept until training starts: the layers are not selected yet.
         self._n_steps = state_dict["n_steps"]
-        self._loaded = state_dict["projector"]
+        self.keep_until_training(state_dict["projector"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model behind: a copy selects the layers of its own run, and takes the blocks over."""

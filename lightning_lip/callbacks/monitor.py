@@ -11,26 +11,29 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback
+from lightning_lip.callbacks._base import SelectingCallback
 from lightning_lip.callbacks._figures import heat_map, share_chart
 from lightning_lip.callbacks._hparams import end_session, start_session
 from lightning_lip.callbacks._trainer import (
     has_tensorboard,
     is_logging_step,
     is_read,
+    is_watched_within_epochs,
     log_to_loggers,
     log_to_trainer,
     logging_step,
     monitored_metrics,
     monitors_of,
     own_state,
-    refuse_strategy,
     tensorboard_writers,
 )
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
+from lightning_lip.checks import check_state
 from lightning_lip.mixin import LipschitzMixin
+from lightning_lip.recorded import stop_recording
 from lightning_lip.regularizer import LipschitzRegularizer
+from lightning_lip.selection import refuse_replaced
 
 MAX_HISTORY = 512
 """Steps that the figures show: with more, every other one is dropped and the spacing doubles."""
@@ -70,7 +73,7 @@ class _Source:
             self.spacing *= 2
 
 
-class LipschitzMonitor(BaseCallback):
+class LipschitzMonitor(SelectingCallback):
     """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
 
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
@@ -158,7 +161,7 @@ class LipschitzMonitor(BaseCallback):
         self._own: LipschitzRegularizer | None = None
         self._sources: list[_Source] = []
         self._last_logged = -1
-        self._loaded: dict[str, Any] | None = None
+        self._is_watched = False
 
     @property
     @override
@@ -180,9 +183,15 @@ class LipschitzMonitor(BaseCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            refuse_strategy(trainer, self)
             start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer))
+
+    @override
+    def end_fit(self) -> None:
+        super().end_fit()
+        if self._own is not None:
+            stop_recording(self._own.operators)
 
     def _certifies(self, trainer: Any) -> bool:
         """Whether this training logs the certified interval."""
@@ -218,10 +227,16 @@ class LipschitzMonitor(BaseCallback):
             writer.add_custom_scalars(layout)
 
     @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_watched = is_watched_within_epochs(trainer, *[source.tag for source in self._sources])
+        for source in self._sources:
+            refuse_replaced(pl_module, source.regularizer.operators, "LipschitzMonitor")
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not is_read(trainer, *[source.tag for source in self._sources]):
+        if not is_read(trainer, self._is_watched, *[source.tag for source in self._sources]):
             return
         logging = is_logging_step(trainer)
         if self._own is not None:
@@ -288,8 +303,9 @@ class LipschitzMonitor(BaseCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Kept until training starts: the layers are not selected yet.
-        self._loaded = dict(state_dict) or None
+        if state_dict:  # empty before training
+            check_state(state_dict, ("histories", "own"), "LipschitzMonitor")
+        self.keep_until_training(dict(state_dict) or None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model behind: a copy selects the layers of its own run, and takes vectors and history over."""

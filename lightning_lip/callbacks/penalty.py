@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,26 +14,43 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback, skipping
+from lightning_lip.callbacks._base import SelectingCallback, skipping
 from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
     batches_begun,
     class_names,
     is_logging_step,
     is_read,
+    is_watched_within_epochs,
     log_to_loggers,
     log_to_trainer,
     monitors_of,
     own_state,
-    refuse_strategy,
 )
 from lightning_lip.checks import check_coefficient, check_state
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.recorded import stop_recording
 from lightning_lip.regularizer import LipschitzRegularizer
+from lightning_lip.selection import refuse_replaced
+
+
+@dataclass
+class _Turn:
+    """An optimiser's part in the penalty."""
+
+    optimizer: weakref.ref[Optimizer]
+    index: int
+    """Its place among the trainer's, by which its steps are counted; -1 for one that is not there."""
+    size: int
+    """Its number of parameters when it was looked at."""
+    parameters: list[Tensor] | None
+    """Those of its parameters that the selected layers' weights are computed from; None for all of them."""
+    batch: int = -1
+    """The training batch that it last stepped in."""
 
 
 @skipping("on_train_batch_start", "on_before_zero_grad", "on_before_backward")
-class LipschitzPenalty(BaseCallback):
+class LipschitzPenalty(SelectingCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
@@ -53,7 +72,8 @@ class LipschitzPenalty(BaseCallback):
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
         n_iterations: Iterations a step.
-        every_n_steps: Act on every n-th optimiser step only, with n times the coefficient.
+        every_n_steps: Act on every n-th step of each optimiser only (steps of one training batch count as one), with
+            n times the coefficient.
         warmup_steps: Raise the coefficient linearly over this many optimiser steps; 0 starts with all of it.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
         example_input: An input of the model: its graph is traced, and the bound that is penalised is that of the whole
@@ -116,14 +136,15 @@ class LipschitzPenalty(BaseCallback):
         self._regularizer: LipschitzRegularizer | None = None
         self._model: nn.Module | None = None
         self._selected = self._sizes_are_shared = False
-        self._loaded: dict[str, Any] | None = None
         self._n_steps = 0
+        self._n_steps_of: dict[int, int] = {}
         self._stepped_batch: int | None = None
         self._iterated_by: Optimizer | None = None
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        self._in_optimizer: dict[int, tuple[int, list[Tensor] | None]] = {}
+        self._turns: dict[int, _Turn] = {}
+        self._is_watched = False
 
     @property
     @override
@@ -162,9 +183,15 @@ class LipschitzPenalty(BaseCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            refuse_strategy(trainer, self)
             self._selected = False
+
+    @override
+    def end_fit(self) -> None:
+        super().end_fit()
+        if self._regularizer is not None:
+            stop_recording(self._regularizer.operators)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,14 +231,16 @@ class LipschitzPenalty(BaseCallback):
         elif self._regularizer is not None and self._model is pl_module:
             regularizer.load_state_dict(self._regularizer.state_dict())
         else:
-            self._n_steps = 0  # another model warms up anew
+            self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._regularizer, self._loaded, self._model = regularizer, None, pl_module
-        self._selected, self._in_optimizer, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_had_backward = self._epoch_had_penalty = False
+        self._is_watched = is_watched_within_epochs(trainer, self.tag)
+        refuse_replaced(pl_module, self.regularizer.operators, "LipschitzPenalty")
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -219,7 +248,8 @@ class LipschitzPenalty(BaseCallback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = self._own_parameters(optimizer)
+        turn = self._turn_of(trainer, optimizer)
+        parameters = turn.parameters
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
             return
         self._epoch_had_penalty = True
@@ -227,7 +257,11 @@ class LipschitzPenalty(BaseCallback):
         if self._stepped_batch != batch:
             self._stepped_batch, self._iterated_by = batch, None
             self._n_steps += 1
-        if (self._n_steps - 1) % self.every_n_steps:
+        # Each optimiser by itself: one that steps every other batch would else always meet those that are left out.
+        if turn.batch != batch:
+            turn.batch = batch
+            self._n_steps_of[turn.index] = self._n_steps_of.get(turn.index, 0) + 1
+        if (self._n_steps_of[turn.index] - 1) % self.every_n_steps:
             return
         if not self._sizes_are_shared:
             self._sizes_are_shared = True
@@ -245,7 +279,7 @@ class LipschitzPenalty(BaseCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._n_steps == 0 or not is_read(trainer, self.tag):
+        if self._n_steps == 0 or not is_read(trainer, self._is_watched, self.tag):
             return
         monitors = monitors_of(trainer)
         if any(monitor.reports(self, trainer) for monitor in monitors):
@@ -281,21 +315,19 @@ class LipschitzPenalty(BaseCallback):
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
-    def _own_parameters(self, optimizer: Optimizer) -> list[Tensor] | None:
-        """Return those of the optimiser's parameters that the selected layers' weights are computed from; None for all.
-
-        None spares every step a look at each parameter.
-        """
+    def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
+        """Return the optimiser's part; looking at each parameter is spared every step but the first."""
         groups = optimizer.param_groups
         size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
-        cached = self._in_optimizer.get(id(optimizer))
-        if cached is not None and cached[0] == size:
-            return cached[1]
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        turn = self._turns.get(id(optimizer))
+        if turn is not None and turn.size == size and turn.optimizer() is optimizer:
+            return turn
+        ids = {id(p) for group in groups for p in group["params"]}
         own: list[Tensor] = [p for op in self.regularizer.operators for p in self.regularizer.penalised(op)]
         parameters = None if all(id(p) in ids for p in own) else [p for p in own if id(p) in ids]
-        self._in_optimizer[id(optimizer)] = size, parameters
-        return parameters
+        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), -1)
+        turn = self._turns[id(optimizer)] = _Turn(weakref.ref(optimizer), index, size, parameters)
+        return turn
 
     def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Whether a backward pass ran: after ``training_step`` returned None the penalty alone must not move weights.
@@ -315,18 +347,19 @@ class LipschitzPenalty(BaseCallback):
     @override
     def state_dict(self) -> dict[str, Any]:
         vectors = self._loaded if self._regularizer is None else self._regularizer.state_dict()
-        return {"n_steps": self._n_steps, "regularizer": vectors}
+        return {"n_steps": self._n_steps, "optimizer_steps": dict(self._n_steps_of), "regularizer": vectors}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "regularizer"), "LipschitzPenalty")
         self._n_steps = state_dict["n_steps"]
-        self._loaded = state_dict["regularizer"]
+        self._n_steps_of = dict(state_dict.get("optimizer_steps", {0: self._n_steps}))
+        self.keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
         kept = {"_loaded": self.state_dict()["regularizer"], "_regularizer": None, "_model": None, "_selected": False}
-        return own_state(self) | kept | {"_in_optimizer": {}, "_iterated_by": None}
+        return own_state(self) | kept | {"_turns": {}, "_iterated_by": None}
 
 
 def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
