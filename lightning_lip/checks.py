@@ -56,6 +56,40 @@ def check_state(state: object, keys: Collection[str], owner: str) -> None:
         )
 
 
+def check_integer(name: str, value: object, least: int) -> None:
+    """Check that an argument is an integer of at least so much.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value!r}.")
+
+
+def check_name(name: object) -> None:
+    """Check a callback's `name`.
+
+    Raises:
+        TypeError: If it is neither a string nor None.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"Expected `name` to be a string or None, got {name!r}.")
+
+
+def check_numbers(name: str, values: object) -> tuple[float, ...]:
+    """Return a sequence of numbers as floats.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    try:
+        if isinstance(values, (str, bytes)):
+            raise TypeError
+        return tuple(float(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise TypeError(f"Expected `{name}` to be a sequence of numbers, (0.1, 0.2) say, got {values!r}.") from None
+
+
 def check_coefficient(coefficient: float) -> float:
     """Return `coefficient` as a float.
 

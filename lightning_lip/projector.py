@@ -15,7 +15,7 @@ from torch import nn
 from lightning_lip.allocation import Allocation, Method, logarithms
 from lightning_lip.bound import log_bound_up
 from lightning_lip.bound_program import log_up
-from lightning_lip.checks import check_model, check_state
+from lightning_lip.checks import check_integer, check_model, check_state
 from lightning_lip.clipping import FloatArray
 from lightning_lip.graph_operators import certified_norm
 from lightning_lip.kernels.reference import without_autocast
@@ -146,9 +146,9 @@ class LipschitzProjector:
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
             ("exact_every_n_steps", exact_every_n_steps, 0),
+            ("seed", seed, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+            check_integer(argument, value, least)
         self._target = check_target(target)
         self._method, self._metric = method, metric
         self._n_iterations = n_iterations

@@ -384,6 +384,9 @@ class LipschitzRegularizer:
             ValueError: If it is no such state.
         """
         check_state(state, ("vectors",), "LipschitzRegularizer")
+        if not isinstance(state["vectors"], Mapping):
+            got = type(state["vectors"]).__name__
+            raise TypeError(f'LipschitzRegularizer expected the state\'s "vectors" by layer name, got a {got}.')
         self._norms.load_state_dict(state["vectors"])
         self._step = self._step_version = None
 

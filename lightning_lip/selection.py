@@ -68,12 +68,16 @@ def walk(module: nn.Module, prefix: str = "", occurrences: int = 1) -> Iterator[
 
 
 def _items(selection: Selection, argument: str) -> list[str | nn.Module]:
-    items = [selection] if isinstance(selection, (str, nn.Module)) else list(selection)
+    if isinstance(selection, (str, nn.Module)):
+        return [selection]
+    if not isinstance(selection, Iterable) or isinstance(selection, (Mapping, type)):
+        raise TypeError(
+            f"Expected `{argument}` to be a module name, a glob pattern, a module or a list of them, got {selection!r}."
+        )
+    items = list(selection)
     for item in items:
         if not isinstance(item, (str, nn.Module)):
-            raise TypeError(
-                f"Expected `{argument}` to hold module names, glob patterns or modules, got {type(item).__name__}."
-            )
+            raise TypeError(f"Expected `{argument}` to hold module names, glob patterns or modules, got {item!r}.")
     if not items:
         raise ValueError(f"`{argument}` is empty: expected at least one name, pattern or module, or None.")
     return items

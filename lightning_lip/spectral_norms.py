@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_lip import kernels
+from lightning_lip.checks import check_integer
 from lightning_lip.kernels.reference import compute_dtype, is_sharded, iterate, without_autocast
 from lightning_lip.operators import LinearOperator, iterates_on_codomain
 from lightning_lip.sharded import ShardedIteration
@@ -35,7 +36,7 @@ class SpectralNorms:
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force a kernel; None chooses by device.
 
     Raises:
-        ValueError: If `block_size` or `n_iterations` is below 1, or the backend is unknown.
+        ValueError: If `block_size`, `n_iterations` or `seed` is out of range, or the backend is unknown.
     """
 
     def __init__(
@@ -46,9 +47,9 @@ class SpectralNorms:
         seed: int = 0,
         backend: kernels.Backend | None = None,
     ) -> None:
-        for argument, value in (("block_size", block_size), ("n_iterations", n_iterations)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least 1, got {value!r}.")
+        check_integer("block_size", block_size, 1)
+        check_integer("n_iterations", n_iterations, 1)
+        check_integer("seed", seed, 0)
         if backend is not None:
             kernels.check_backend(backend)
         self.operators = list(operators)

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from lightning_lip import (
+    CertifiedValidation,
     LipschitzConstraint,
+    LipschitzMonitor,
     LipschitzPenalty,
     LipschitzProjector,
     LipschitzRegularizer,
+    MaxNorm,
+    NoisyValidation,
     certify,
     project,
     rebalance,
@@ -103,3 +107,79 @@ def test_checkpoints_without_our_state_go_on(make_module, make_trainer, regressi
     resumed = make_trainer(lightning, max_epochs=2, callbacks=[constraint])
     resumed.fit(make_module(lightning), regression_data, ckpt_path=tmp_path / "old.ckpt")
     assert constraint.state_dict()["n_steps"] == 12
+
+
+@pytest.mark.parametrize("callback", [LipschitzMonitor, NoisyValidation])
+def test_a_state_of_something_else_is_refused_where_an_empty_one_is_right(callback):
+    callback().load_state_dict({})
+    with pytest.raises(ValueError, match=rf"{callback.__name__} expected a state .*, got one with \['foo'\]"):
+        callback().load_state_dict({"foo": 1})
+
+
+WRONG = {
+    "seed": (
+        ValueError,
+        "`seed` to be an integer of at least 0, got 'a'",
+        [
+            lambda: LipschitzPenalty(seed="a"),
+            lambda: LipschitzMonitor(seed="a"),
+            lambda: LipschitzConstraint(1.0, seed="a"),
+            lambda: LipschitzRegularizer(network(), 1.0, seed="a"),
+            lambda: LipschitzProjector(network(), 1.0, seed="a"),
+        ],
+    ),
+    "name": (
+        TypeError,
+        "`name` to be a string or None, got",
+        [
+            lambda: LipschitzPenalty(name=5),
+            lambda: LipschitzMonitor(name=5),
+            lambda: LipschitzConstraint(1.0, name=5),
+        ],
+    ),
+    "eps": (
+        TypeError,
+        "`eps` to be a sequence of numbers, (0.1, 0.2) say, got 0.1",
+        [lambda: CertifiedValidation(0.1)],
+    ),
+    "eps as text": (
+        TypeError,
+        "`eps` to be a sequence of numbers",
+        [
+            lambda: CertifiedValidation("0.1"),
+            lambda: CertifiedValidation(None),
+            lambda: CertifiedValidation(["a"]),
+        ],
+    ),
+    "batch_to_xy": (
+        TypeError,
+        "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got",
+        [
+            lambda: CertifiedValidation(batch_to_xy=5),
+            lambda: NoisyValidation(batch_to_xy=5),
+        ],
+    ),
+    "certified": (
+        TypeError,
+        "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True",
+        [
+            lambda: LipschitzMonitor(certified=True),
+        ],
+    ),
+    "max_value": (ValueError, "`max_value` to be a positive finite number, got True", [lambda: MaxNorm(True)]),
+    "vectors": (
+        TypeError,
+        'the state\'s "vectors" by layer name, got a int',
+        [
+            lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5}),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_wrong_arguments_are_told_at_once(argument):
+    error, said, calls = WRONG[argument]
+    for call in calls:
+        with pytest.raises(error, match=re.escape(said)):
+            call()

@@ -371,7 +371,8 @@ def test_same_noise_on_cuda():
         ((float("nan"),), ValueError, "finite and not negative"),
         ((float("inf"),), ValueError, "finite and not negative"),
         ((0.1, 0.2, 0.1), ValueError, "distinct noise levels"),
-        (0.2, TypeError, "sequence of numbers, got 0.2"),
+        (0.2, TypeError, r"`noise_levels` to be a sequence of numbers, .* got 0\.2\."),
+        ("0.2", TypeError, r"`noise_levels` to be a sequence of numbers, .* got '0\.2'\."),
     ],
 )
 def test_wrong_noise_levels(noise_levels, error, message):

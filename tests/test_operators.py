@@ -1,6 +1,7 @@
 """What a model's operators are called, how often they count, and what is refused, by name."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -109,8 +110,11 @@ def test_nothing_left_lists_what_exists():
 
 @pytest.mark.parametrize("argument", ["layers", "exclude"])
 def test_selection_of_wrong_type(argument):
-    with pytest.raises(TypeError, match=f"`{argument}` to hold module names, glob patterns or modules, got int"):
+    with pytest.raises(TypeError, match=f"`{argument}` to hold module names, glob patterns or modules, got 3"):
         find_operators(Net(), **{argument: [3]})
+    for wrong in (3, nn.Linear, {"head": 1}, len):
+        with pytest.raises(TypeError, match=rf"`{argument}` to be a module name, .*, got {re.escape(repr(wrong))}"):
+            find_operators(Net(), **{argument: wrong})
     with pytest.raises(ValueError, match=f"`{argument}` is empty"):
         find_operators(Net(), **{argument: []})
 

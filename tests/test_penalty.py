@@ -623,3 +623,16 @@ def test_two_callbacks_need_names(make_module, make_trainer, regression_data):
 def test_regularizer_before_training_is_an_error():
     with pytest.raises(RuntimeError, match="no regulariser before that"):
         _ = LipschitzPenalty().regularizer
+
+
+def test_hooks_of_a_subclass_may_call_those_of_the_penalty(make_module, make_trainer, regression_data):
+    calls = []
+
+    class Own(LipschitzPenalty):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            calls.append(batch_idx)
+
+    penalty = copy.deepcopy(Own(COEFFICIENT))
+    make_trainer(lightning, callbacks=[penalty]).fit(make_module(lightning), regression_data)
+    assert calls == list(range(12))

@@ -6,10 +6,10 @@ refuses others in training: where both packages are installed, the base is a sub
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from typing_extensions import override
@@ -36,9 +36,7 @@ else:
             """A callback of both Lightning packages."""
 
 
-__all__ = ["BaseCallback", "SelectingCallback", "skipping"]
-
-_Class = TypeVar("_Class", bound=type)
+__all__ = ["BaseCallback", "SelectingCallback", "skip_hooks"]
 
 
 class SelectingCallback(BaseCallback):
@@ -75,21 +73,18 @@ class SelectingCallback(BaseCallback):
         self._loaded, self._loaded_for = loaded, self._fitting
 
 
-def skipping(*hooks: str) -> Callable[[_Class], _Class]:
-    """Decorate a callback whose `hooks`, called at every step, would do nothing.
+def skip_hooks(callback: BaseCallback, base: type, *hooks: str) -> None:
+    """Have Lightning pass over hooks that `base` leaves as they are, where no subclass of it overrides them.
 
     Lightning goes through every hook of every callback at each step, 2 microseconds each, also those that do nothing;
-    but not through what is not callable. Where that is so, they are set to None.
+    but not through what is not callable. Where that is so, they are None in the instance.
     """
-
-    def decorate(callback: _Class) -> _Class:
-        for hook in hooks if _passes_over_none() else ():
+    for hook in hooks if _passes_over_none() else ():
+        if getattr(type(callback), hook) is getattr(base, hook):
             setattr(callback, hook, None)
-        return callback
-
-    return decorate
 
 
+@functools.cache
 def _passes_over_none() -> bool:
     """Whether the Lightning packages that are installed pass over a hook that is None: asked, not assumed."""
     trainer = SimpleNamespace(

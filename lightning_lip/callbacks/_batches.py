@@ -10,6 +10,18 @@ from torch import Tensor
 BatchToXY = Callable[[Any], tuple[Tensor, Tensor]]
 
 
+def check_batch_to_xy(batch_to_xy: object) -> None:
+    """Check that `batch_to_xy` can be called.
+
+    Raises:
+        TypeError: If it cannot, and is not None.
+    """
+    if batch_to_xy is not None and not callable(batch_to_xy):
+        raise TypeError(
+            f"expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got {batch_to_xy!r}"
+        )
+
+
 def unpack(batch: Any, batch_to_xy: BatchToXY | None) -> tuple[Tensor, Tensor]:
     """Return the inputs and the target of a batch.
 

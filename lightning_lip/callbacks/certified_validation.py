@@ -14,8 +14,9 @@ from torchmetrics import MeanAbsoluteError, Metric
 from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._batches import BatchToXY, unpack
+from lightning_lip.callbacks._batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.certificates import Certificate, certify
+from lightning_lip.checks import check_integer, check_numbers
 from lightning_lip.jacobians import largest_jacobian_norm
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
@@ -60,13 +61,13 @@ class CertifiedValidation(BaseCallback):
         prefix: str = "val",
         max_inputs: int = 64,
     ) -> None:
-        self.eps = tuple(float(e) for e in eps)
+        self.eps = check_numbers("eps", eps)
         if not self.eps or len(set(self.eps)) < len(self.eps) or not all(math.isfinite(e) and e >= 0 for e in self.eps):
             raise ValueError(f"Expected `eps` to be distinct finite numbers of at least 0, got {eps!r}.")
         if task not in ("classification", "regression"):
             raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
-        if not isinstance(max_inputs, int) or isinstance(max_inputs, bool) or max_inputs < 0:
-            raise ValueError(f"Expected `max_inputs` to be an integer of at least 0, got {max_inputs!r}.")
+        check_integer("max_inputs", max_inputs, 0)
+        check_batch_to_xy(batch_to_xy)
         self.task = task
         self.prefix = prefix
         self.max_inputs = max_inputs

@@ -23,7 +23,7 @@ from lightning_lip.callbacks._trainer import (
     log_to_trainer,
     own_state,
 )
-from lightning_lip.checks import check_state
+from lightning_lip.checks import check_integer, check_name, check_state
 from lightning_lip.optimizer_steps import optimizer_steps
 from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
 from lightning_lip.recorded import stop_recording
@@ -113,13 +113,14 @@ class LipschitzConstraint(SelectingCallback):
             ("tighten_steps", tighten_steps, 0 if initial_target is None else 1),
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
+            ("seed", seed, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+            check_integer(argument, value, least)
         if tighten_steps and initial_target is None:
             raise ValueError("`tighten_steps` asks for the `initial_target` to tighten from.")
         self.every_n_steps = every_n_steps
         self.tighten_steps = tighten_steps
+        check_name(name)
         self.name = name
         self._arguments = {
             "method": method,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class MaxNorm(BaseCallback):
         layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
         exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
     ) -> None:
-        if not (isinstance(max_value, (int, float)) and math.isfinite(max_value) and max_value > 0):
+        is_number = isinstance(max_value, Real) and not isinstance(max_value, bool)
+        if not (is_number and math.isfinite(max_value) and max_value > 0):
             raise ValueError(f"Expected `max_value` to be a positive finite number, got {max_value!r}.")
         self.max_value = float(max_value)
         self._layers, self._exclude = layers, exclude

@@ -29,7 +29,7 @@ from lightning_lip.callbacks._trainer import (
 )
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
-from lightning_lip.checks import check_state
+from lightning_lip.checks import check_integer, check_name, check_state
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.recorded import stop_recording
 from lightning_lip.regularizer import LipschitzRegularizer
@@ -124,8 +124,8 @@ class LipschitzMonitor(SelectingCallback):
             without a name those of every penalty that no other monitor is named after.
 
     Raises:
-        ValueError: If `block_size` or `n_iterations` is below 1, or `figures_every_n_epochs` below 0. At the start of
-            training: if a selection matches nothing.
+        ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
+        TypeError: If `certified` or `name` is of another type.
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
     """
 
@@ -144,12 +144,17 @@ class LipschitzMonitor(SelectingCallback):
         for argument, value, least in (
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
+            ("seed", seed, 0),
             ("figures_every_n_epochs", figures_every_n_epochs, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+            check_integer(argument, value, least)
         self._figures_every_n_epochs = figures_every_n_epochs
+        if certified is not None and not isinstance(certified, CertifiedValidation):
+            raise TypeError(
+                f"Expected `certified` to be a CertifiedValidation((0.1,)), say, or None, got {certified!r}."
+            )
         self._certified = certified
+        check_name(name)
         self.name = name
         self._layers, self._exclude = layers, exclude
         self._own_arguments: dict[str, Any] = {

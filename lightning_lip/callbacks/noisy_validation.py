@@ -15,7 +15,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._batches import BatchToXY, unpack
+from lightning_lip.callbacks._batches import BatchToXY, check_batch_to_xy, unpack
+from lightning_lip.checks import check_state
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
 from lightning_lip.metrics.noisy_mae import Range
 
@@ -83,6 +84,7 @@ class NoisyValidation(BaseCallback):
         # Stands in for the ranges to come, so that the other arguments are checked here and not in the first epoch.
         low, high = (feature_min, feature_max) if self._ranges_given else (0.0, 0.0)
         metric = NoisyMeanAbsoluteError(noise_levels, low, high, symmetric, seed)
+        check_batch_to_xy(batch_to_xy)
         self.noise_levels = metric.noise_levels
         self.names = tuple(f"{prefix}/eta={eta:g}" for eta in self.noise_levels)
         if len(set(self.names)) != len(self.names):
@@ -113,6 +115,7 @@ class NoisyValidation(BaseCallback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict and not self._ranges_given:
+            check_state(state_dict, ("feature_min", "feature_max"), "NoisyValidation")
             self.feature_min, self.feature_max = state_dict["feature_min"], state_dict["feature_max"]
             self._ranges_loaded = True
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import SelectingCallback, skipping
+from lightning_lip.callbacks._base import SelectingCallback, skip_hooks
 from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks._trainer import (
     batches_begun,
@@ -27,7 +27,7 @@ from lightning_lip.callbacks._trainer import (
     monitors_of,
     own_state,
 )
-from lightning_lip.checks import check_coefficient, check_state
+from lightning_lip.checks import check_coefficient, check_integer, check_name, check_state
 from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.recorded import stop_recording
 from lightning_lip.regularizer import LipschitzRegularizer
@@ -49,7 +49,6 @@ class _Turn:
     """The training batch that it last stepped in."""
 
 
-@skipping("on_train_batch_start", "on_before_zero_grad", "on_before_backward")
 class LipschitzPenalty(SelectingCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
@@ -115,13 +114,14 @@ class LipschitzPenalty(SelectingCallback):
         for argument, value, least in (
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
+            ("seed", seed, 0),
             ("every_n_steps", every_n_steps, 1),
             ("warmup_steps", warmup_steps, 0),
         ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"Expected `{argument}` to be an integer of at least {least}, got {value!r}.")
+            check_integer(argument, value, least)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
+        check_name(name)
         self.name = name
         self._arguments = {
             "penalty": penalty,
@@ -145,6 +145,7 @@ class LipschitzPenalty(SelectingCallback):
         self._epoch_had_penalty = False
         self._turns: dict[int, _Turn] = {}
         self._is_watched = False
+        skip_hooks(self, LipschitzPenalty, "on_train_batch_start", "on_before_zero_grad", "on_before_backward")
 
     @property
     @override

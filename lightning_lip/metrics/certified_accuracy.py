@@ -20,6 +20,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from lightning_lip.checks import check_numbers
+
 # More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
 _SLACK = 8 * 2.0**-53
 
@@ -260,7 +262,7 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
 
 
 def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:
-    radii = tuple(float(eps) for eps in radius) if isinstance(radius, Sequence) else (float(radius),)
+    radii = check_numbers("radius", radius if isinstance(radius, Sequence) else (radius,))
     if not radii:
         raise ValueError("expected at least one radius, got none: pass for example radius=0.1")
     if not all(math.isfinite(eps) and eps >= 0 for eps in radii):

@@ -16,6 +16,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
+from lightning_lip.checks import check_numbers
+
 Range = float | Sequence[Any] | np.ndarray | Tensor
 """One bound of the feature range: a scalar, or anything that broadcasts to ``inputs.shape[1:]``."""
 
@@ -318,10 +320,7 @@ def _noisy_mean_absolute_error_compute(sum_abs_error: Tensor, total: Tensor) -> 
 
 
 def _check_noise_levels(noise_levels: Sequence[float]) -> tuple[float, ...]:
-    try:
-        levels = tuple(float(eta) for eta in noise_levels)
-    except TypeError as error:
-        raise TypeError(f"expected noise_levels as a sequence of numbers, got {noise_levels!r}") from error
+    levels = check_numbers("noise_levels", noise_levels)
     if not levels:
         raise ValueError("expected at least one noise level, got none: pass for example noise_levels=(0.0, 0.2)")
     if not all(np.isfinite(eta) and eta >= 0 for eta in levels):
