@@ -36,8 +36,8 @@ class LipschitzRegularizer:
     that only read included, because spectral norms are sums over ranks.
 
     Args:
-        model: The model. It is not changed, but for a forward pre-hook on each convolution whose input size is still
-            unknown. After replacing one of its modules, construct a new regulariser.
+        model: The model. It is not changed, but for a forward pre-hook on each convolution without an example input,
+            which goes with the regulariser. After replacing one of its modules, construct a new regulariser.
         coefficient: lambda, the factor of the penalty; at least 0.
         penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
