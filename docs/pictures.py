@@ -9,14 +9,14 @@ pages and checks what they show.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import io
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,33 +89,36 @@ def train(folder: Path, coefficient: float, n_layers: int = 4, max_epochs: int =
 @contextlib.contextmanager
 def tensorboard(folder: Path, seconds: float = 60.0) -> Iterator[str]:
     """Serve a folder of logs on a free port of the loopback interface; yields the address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # Its working directory is above the logs, so that the pages show their name and not their whole path.
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.name, "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder.name, "--host", "127.0.0.1", "--port", "0"]
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, cwd=folder.parent) as server,
+        subprocess.Popen(command, stdout=log, stderr=log, cwd=folder.parent) as server,
     ):
         try:
-            address = f"http://127.0.0.1:{port}"
             end = time.monotonic() + seconds
-            while not _has_runs(address):
+            while True:
+                log.seek(0)
+                said = log.read().decode()
+                # It takes a free port, and says which.
+                address = re.search(r"http://127\.0\.0\.1:\d+(?=/)", said)
+                if address and _has_runs(address[0]):
+                    break
                 if server.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    raise RuntimeError(f"TensorBoard serves no runs: {log.read().decode()}")
+                    raise RuntimeError(f"TensorBoard serves no runs: {said}")
                 time.sleep(0.2)
-            yield address
+            yield address[0]
         finally:
             server.terminate()
 
 
 def _has_runs(address: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{address}/data/runs") as reply:
+        # No proxy: it would be asked for an address of its own.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{address}/data/runs", timeout=5) as reply:
             return bool(reply.read().strip() != b"[]")
-    except urllib.error.URLError:
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -174,14 +177,14 @@ def open_tab(driver: Any, tab: str, ready: Callable[[], bool], seconds: float = 
     Raises:
         TimeoutError: If it is not ready in time.
     """
-    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.common.exceptions import WebDriverException
 
     driver.get("about:blank")  # a change behind the # alone does not load the page
     driver.get(tab)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        # The page replaces elements while it is built.
-        with contextlib.suppress(StaleElementReferenceException):
+        # The page replaces elements while it is built, and half-built ones have no inside yet.
+        with contextlib.suppress(WebDriverException):
             if ready():
                 return
         time.sleep(0.2)

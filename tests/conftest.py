@@ -1,9 +1,11 @@
 """Test-wide settings: the installed package is what is tested, seeded, on one thread, in a folder of its own."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,23 +14,45 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == ROOT)
 # What a test draws without a seed of its own is the same in every run; another number shakes the whole suite.
 SEED = int(os.environ.get("LIGHTNING_LIP_TEST_SEED", "0"))
+# What tests set for good, Lightning's `seed_everything` first, and what would change the text that is printed.
+SET_BY_TESTS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+OF_TERMINALS = ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS")
 
 
 def pytest_collectstart(collector):
     """Seed what a file draws while it is imported, whatever was collected before it."""
     if isinstance(collector, pytest.Module):
-        torch.manual_seed(SEED)
+        _seed()
+
+
+def _seed():
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002  the global generator, which code under test may draw from
+    random.seed(SEED)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_on_one_thread():
+    """Run what a file's tests share on one thread, from one seed; it comes before the fixture of each test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _seed()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread_in_a_folder(tmp_path, monkeypatch):
-    """Run every test in a folder of its own, on one thread, from one seed."""
+    """Run every test in a folder of its own, on one thread, from one seed, in the environment that it found."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(SEED)
-    threads = torch.get_num_threads()
+    for name in (*SET_BY_TESTS, *OF_TERMINALS):
+        monkeypatch.delenv(name, raising=False)
     torch.set_num_threads(1)
+    _seed()
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    for name in SET_BY_TESTS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])

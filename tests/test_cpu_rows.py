@@ -318,13 +318,17 @@ def test_other_rows_are_refused(images):
 
 
 def _finish_in_a_child(images, products, queue):
+    torch.set_num_threads(2)
     rows = cpu_rows.CompiledRows(8, 20_000, 9_000)
     queue.put((rows.finish(images, products)[0].item(), int(rows._header[cpu_rows._THREADS])))
 
 
 def test_a_forked_process_works_without_the_pool():
     images, products = torch.randn(8, 20_000), torch.randn(8, 9_000)
-    expected = cpu_rows.CompiledRows(8, 20_000, 9_000).finish(images, products.clone())[0].item()  # uses the pool
+    torch.set_num_threads(2)
+    rows = cpu_rows.CompiledRows(8, 20_000, 9_000)
+    expected = rows.finish(images, products.clone())[0].item()
+    assert rows._header[cpu_rows._THREADS] == (2 if cpu_threads.pool_address() else 1)  # uses the pool
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_finish_in_a_child, args=(images, products.clone(), queue))

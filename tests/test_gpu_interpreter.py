@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 pytest.importorskip("triton", minversion="3.3")
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of the interpreter
 
 CASES = Path(__file__).parent / "gpu_tools" / "interpreter_cases.py"
 NAMES = [

@@ -69,11 +69,11 @@ def test_forms_of_data():
     target = torch.zeros(20)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, target), batch_size=6)
     for form in (loader, [inputs], list(inputs.split(7)), [(inputs, target)], iter([[inputs, target]]), [(inputs,)]):
-        assert largest_jacobian_norm(model, form) == expected
-    assert largest_jacobian_norm(model, inputs, torch.zeros(1, 5)) == expected
-    assert largest_jacobian_norm(model, inputs, (torch.zeros(1, 5),)) == expected
+        assert largest_jacobian_norm(model, form) == pytest.approx(expected, rel=1e-13)
+    assert largest_jacobian_norm(model, inputs, torch.zeros(1, 5)) == pytest.approx(expected, rel=1e-13)
+    assert largest_jacobian_norm(model, inputs, (torch.zeros(1, 5),)) == pytest.approx(expected, rel=1e-13)
     for form in (inputs, loader, [{"input": inputs}]):
-        assert largest_jacobian_norm(model, form, {"input": torch.zeros(1, 5)}) == expected
+        assert largest_jacobian_norm(model, form, {"input": torch.zeros(1, 5)}) == pytest.approx(expected, rel=1e-13)
 
 
 class Two(nn.Module):

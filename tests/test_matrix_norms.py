@@ -152,8 +152,10 @@ def test_degenerate_matrices():
 def test_layouts_modes_and_wrappers_change_nothing():
     weight = torch.nn.Parameter(torch.randn(5, 9, generator=torch.Generator().manual_seed(4)))
     bound = certified_matrix_norm(weight)
-    assert certified_matrix_norm(weight.detach().clone().mT.contiguous().mT) == bound
-    assert certified_matrix_norm(weight.mT) == bound
+    # Another layout may be summed up in another order: an upper bound as well, and as tight.
+    truth = true_norm(weight)
+    for other in (weight.detach().clone().mT.contiguous().mT, weight.mT, weight.detach().clone().mT.contiguous()):
+        assert truth <= mpmath.mpf(certified_matrix_norm(other)) <= truth * (1 + mpmath.mpf("1.2e-11"))
     with torch.inference_mode():
         assert certified_matrix_norm(weight * 1) == bound
     with torch.device("meta"):

@@ -237,7 +237,7 @@ class Shuffled(Sampler):
         train_loader,
         lambda: train_loader(generator=torch.Generator().manual_seed(1)),
         lambda: train_loader(RandomTransform()),
-        lambda: train_loader(RandomTransform(), num_workers=1, persistent_workers=True),
+        lambda: train_loader(RandomTransform(), num_workers=1, persistent_workers=True, multiprocessing_context="fork"),
         lambda: train_loader(shuffle=False, sampler=Shuffled(len(TRAIN))),
         lambda: DataLoader(TRAIN, batch_sampler=BatchSampler(Shuffled(len(TRAIN)), 4, True)),
         lambda: DataLoader(TRAIN, batch_size=None, sampler=BatchSampler(RandomSampler(TRAIN), 4, False)),

@@ -107,7 +107,7 @@ def test_other_data_are_refused(boston, wrong):
 
 def test_split_is_by_seed_and_covers_every_row_once(boston):
     first, again, other = split(boston, 3), split(boston, 3), split(boston, 4)
-    assert len(first.train_target), len(first.validation_target) == (404, 102)
+    assert (len(first.train_target), len(first.validation_target)) == (404, 102)
     assert np.array_equal(first.train_inputs, again.train_inputs)
     assert not np.array_equal(first.train_inputs, other.train_inputs)
     rows = np.column_stack([boston.inputs, boston.target])

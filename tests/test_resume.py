@@ -109,7 +109,7 @@ def train(tmp_path):
         script = tmp_path / "train.py"
         script.write_text(SCRIPT)
         command = [sys.executable, script, folder, str(kill_at), ckpt_path, str(devices)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == (0 if kill_at < 0 else -signal.SIGKILL), done.stderr[-3000:]
         return folder
 
@@ -124,6 +124,7 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.timeout(700)
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(train):
     whole = train("whole")
     killed = train("killed", kill_at=100)
@@ -133,6 +134,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(train):
     assert same(final(whole), final(resumed))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
 def test_two_processes_resumed_by_one_or_two(train):
     # All ranks see all batches, so the averaged gradients are those of one process, up to the rounding of (a + a) / 2.

@@ -65,8 +65,13 @@ def inside(element):
     return element.parent.execute_script("return arguments[0].shadowRoot.innerHTML", element)
 
 
+def texts(elements):
+    """Return each element's text, read once: it may be gone, or another, the next time."""
+    return [element.text for element in elements]
+
+
 def tag_of(text):
-    return next(line.removeprefix("tag: ") for line in text.splitlines() if line.startswith("tag: "))
+    return next((line.removeprefix("tag: ") for line in text.splitlines() if line.startswith("tag: ")), None)
 
 
 def test_scalars_by_tag(shows, find):
@@ -75,7 +80,7 @@ def test_scalars_by_tag(shows, find):
     tab = "scalars&tagFilter=%5Elipschitz%2F%5B%5E%2F%5D%2B%24"
     shows(
         tab,
-        lambda: {tag_of(card.text) for card in find("tf-scalar-card") if "lipschitz/" in card.text},
+        lambda: {tag_of(text) for text in texts(find("tf-scalar-card")) if "lipschitz/" in text},
         {f"lipschitz/{kind}" for kind in kinds},
     )
     shows(tab, lambda: ['class="line"' in inside(chart) for chart in find("vz-line-chart2")][:6], [True] * 6)
@@ -86,7 +91,7 @@ def test_custom_scalars_hold_all_layers_in_one_chart_and_the_intervals(shows, fi
     # A card names its chart, and how many series it found: layers times runs, and one margin a run.
     shows(
         "custom_scalars",
-        lambda: {card.text.splitlines()[0]: card.text.splitlines()[-1] for card in find(cards) if card.text},
+        lambda: {text.splitlines()[0]: text.splitlines()[-1] for text in texts(find(cards)) if text},
         {
             "spectral norms": f"Matches ({len(LAYERS) * len(RUNS)})",
             "parts of log bound": f"Matches ({len(LAYERS) * len(RUNS)})",
@@ -130,4 +135,4 @@ def test_hparams_compare_the_runs(shows, find, address):
 
     shows("hparams", table, {*columns, *RUNS, "none", "softplus_log"})
     # The user's own hyperparameters are offered too; only the first five are ticked.
-    assert {"lr", "n_layers"} <= {box.text for box in find("paper-checkbox")}
+    shows("hparams", lambda: {"lr", "n_layers"} & set(texts(find("paper-checkbox"))), {"lr", "n_layers"})

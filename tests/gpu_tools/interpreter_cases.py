@@ -37,6 +37,11 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def matrix(m, n, top=1.0, ratio=0.9, seed=0):
     """A matrix with singular values top, top * ratio, .. (at least top / 7), so that every gap is known."""
     generator = torch.Generator().manual_seed(seed + 1000 * m + n)
@@ -279,7 +284,7 @@ def test_tables_are_refreshed_only_where_an_address_changed():
         kept.append([torch.zeros_like(w) for w in weights])
         iteration.penalise_(weights, kept[-1], **options)
     assert iteration.n_refreshes == 5
-    assert torch.equal(kept[0][0], kept[2][0]) or kept[2][0].abs().sum() > 0
+    assert all(step[0].abs().sum() > 0 for step in kept)
     iteration.penalise_(weights, [kept[-1][0], None], **options)
     assert iteration.n_refreshes == 6
 
