@@ -87,7 +87,8 @@ class Certificate(_Result):
 
     It holds for the network in exact arithmetic with the weights as they are stored, in eval mode, at the traced input
     size, over all of input space, in Euclidean norms; for constants of :func:`~lightning_lip.register_constant` as
-    stated there.
+    stated there. The rounding error of a weight that is computed from stored tensors is proven for weight normalisation
+    and elementwise functions, and measured otherwise: see :func:`~lightning_lip.evaluation.evaluated`.
 
     Attributes:
         upper: The *certified upper bound*, rounded up; inf where it exceeds the largest float.

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_lip.evaluation import evaluated
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.resampling import average_pool_constant, lp_pool_constant, max_pool_constant
 from lightning_lip.rounding import divide_up, multiply_up, sqrt_up, sum_up, up
@@ -194,9 +195,9 @@ def local_response_norm(size: int, alpha: float, beta: float, k: float) -> float
     return (math.pow(k, -beta) + math.sqrt(size) * rate) * (1 + 1e-14)
 
 
-def affine_scale(weight: Tensor | None) -> float:
-    """Return max|gamma|, *exact*; 1 without a weight."""
-    return 1.0 if weight is None else float(weight.detach().abs().max())
+def affine_scale(module: Any) -> float:
+    """Return max|gamma|, *exact*, or rounded up where gamma is parametrised; 1 without a weight."""
+    return 1.0 if module.weight is None else float(evaluated(lambda: module.weight).magnitudes().max())
 
 
 def batch_norm_scale(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
@@ -229,20 +230,24 @@ def refuse_constant(reason: str) -> Callable[..., float]:
 def _batch_norm(module: _BatchNorm | _InstanceNorm) -> float:
     if module.running_var is None:
         raise UnsupportedLayerError("without running statistics it mixes the samples of a batch")
-    weight = None if module.weight is None else module.weight.detach().double()
-    scale = batch_norm_scale(weight, module.running_var.double(), module.eps)
-    return float(scale.abs().max()) * (1 + 1e-15)
+    variance = module.running_var
+
+    def scale() -> Tensor:
+        weight = None if module.weight is None else module.weight.double()
+        return batch_norm_scale(weight, variance.double(), module.eps)
+
+    return float(evaluated(scale).magnitudes().max())
 
 
 def _instance_norm(module: _InstanceNorm) -> float:
     if module.running_var is not None:
         return _batch_norm(module)
-    return multiply_up(affine_scale(module.weight), normalisation(module.eps))
+    return multiply_up(affine_scale(module), normalisation(module.eps))
 
 
 def _rms_norm(module: nn.RMSNorm) -> float:
     eps = rms_eps(module.eps, torch.get_default_dtype() if module.weight is None else module.weight.dtype)
-    return multiply_up(affine_scale(module.weight), normalisation(eps))
+    return multiply_up(affine_scale(module), normalisation(eps))
 
 
 def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
@@ -267,13 +272,13 @@ _register((nn.ELU,), lambda module: elu(module.alpha))
 _register((nn.CELU,), lambda module: celu(module.alpha))
 _register((nn.LeakyReLU,), lambda module: leaky_relu(module.negative_slope))
 _register((nn.RReLU,), lambda module: leaky_relu((module.lower + module.upper) / 2))
-_register((nn.PReLU,), lambda module: leaky_relu(module.weight))
+_register((nn.PReLU,), lambda module: leaky_relu(evaluated(lambda: module.weight).magnitudes()))
 _register((nn.Softplus,), lambda module: softplus(module.threshold))
 _register((nn.Softshrink,), lambda module: shrink(module.lambd))
 _register((nn.Threshold,), lambda module: threshold(module.threshold, module.value))
 _register((nn.Softmax, nn.Softmin, nn.Softmax2d), lambda module: SOFTMAX)
 _register((nn.LogSoftmax,), refuse_constant("it is sqrt(n), and the size n of the input is not known here"))
-_register((nn.LayerNorm, nn.GroupNorm), lambda m: multiply_up(affine_scale(m.weight), normalisation(m.eps)))
+_register((nn.LayerNorm, nn.GroupNorm), lambda m: multiply_up(affine_scale(m), normalisation(m.eps)))
 _register((nn.RMSNorm,), _rms_norm)
 _register((_BatchNorm,), _batch_norm)
 _register((_InstanceNorm,), _instance_norm)
