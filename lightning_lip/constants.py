@@ -301,7 +301,7 @@ _register(
 )
 _register(
     (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d),
-    lambda m: lp_pool_constant(int(type(m).__name__[-2]), m.norm_type, m.kernel_size, m.stride),
+    lambda m: lp_pool_constant(int(type(m).__name__[-2]), m.norm_type, m.kernel_size, m.stride, m.ceil_mode),
 )
 for _types, _reason in (
     ((nn.Hardshrink,), "it is discontinuous"),
