@@ -251,8 +251,11 @@ def _rms_norm(module: nn.RMSNorm) -> float:
 
 
 def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
-    """Return RMSNorm's eps; without one it is the smallest increment of 1 in the input's dtype."""
-    return torch.finfo(dtype).eps if eps is None else eps
+    """Return RMSNorm's eps; without one it is the smallest increment of 1 in the input's dtype.
+
+    For fp16 and bf16 newer releases of torch take fp32's, older ones the input's: fp32's, the smaller, bounds both.
+    """
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) if eps is None else eps
 
 
 ONE_LIPSCHITZ = (

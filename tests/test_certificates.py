@@ -230,6 +230,35 @@ def test_a_constant_that_is_wrong_is_found_out(monkeypatch):
     assert "register_constant" in result.refused[0]
 
 
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.rms_norm(x, (4,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("module", [nn.RMSNorm(4), nn.RMSNorm(4, elementwise_affine=False), Functional()])
+def test_rms_norm_without_an_eps_takes_that_of_its_dtype(module, dtype):
+    module = copy.deepcopy(module).to(dtype)
+    # Near 0 the slope is the largest, and a quotient with 0 comes close to it.
+    x = torch.full((1, 4), 2.0**-13 if dtype != torch.float64 else 2.0**-28, dtype=dtype)
+    quotient = (module(x).double() / x.double()).max().item()
+    result = certify(module, torch.zeros(1, 4, dtype=dtype), data=torch.cat([x, torch.zeros_like(x)]))
+    assert result.certified
+    assert quotient <= result.upper
+    assert result.lower <= result.upper <= result.lower * (1 + TIGHT)
+    if isinstance(module, nn.RMSNorm) and module.weight is not None:
+        assert constants.lipschitz_constant(module) == pytest.approx(result.upper)
+
+
+def test_a_constant_of_autograd_in_fp32_contradicts_no_bound():
+    # torch's backward of hardsigmoid multiplies by the fp32 number next to 1/6, in fp64 too.
+    for depth in (1, 10):
+        model = nn.Sequential(*(nn.Hardsigmoid() for _ in range(depth)))
+        result = certify(model, torch.zeros(1, 2), data=torch.zeros(1, 2))
+        assert result.certified
+        assert result.lower == pytest.approx(6.0**-depth, rel=1e-6)
+
+
 def test_the_model_is_left_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).train()
     model[0].eval()
