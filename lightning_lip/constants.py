@@ -111,6 +111,8 @@ def lipschitz_constant(module: nn.Module) -> float:
     """
     rule = registered_rule(module)
     value: object = _constant_of(module) if rule is None else rule(module)
+    if rule is None and any(isinstance(setting, float) and math.isnan(setting) for setting in vars(module).values()):
+        value = math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         source = "its parameters" if rule is None else "its registered rule"
         raise ValueError(
@@ -129,22 +131,23 @@ def leaky_relu(slope: float | Tensor) -> float:
 
 def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> float:
     """Return the largest slope of ``scale * (x if x > 0 else alpha (e^(input_scale x) - 1))``, *exact*, rounded up."""
-    if input_scale <= 0:
+    if not input_scale > 0:  # NaN too
         raise UnsupportedLayerError(f"with input_scale={input_scale} it grows exponentially")
     left = abs(alpha) if scale == input_scale == 1 else multiply_up(abs(scale), abs(alpha), input_scale)
-    return max(abs(scale), left)
+    # Not the other way round: max(1, NaN) is 1.
+    return max(left, abs(scale))
 
 
 def celu(alpha: float = 1.0) -> float:
     """Return 1 for alpha > 0, *exact*: its slope is e^(x / alpha) below 0."""
-    if alpha <= 0:
+    if not alpha > 0:  # NaN too
         raise UnsupportedLayerError(f"with alpha={alpha} it grows exponentially: alpha must be positive")
     return 1.0
 
 
 def softplus(threshold: float) -> float:
     """Return 1, *exact*: the slope is sigmoid(beta x), whatever beta; but a small threshold makes it jump."""
-    if threshold < SOFTPLUS_THRESHOLD:
+    if not threshold >= SOFTPLUS_THRESHOLD:  # NaN too
         raise UnsupportedLayerError(
             f"with threshold={threshold} it jumps where it turns linear: at least {SOFTPLUS_THRESHOLD:g} is needed"
         )
@@ -160,8 +163,8 @@ def threshold(limit: float, value: float) -> float:
 
 def shrink(lambd: float) -> float:
     """Return 1, *exact*, for the soft shrinkage ``sign(x) max(|x| - lambda, 0)``, lambda >= 0."""
-    if lambd < 0:
-        raise UnsupportedLayerError(f"it is discontinuous: lambd={lambd} is negative")
+    if not lambd >= 0:  # NaN too
+        raise UnsupportedLayerError(f"it is discontinuous: lambd={lambd} is negative or NaN")
     return 1.0
 
 
@@ -175,7 +178,7 @@ def normalisation(eps: float) -> float:
 
     The Jacobian's norm is at most ``1 / sqrt(var + eps)``, attained at a constant input (0 for RMS normalisation).
     """
-    if eps <= 0:
+    if not eps > 0:  # NaN too
         raise UnsupportedLayerError(f"with eps={eps} it has no finite Lipschitz constant")
     return divide_up(1.0, math.nextafter(math.sqrt(eps), 0.0))
 
@@ -187,7 +190,7 @@ def local_response_norm(size: int, alpha: float, beta: float, k: float) -> float
     ``||M|| <= r sqrt(n)``, ``r = sup_q 2 beta q (k + q)^(-beta-1)``, attained at q = k / beta. So the constant is at
     most ``k^-beta + sqrt(n) r``, and at least ``k^-beta``.
     """
-    if k <= 0 or beta < 0 or alpha < 0:
+    if not (k > 0 and beta >= 0 and alpha >= 0):  # NaN too
         raise UnsupportedLayerError(f"expected k > 0, alpha >= 0 and beta >= 0, got k={k}, alpha={alpha}, beta={beta}")
     if beta == 0:
         return 1.0
