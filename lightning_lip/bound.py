@@ -92,7 +92,8 @@ class NetworkBound:
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
                 forward pass cannot be traced. All such operations are named with the path of their module.
-            ValueError: If `example_input` has no batch dimension, or no output depends on it.
+            ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
+                it.
         """
         traced = trace(model, example_input)
         builder = Builder(traced)

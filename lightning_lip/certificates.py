@@ -147,6 +147,10 @@ def certify(
     activations the bounds of Combettes & Pesquet (2020) and, if no slope is negative, ECLipsE-Fast (2024). The model
     is left as it was; the work on the upper bound is done in fp64 on the CPU.
 
+    The graph is that of a batch of two in eval mode: a forward pass that depends on the size of the batch is taken at
+    two. Eval mode is set by the modules' flags; a ``train`` method of your own, one that merges weights for evaluation,
+    say, is not called, since it would change the weights: call ``model.eval()`` before.
+
     Args:
         model: The network, a LightningModule as well; eval semantics.
         example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, with the batch along
@@ -161,7 +165,8 @@ def certify(
         A :class:`Certificate`, or an :class:`Uncertified` with the reasons; ``.certified`` tells them apart.
 
     Raises:
-        ValueError: If `example_input` has no batch dimension, or `data` is empty or not finite.
+        ValueError: If `example_input` has no batch dimension or the forward pass fails on it, or `data` is empty or not
+            finite.
         UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         TypeError: If the model is no module, or `data` is not of one of these forms.
 
