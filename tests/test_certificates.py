@@ -222,7 +222,6 @@ NAN_SETTINGS = {
     "Softplus threshold": nn.Softplus(1.0, math.nan),
     "Softplus beta": nn.Softplus(math.nan),
     "Threshold": nn.Threshold(math.nan, math.nan),
-    "Hardtanh": nn.Hardtanh(-1.0, math.nan),
     "LayerNorm": nn.LayerNorm(3, eps=math.nan),
     "RMSNorm": nn.RMSNorm(3, eps=math.nan),
     "LocalResponseNorm": nn.LocalResponseNorm(2, alpha=math.nan),
