@@ -37,7 +37,11 @@ _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "elu": lambda a: constants.elu(a["alpha"], a["scale"], a["input_scale"]),
     "celu": lambda a: constants.celu(a["alpha"]),
     "leaky_relu": lambda a: constants.leaky_relu(a["negative_slope"]),
-    "rrelu": lambda a: _rrelu(a["lower"], a["upper"], a["training"]),
+    "rrelu": lambda a: (
+        max(constants.leaky_relu(a["lower"]), constants.leaky_relu(a["upper"]))
+        if a["training"]
+        else constants.leaky_relu((a["lower"] + a["upper"]) / 2)
+    ),
     "softplus": lambda a: constants.softplus(a["threshold"]),
     "softshrink": lambda a: constants.shrink(a["lambd"]),
     "threshold": lambda a: constants.threshold(a["threshold"], a["value"]),
@@ -57,12 +61,6 @@ def _pointwise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         return (builder.chain(node, value, shape=value.shape), None)
     copies, axis = broadcast(node, value)
     return builder.chain(node, value, _CONSTANTS[name](a) * copies, axis=axis)
-
-
-def _rrelu(lower: float, upper: float, training: bool) -> float:
-    if training:
-        raise RefusedError("its slopes stay random in eval mode: the network is then random")
-    return constants.leaky_relu((lower + upper) / 2)
 
 
 @rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")

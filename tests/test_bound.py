@@ -542,7 +542,6 @@ def test_constants_are_rounded_up():
         (lambda m, x: F.softplus(x, threshold=1), "jumps"),
         (lambda m, x: x.norm(p=0.5, dim=1), "order"),
         (lambda m, x: F.batch_norm(x, None, None, training=True), "mixes the samples"),
-        (lambda m, x: F.rrelu(x, training=True), "random"),
         (lambda m, x: F.layer_norm(x, (2, 4)), "mixes the samples"),
         (lambda m, x: x.cumsum(1), "not known"),
         (lambda m, x: torch.addmm(x, x, m.a.weight), "bias depends"),
