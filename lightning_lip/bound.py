@@ -92,7 +92,8 @@ class NetworkBound:
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
                 forward pass cannot be traced. All such operations are named with the path of their module.
-            ValueError: If `example_input` has no batch dimension, or no output depends on it.
+            ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
+                it.
         """
         traced = trace(model, example_input)
         builder = Builder(traced)
@@ -145,6 +146,9 @@ def log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, 
 
     The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum of
     all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded up.
+
+    Raises:
+        ValueError: If the bound is NaN.
     """
     logs = [log_up(norm) for norm in norms]
     if math.inf in logs:
@@ -156,6 +160,10 @@ def log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, 
         if log_bound.requires_grad and bool(log_bound.isfinite()):
             slopes = torch.autograd.grad(log_bound, log_sigma, allow_unused=True)[0]
     value = float(log_bound.detach())
+    if math.isnan(value):
+        raise ValueError(
+            "The bound is NaN: a parameter that the network's constants are read from (PReLU's) has become it."
+        )
     if not math.isfinite(value):
         return value, slopes.tolist()
     uses = sum(operator.multiplicity for operator in network.operators)
@@ -258,6 +266,9 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         return _independent(node, arguments)
     if name not in RULES:
         return builder.refuse(node, REASONS.get(name, UNKNOWN))
+    # A rule that compares would miss it: max(1, NaN) is 1.
+    if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value)):
+        return builder.refuse(node, "one of its arguments is NaN")
     try:
         return RULES[name](builder, node, arguments)
     except (RefusedError, UnsupportedLayerError) as error:

@@ -33,6 +33,10 @@ Method = Literal["product", "graph", "combettes_pesquet", "eclipse_fast"]
 N_ITERATIONS = 20
 """Block iterations for the estimates, after the 15 of every new block."""
 
+AUTOGRAD_ERROR = 1e-6
+"""What a measured slope may be wrong by, relative: in fp64 too autograd multiplies by constants rounded to fp32 (1/6 of
+hardsigmoid, off by 3e-8), once for each such activation in a chain."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -68,7 +72,8 @@ class _Result:
     """What both results hold.
 
     Attributes:
-        lower: *Lower bound*, the largest Jacobian norm over the data, true up to rounding in fp64; None without data.
+        lower: *Lower bound*, the largest Jacobian norm over the data, true up to rounding in fp64, and in fp32 for what
+            autograd multiplies by fp32 constants (hardsigmoid); None without data.
         estimate: The product or graph bound at the *estimated* spectral norms: an estimate of that bound, which the
             certified `upper` may lie below; None where the network has no bound.
         parts: The operators in forward order.
@@ -87,7 +92,8 @@ class Certificate(_Result):
 
     It holds for the network in exact arithmetic with the weights as they are stored, in eval mode, at the traced input
     size, over all of input space, in Euclidean norms; for constants of :func:`~lightning_lip.register_constant` as
-    stated there.
+    stated there. The rounding error of a weight that is computed from stored tensors is proven for weight normalisation
+    and elementwise functions, and measured otherwise: see :func:`~lightning_lip.evaluation.evaluated`.
 
     Attributes:
         upper: The *certified upper bound*, rounded up; inf where it exceeds the largest float.
@@ -141,6 +147,10 @@ def certify(
     activations the bounds of Combettes & Pesquet (2020) and, if no slope is negative, ECLipsE-Fast (2024). The model
     is left as it was; the work on the upper bound is done in fp64 on the CPU.
 
+    The graph is that of a batch of two in eval mode: a forward pass that depends on the size of the batch is taken at
+    two. Eval mode is set by the modules' flags; a ``train`` method of your own, one that merges weights for evaluation,
+    say, is not called, since it would change the weights: call ``model.eval()`` before.
+
     Args:
         model: The network, a LightningModule as well; eval semantics.
         example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, with the batch along
@@ -155,7 +165,8 @@ def certify(
         A :class:`Certificate`, or an :class:`Uncertified` with the reasons; ``.certified`` tells them apart.
 
     Raises:
-        ValueError: If `example_input` has no batch dimension, or `data` is empty or not finite.
+        ValueError: If `example_input` has no batch dimension or the forward pass fails on it, or `data` is empty or not
+            finite.
         UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         TypeError: If the model is no module, or `data` is not of one of these forms.
 
@@ -294,7 +305,7 @@ def _part(
 
 def _contradiction(lower: float | None, upper: float, dtype: torch.dtype) -> str | None:
     """Return why an interval that is empty beyond rounding cannot be true."""
-    if lower is None or lower <= upper * (1 + math.sqrt(torch.finfo(dtype).eps)):
+    if lower is None or lower <= upper * (1 + max(AUTOGRAD_ERROR, math.sqrt(torch.finfo(dtype).eps))):
         return None
     return (
         f"the measured Jacobian norm {lower:.6g} exceeds the bound {upper:.6g}: a constant stated with "

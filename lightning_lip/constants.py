@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_lip.evaluation import evaluated
 from lightning_lip.operators import UnsupportedLayerError
 from lightning_lip.resampling import average_pool_constant, lp_pool_constant, max_pool_constant
 from lightning_lip.rounding import divide_up, multiply_up, sqrt_up, sum_up, up
@@ -110,6 +111,8 @@ def lipschitz_constant(module: nn.Module) -> float:
     """
     rule = registered_rule(module)
     value: object = _constant_of(module) if rule is None else rule(module)
+    if rule is None and any(isinstance(setting, float) and math.isnan(setting) for setting in vars(module).values()):
+        value = math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         source = "its parameters" if rule is None else "its registered rule"
         raise ValueError(
@@ -128,22 +131,23 @@ def leaky_relu(slope: float | Tensor) -> float:
 
 def elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> float:
     """Return the largest slope of ``scale * (x if x > 0 else alpha (e^(input_scale x) - 1))``, *exact*, rounded up."""
-    if input_scale <= 0:
+    if not input_scale > 0:  # NaN too
         raise UnsupportedLayerError(f"with input_scale={input_scale} it grows exponentially")
     left = abs(alpha) if scale == input_scale == 1 else multiply_up(abs(scale), abs(alpha), input_scale)
-    return max(abs(scale), left)
+    # Not the other way round: max(1, NaN) is 1.
+    return max(left, abs(scale))
 
 
 def celu(alpha: float = 1.0) -> float:
     """Return 1 for alpha > 0, *exact*: its slope is e^(x / alpha) below 0."""
-    if alpha <= 0:
+    if not alpha > 0:  # NaN too
         raise UnsupportedLayerError(f"with alpha={alpha} it grows exponentially: alpha must be positive")
     return 1.0
 
 
 def softplus(threshold: float) -> float:
     """Return 1, *exact*: the slope is sigmoid(beta x), whatever beta; but a small threshold makes it jump."""
-    if threshold < SOFTPLUS_THRESHOLD:
+    if not threshold >= SOFTPLUS_THRESHOLD:  # NaN too
         raise UnsupportedLayerError(
             f"with threshold={threshold} it jumps where it turns linear: at least {SOFTPLUS_THRESHOLD:g} is needed"
         )
@@ -159,8 +163,8 @@ def threshold(limit: float, value: float) -> float:
 
 def shrink(lambd: float) -> float:
     """Return 1, *exact*, for the soft shrinkage ``sign(x) max(|x| - lambda, 0)``, lambda >= 0."""
-    if lambd < 0:
-        raise UnsupportedLayerError(f"it is discontinuous: lambd={lambd} is negative")
+    if not lambd >= 0:  # NaN too
+        raise UnsupportedLayerError(f"it is discontinuous: lambd={lambd} is negative or NaN")
     return 1.0
 
 
@@ -174,7 +178,7 @@ def normalisation(eps: float) -> float:
 
     The Jacobian's norm is at most ``1 / sqrt(var + eps)``, attained at a constant input (0 for RMS normalisation).
     """
-    if eps <= 0:
+    if not eps > 0:  # NaN too
         raise UnsupportedLayerError(f"with eps={eps} it has no finite Lipschitz constant")
     return divide_up(1.0, math.nextafter(math.sqrt(eps), 0.0))
 
@@ -186,7 +190,7 @@ def local_response_norm(size: int, alpha: float, beta: float, k: float) -> float
     ``||M|| <= r sqrt(n)``, ``r = sup_q 2 beta q (k + q)^(-beta-1)``, attained at q = k / beta. So the constant is at
     most ``k^-beta + sqrt(n) r``, and at least ``k^-beta``.
     """
-    if k <= 0 or beta < 0 or alpha < 0:
+    if not (k > 0 and beta >= 0 and alpha >= 0):  # NaN too
         raise UnsupportedLayerError(f"expected k > 0, alpha >= 0 and beta >= 0, got k={k}, alpha={alpha}, beta={beta}")
     if beta == 0:
         return 1.0
@@ -194,9 +198,9 @@ def local_response_norm(size: int, alpha: float, beta: float, k: float) -> float
     return (math.pow(k, -beta) + math.sqrt(size) * rate) * (1 + 1e-14)
 
 
-def affine_scale(weight: Tensor | None) -> float:
-    """Return max|gamma|, *exact*; 1 without a weight."""
-    return 1.0 if weight is None else float(weight.detach().abs().max())
+def affine_scale(module: Any) -> float:
+    """Return max|gamma|, *exact*, or rounded up where gamma is parametrised; 1 without a weight."""
+    return 1.0 if module.weight is None else float(evaluated(lambda: module.weight).magnitudes().max())
 
 
 def batch_norm_scale(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
@@ -229,25 +233,32 @@ def refuse_constant(reason: str) -> Callable[..., float]:
 def _batch_norm(module: _BatchNorm | _InstanceNorm) -> float:
     if module.running_var is None:
         raise UnsupportedLayerError("without running statistics it mixes the samples of a batch")
-    weight = None if module.weight is None else module.weight.detach().double()
-    scale = batch_norm_scale(weight, module.running_var.double(), module.eps)
-    return float(scale.abs().max()) * (1 + 1e-15)
+    variance = module.running_var
+
+    def scale() -> Tensor:
+        weight = None if module.weight is None else module.weight.double()
+        return batch_norm_scale(weight, variance.double(), module.eps)
+
+    return float(evaluated(scale).magnitudes().max())
 
 
 def _instance_norm(module: _InstanceNorm) -> float:
     if module.running_var is not None:
         return _batch_norm(module)
-    return multiply_up(affine_scale(module.weight), normalisation(module.eps))
+    return multiply_up(affine_scale(module), normalisation(module.eps))
 
 
 def _rms_norm(module: nn.RMSNorm) -> float:
     eps = rms_eps(module.eps, torch.get_default_dtype() if module.weight is None else module.weight.dtype)
-    return multiply_up(affine_scale(module.weight), normalisation(eps))
+    return multiply_up(affine_scale(module), normalisation(eps))
 
 
 def rms_eps(eps: float | None, dtype: torch.dtype) -> float:
-    """Return RMSNorm's eps; without one it is the smallest increment of 1 in the input's dtype."""
-    return torch.finfo(dtype).eps if eps is None else eps
+    """Return RMSNorm's eps; without one it is the smallest increment of 1 in the input's dtype.
+
+    For fp16 and bf16 newer releases of torch take fp32's, older ones the input's: fp32's, the smaller, bounds both.
+    """
+    return min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) if eps is None else eps
 
 
 ONE_LIPSCHITZ = (
@@ -267,13 +278,13 @@ _register((nn.ELU,), lambda module: elu(module.alpha))
 _register((nn.CELU,), lambda module: celu(module.alpha))
 _register((nn.LeakyReLU,), lambda module: leaky_relu(module.negative_slope))
 _register((nn.RReLU,), lambda module: leaky_relu((module.lower + module.upper) / 2))
-_register((nn.PReLU,), lambda module: leaky_relu(module.weight))
+_register((nn.PReLU,), lambda module: leaky_relu(evaluated(lambda: module.weight).magnitudes()))
 _register((nn.Softplus,), lambda module: softplus(module.threshold))
 _register((nn.Softshrink,), lambda module: shrink(module.lambd))
 _register((nn.Threshold,), lambda module: threshold(module.threshold, module.value))
 _register((nn.Softmax, nn.Softmin, nn.Softmax2d), lambda module: SOFTMAX)
 _register((nn.LogSoftmax,), refuse_constant("it is sqrt(n), and the size n of the input is not known here"))
-_register((nn.LayerNorm, nn.GroupNorm), lambda m: multiply_up(affine_scale(m.weight), normalisation(m.eps)))
+_register((nn.LayerNorm, nn.GroupNorm), lambda m: multiply_up(affine_scale(m), normalisation(m.eps)))
 _register((nn.RMSNorm,), _rms_norm)
 _register((_BatchNorm,), _batch_norm)
 _register((_InstanceNorm,), _instance_norm)
@@ -296,7 +307,7 @@ _register(
 )
 _register(
     (nn.LPPool1d, nn.LPPool2d, nn.LPPool3d),
-    lambda m: lp_pool_constant(int(type(m).__name__[-2]), m.norm_type, m.kernel_size, m.stride),
+    lambda m: lp_pool_constant(int(type(m).__name__[-2]), m.norm_type, m.kernel_size, m.stride, m.ceil_mode),
 )
 for _types, _reason in (
     ((nn.Hardshrink,), "it is discontinuous"),

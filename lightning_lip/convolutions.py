@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lightning_lip.convolution_norms import certified_convolution_norm
+from lightning_lip.evaluation import Evaluation, evaluated
 from lightning_lip.operators import LinearOperator, MatrixOperator, ParametrizedMatrixOperator, UnsupportedLayerError
 from lightning_lip.paddings import PaddingMode, check_padding, pad, pad_adjoint, padding_pairs
+from lightning_lip.rounding import multiply_up, sum_up
 
 __all__ = ["ConvolutionOperator", "certified_convolution_norm"]
 
@@ -225,19 +227,8 @@ class ConvolutionOperator(LinearOperator):
             weight: A kernel in place of the present one, of the same shape (one with a batch norm's scale, say).
             grid: Frequencies along each dimension; None takes 16 a tap.
         """
-        module = self._convolution
-        return certified_convolution_norm(
-            (self.weight() if weight is None else weight).detach(),
-            stride=self._stride,
-            dilation=self._dilation,
-            groups=module.groups,
-            padding=module.padding,
-            padding_mode=self._mode,
-            transposed=self._transposed,
-            output_padding=self._output_padding,
-            spatial=self._domain_shape[1:],
-            grid=grid,
-        )
+        evaluation = evaluated(self.weight) if weight is None else Evaluation(weight.detach(), None)
+        return certified_operator_norm(self, self._domain_shape[1:], evaluation, grid)
 
     def _convolve(self, inputs: Tensor) -> Tensor:
         weight, groups = self.weight().to(inputs.dtype), self._convolution.groups
@@ -255,6 +246,42 @@ class ConvolutionOperator(LinearOperator):
         with _fp32_kept(inputs):
             outputs = self._backward(inputs, weight, None, self._stride, padding, beyond, groups, self._dilation)
         return outputs if self._pads_itself else pad_adjoint(outputs, self._pairs, self._mode)
+
+
+def certified_operator_norm(
+    operator: LinearOperator, spatial: Sequence[int] | None, weight: Evaluation, grid: int | None = None
+) -> float:
+    """Return a *certified upper bound* of the spectral norm of a convolution's operator.
+
+    Args:
+        operator: The operator; its module is a convolution.
+        spatial: The size of the input; None bounds the operators of all sizes.
+        weight: The kernel.
+        grid: Frequencies along each dimension; None takes 16 a tap.
+    """
+    module = check_convolution(operator.module)
+
+    def norm(kernel: Tensor, groups: int) -> float:
+        return certified_convolution_norm(
+            kernel,
+            stride=tuple(module.stride),
+            dilation=tuple(module.dilation),
+            groups=groups,
+            padding=module.padding,
+            padding_mode=module.padding_mode,
+            transposed=module.transposed,
+            output_padding=tuple(module.output_padding),
+            spatial=spatial,
+            grid=grid,
+        )
+
+    bound = norm(weight.value, module.groups)
+    if weight.error is None:
+        return bound
+    # The error's blocks from channel to channel have at most the norms of their largest entry times a kernel of ones
+    # (padding and strides have no signs), and the root of the sum of their squares bounds the whole.
+    ones = torch.ones(1, 1, *weight.value.shape[2:], dtype=torch.float64, device="cpu")
+    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones, 1))])
 
 
 def check_convolution(module: nn.Module) -> Convolution:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.convolution_norms import certified_convolution_norm
-from lightning_lip.convolutions import ConvolutionOperator, check_convolution
-from lightning_lip.matrix_norms import certified_matrix_norm
+from lightning_lip.convolutions import ConvolutionOperator, certified_operator_norm
+from lightning_lip.evaluation import Evaluation, evaluated
+from lightning_lip.matrix_norms import SMALLEST_NORMAL, certified_matrix_norm
 from lightning_lip.operators import LinearOperator, MatrixOperator
 from lightning_lip.recorded import RecordedConvolution
-from lightning_lip.rounding import multiply_up, up
+from lightning_lip.rounding import UNIT_ROUNDOFF, multiply_up, sum_up
 
 
 class ParameterMatrixOperator(MatrixOperator):
@@ -133,11 +133,14 @@ class DiagonalOperator(LinearOperator):
 
     @torch.no_grad()
     def certified_norm(self) -> float:
-        """Return a *certified upper bound* of the norm, provided s is formed with errors of a few roundings."""
-        largest = float(self.spectral_norm())
+        """Return a *certified upper bound* of the norm, provided s is formed with errors of a few roundings.
+
+        What s is formed of counts as it is stored: see :func:`~lightning_lip.evaluation.evaluated`.
+        """
+        largest = float(evaluated(self.weight).magnitudes().max())
         if not math.isfinite(largest):
             raise ValueError(f"Expected finite entries in the scale of {self.name!r}, got NaN or an infinity.")
-        return multiply_up(largest, 1 + 16 * torch.finfo(self.weight().dtype).eps)
+        return largest
 
 
 class ScaledOperator(LinearOperator):
@@ -190,7 +193,9 @@ class ScaledOperator(LinearOperator):
         return self._scaled_weight(self.scale().to(weight.dtype))
 
     def _scaled_weight(self, scale: Tensor) -> Tensor:
-        weight = self.base.weight().to(scale.dtype)
+        return self._scaled(self.base.weight().to(scale.dtype), scale)
+
+    def _scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         if not getattr(self.base.module, "transposed", False):
             return scale.view(-1, *[1] * (weight.dim() - 1)) * weight
         # (c_in, c_out / groups, ...): group g of the inputs feeds the g-th run of output channels.
@@ -222,41 +227,42 @@ class ScaledOperator(LinearOperator):
     def certified_norm(self) -> float:
         """Return a *certified upper bound* of the norm.
 
-        s is rounded up to fp32, so that its product with fp32 weights is exact in fp64. With fp64 weights the bound is
-        the product of both norms.
+        s is rounded up to fp32, so that its product with stored fp32 weights is exact in fp64. With fp64 weights, also
+        those computed in fp64, the product is rounded once.
         """
-        scale = self.scale().double()
+        scale = evaluated(self.scale).magnitudes()
         if not bool(scale.isfinite().all()):
             raise ValueError(f"Expected a finite scale in {self.name!r}, got NaN or an infinity.")
-        raised = (scale.abs() * (1 + 1e-14)).float()
+        raised = scale.float()
         # The conversion rounds to nearest: one step up is at least the value.
         raised = torch.nextafter(raised, torch.full_like(raised, math.inf)).double()
-        if self.base.weight().dtype == torch.float64:
-            return multiply_up(up(float(raised.max())), certified_norm(self.base))
-        weight = self._scaled_weight(raised)
-        return certified_norm(self.base, weight)
+        base = evaluated(self.base.weight)
+        weight = self._scaled(base.value, raised)
+        if not bool(weight.isfinite().all()):
+            return multiply_up(float(raised.max()), certified_norm(self.base, base))
+        if base.error is None and self.base.weight().dtype != torch.float64:
+            return certified_norm(self.base, Evaluation(weight, None))
+        # Where the product underflows, it may vanish.
+        error = UNIT_ROUNDOFF * weight.abs() + SMALLEST_NORMAL * (base.value != 0)
+        if base.error is not None:
+            error += self._scaled(base.error, raised)
+        return certified_norm(self.base, Evaluation(weight, error * (1 + 8 * UNIT_ROUNDOFF)))
 
 
-def certified_norm(operator: LinearOperator, weight: Tensor | None = None) -> float:
+def certified_norm(operator: LinearOperator, weight: Evaluation | None = None) -> float:
     """Return a *certified upper bound* of a matrix's or convolution's norm, or of one with another weight.
 
     Args:
-        operator: The operator.
+        operator: The operator. What its weight is computed from counts as it is stored: see
+            :func:`~lightning_lip.evaluation.evaluated`.
         weight: A weight in place of the operator's own, of the same shape.
+
+    Raises:
+        ValueError: If the weight holds NaN or an infinity, or cannot be computed in fp64.
     """
-    if isinstance(operator, (ConvolutionOperator, RecordedConvolution)):
-        module = check_convolution(operator.module)
-        return certified_convolution_norm(
-            (operator.weight() if weight is None else weight).detach(),
-            stride=tuple(module.stride),
-            dilation=tuple(module.dilation),
-            groups=module.groups,
-            padding=module.padding,
-            padding_mode=module.padding_mode,
-            transposed=module.transposed,
-            output_padding=tuple(module.output_padding),
-            spatial=operator.spatial,
-        )
     if isinstance(operator, (DiagonalOperator, ScaledOperator)) and weight is None:
         return operator.certified_norm()
-    return certified_matrix_norm((operator.weight() if weight is None else weight).detach())
+    weight = evaluated(operator.weight) if weight is None else weight
+    if isinstance(operator, (ConvolutionOperator, RecordedConvolution)):
+        return certified_operator_norm(operator, operator.spatial, weight)
+    return sum_up([certified_matrix_norm(weight.value), weight.error_norm()])

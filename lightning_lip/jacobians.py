@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from lightning_lip.constants import rms_eps
 from lightning_lip.kernels.reference import without_autocast
 from lightning_lip.operators import eval_mode
 
@@ -75,7 +77,9 @@ def largest_jacobian_norm(
             copies = [tensor.clone() for tensor in inputs]
             arguments: tuple[Any, ...] = tuple(copies) if names is None else ()
             keywords = {} if names is None else dict(zip(names, copies, strict=True))
-            outputs = torch.func.functional_call(model, state, arguments, keywords)
+            own_dtype = next((p.dtype for p in parameters if p.is_floating_point()), tensors[0].dtype)
+            with _OwnEps(rms_eps(None, own_dtype)):
+                outputs = torch.func.functional_call(model, state, arguments, keywords)
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
             norms = _jacobian_norms(inputs, outputs, generator)
@@ -86,6 +90,23 @@ def largest_jacobian_norm(
     if seen == 0:
         raise ValueError("No data to measure the lower bound on: expected at least one input.")
     return largest
+
+
+class _OwnEps(TorchFunctionMode):
+    """Gives RMS normalisations without an eps that of the network's own dtype, not of the one it is evaluated in."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self._eps = eps
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.nn.functional.rms_norm, torch.rms_norm):
+            return func(*args, **(kwargs or {}))
+        names = ("input", "normalized_shape", "weight", "eps")
+        arguments = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        if arguments.get("eps") is None:
+            arguments["eps"] = self._eps
+        return func(**arguments)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

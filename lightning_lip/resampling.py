@@ -83,20 +83,29 @@ def average_pool_constant(
     return norm if divisor_override is None else divide_up(norm, abs(divisor_override))
 
 
-def lp_pool_constant(n_dimensions: int, norm_type: float, kernel: Lengths, stride: Lengths | None = None) -> float:
+def lp_pool_constant(
+    n_dimensions: int, norm_type: float, kernel: Lengths, stride: Lengths | None = None, ceil_mode: bool = False
+) -> float:
     """Return an *upper bound* of the constant of power-average pooling for an even power, inf or 1.
 
     Each window's p-norm changes by at most the p-norm of the difference, hence by its 2-norm for p >= 2; then as for
     max pooling. For p = 1 torch sums without absolute values: average pooling times the window's size.
 
+    With ceil_mode torch multiplies the mean over a clipped window by the size of a whole one. A clipped window has at
+    least k - s + 1 places along a dimension, and at least one.
+
     Raises:
         UnsupportedLayerError: For other powers, where torch takes a root of a signed sum: its slope is unbounded.
     """
+    kernels = per_dimension(kernel, n_dimensions)
+    strides = per_dimension(stride, n_dimensions, kernels)
+    size = math.prod(kernels)
+    smallest = math.prod(max(1, k - s + 1) for k, s in zip(kernels, strides, strict=True)) if ceil_mode else size
     if norm_type == 1:
-        size = math.prod(per_dimension(kernel, n_dimensions))
-        return multiply_up(average_pool_constant(n_dimensions, kernel, stride), size)
+        return multiply_up(average_pool_constant(n_dimensions, kernel, stride), size, divide_up(size, smallest))
     if norm_type == math.inf or (norm_type >= 2 and norm_type % 2 == 0):
-        return max_pool_constant(n_dimensions, kernel, stride)
+        factor = (size / smallest) ** (1 / norm_type) * (1 + 1e-14) if smallest < size else 1.0
+        return multiply_up(max_pool_constant(n_dimensions, kernel, stride), factor)
     raise UnsupportedLayerError(f"with norm_type={norm_type} it takes a root of a sum that may vanish")
 
 

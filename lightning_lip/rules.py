@@ -179,7 +179,9 @@ class Builder:
     ) -> Dependent:
         """Return the value of an operation with a constant, an operator or a live constant after `value`."""
         name = None if operator is None else self.operators[operator].name
-        self.note(node, "operator" if name is not None else how, constant if live is None else constant * live(), name)
+        value_now = constant if live is None else constant * live()
+        _check_finite(value_now)
+        self.note(node, "operator" if name is not None else how, value_now, name)
         term = value.term.times(
             constant,
             () if operator is None else (operator,),
@@ -198,6 +200,7 @@ class Builder:
         (Cauchy-Schwarz), side by side the maximum counts. Branches are grouped by the inputs they share.
         """
         factors = constants or [1.0] * len(values)
+        _check_finite(*factors)
         terms = [v.term.times(c) for v, c in zip(values, factors, strict=True)]
         groups: list[tuple[frozenset[int], list[Term]]] = []
         for v, term in zip(values, terms, strict=True):
@@ -207,6 +210,17 @@ class Builder:
             groups.append((joined, [t for g in touching for t in g[1]] + [term]))
         within = [self.program.combine(kind, members) for _, members in groups]
         return self.program.combine("norm" if kind == "sum" else "max", within)
+
+
+def _check_finite(*constants: float) -> None:
+    """Refuse NaN, which no comparison finds, and infinity.
+
+    Raises:
+        RefusedError: If a constant is not finite.
+    """
+    for constant in constants:
+        if not math.isfinite(constant):
+            raise RefusedError(f"its constant is {constant}")
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:

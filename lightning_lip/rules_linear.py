@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lip.constants import batch_norm_scale, leaky_relu
 from lightning_lip.convolutions import ConvolutionOperator
+from lightning_lip.evaluation import evaluated
 from lightning_lip.graph_operators import (
     ComputedMatrixOperator,
     DiagonalOperator,
@@ -274,7 +275,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
         return diagonal(builder, node, value, scale, factor, constant=copies, axis=axis, kind=kind)
 
     def largest() -> float:
-        return float(scale().detach().abs().max()) * (1 + 1e-15)
+        return float(_magnitudes(tensor, scale).max()) * (1 + 1e-15)
 
     if not math.isfinite(largest()):
         raise RefusedError("its factor is not finite")
@@ -283,12 +284,18 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     return builder.chain(node, value, largest() * copies, axis=axis)
 
 
+def _magnitudes(source: Independent, compute: Callable[[], Tensor]) -> Tensor:
+    """Return upper bounds of the magnitudes of what is computed from `source`, but for a rounding in fp64."""
+    # Read at each step of a training: a stored tensor is exact as it is.
+    return compute().detach().abs() if source.owner is not None else evaluated(compute).magnitudes()
+
+
 @rule("prelu", "_prelu_kernel")
 def _prelu(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     value, weight = only_input(a), a["weight"]
 
     def slope() -> float:
-        return leaky_relu(weight.compute())
+        return leaky_relu(_magnitudes(weight, weight.compute))
 
     if value.axis == 1 and math.prod(weight.shape) > 1:
         raise RefusedError("it takes the batch for channels")

@@ -8,6 +8,7 @@ input's values. ``torch.fx`` would stop at any Python control flow and hides wha
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
 
     Raises:
         TypeError: If the model is no module.
-        ValueError: If the tensors have no common batch dimension, or there is none.
+        ValueError: If the tensors have no common batch dimension, there is none, or the forward pass fails on them.
         UnsupportedLayerError: If the forward pass cannot be traced: control flow that depends on the input's values,
             say.
     """
@@ -107,7 +108,10 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
             if any(_mutates(node) for node in program.graph.nodes):
                 # An in-place operation changes all views of its argument; this writes it as a new tensor.
                 program = program.run_decompositions({})
-        except RuntimeError as error:
+        except UnsupportedLayerError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            _check_example(model, args, kwargs)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
                 "is not known (control flow that depends on the input's values has none in general). Trace the part "
@@ -121,6 +125,30 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     inputs = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.name not in stored]
     outputs = {str(name) for name in program.graph_signature.user_outputs}
     return TracedModel(model, program.graph, stored, owners, inputs, outputs, modules, names)
+
+
+def _check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Check that the forward pass runs on the example, where it could not be traced on it.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    try:
+        model(*args, **kwargs)
+    # The user's forward pass may raise anything.
+    except Exception as error:
+        given = [*map(_described, args), *(f"{name}={_described(value)}" for name, value in kwargs.items())]
+        raise ValueError(
+            f"Expected `example_input` to be an input of {type(model).__name__}, whose forward takes "
+            f"{inspect.signature(model.forward)}: a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments. The forward pass fails on what was given, taken as ({', '.join(given)}) with a batch of "
+            f"{BATCH}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _described(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
 
 
 def _mutates(node: torch.fx.Node) -> bool:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from lightning_lip import constants, tracing
 from lightning_lip.bound import NetworkBound
 from lightning_lip.bound_program import log_up
+from lightning_lip.certificates import certify
 from lightning_lip.constants import register_constant
 from lightning_lip.graph_operators import DiagonalOperator, ScaledOperator, certified_norm
 from lightning_lip.operators import UnsupportedLayerError
@@ -650,6 +651,43 @@ def test_data_dependent_control_flow_is_refused():
 def test_examples_without_a_batch_are_refused(example, reason):
     with pytest.raises(ValueError, match=reason):
         NetworkBound.trace(nn.Identity(), example)
+
+
+X = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("example", "got", "reason"),
+    [
+        ((X, X), r"\(Tensor of shape \(2, 4\), Tensor of shape \(2, 4\)\)", "TypeError"),
+        ({"y": X}, r"\(y=Tensor of shape \(2, 4\)\)", "TypeError"),
+        ([X], r"\(list\)", "TypeError"),
+        ({"x": X, "input": X}, r"\(x=Tensor.*, input=Tensor.*\)", "TypeError"),
+        (torch.zeros(3, 5), r"\(Tensor of shape \(2, 5\)\)", "RuntimeError"),
+    ],
+)
+def test_an_example_that_the_forward_does_not_take_is_told_from_one_that_cannot_be_traced(example, got, reason):
+    model = nn.Linear(4, 2)
+    expected = (
+        rf"(?s)`example_input`.*Linear, whose forward takes \(input.*taken as {got} with a batch of 2: {reason}: "
+    )
+    with pytest.raises(ValueError, match=expected) as caught:
+        NetworkBound.trace(model, example)
+    assert not isinstance(caught.value, UnsupportedLayerError)
+    with pytest.raises(ValueError, match="whose forward takes"):
+        certify(model, example)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError])
+def test_errors_of_the_export_are_refusals(error):
+    def function(m, x):
+        if type(x) is not torch.Tensor:  # the export's stand-in
+            raise error("no fake tensors here")
+        return x
+
+    with pytest.raises(UnsupportedLayerError, match=r"cannot be traced(?s:.*)no fake tensors here"):
+        NetworkBound.trace(Lambda(function), X)
+    assert not certify(Lambda(function), X).certified
 
 
 def test_arguments_that_are_no_tensors_are_kept():

@@ -7,8 +7,10 @@ import mpmath
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_lip import certificates, constants, matrix_norms
+from lightning_lip.bound import NetworkBound, log_bound_up
 from lightning_lip.certificates import Certificate, Uncertified, certified_matrix_norm, certify
 from lightning_lip.chain_bounds import combettes_pesquet, eclipse_fast
 
@@ -213,6 +215,71 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad):
     assert result.upper is None
 
 
+NAN_SETTINGS = {
+    "LeakyReLU": nn.LeakyReLU(math.nan),
+    "ELU": nn.ELU(math.nan),
+    "CELU": nn.CELU(math.nan),
+    "Softplus threshold": nn.Softplus(1.0, math.nan),
+    "Softplus beta": nn.Softplus(math.nan),
+    "Threshold": nn.Threshold(math.nan, math.nan),
+    "LayerNorm": nn.LayerNorm(3, eps=math.nan),
+    "RMSNorm": nn.RMSNorm(3, eps=math.nan),
+    "LocalResponseNorm": nn.LocalResponseNorm(2, alpha=math.nan),
+}
+
+
+@pytest.mark.parametrize("setting", NAN_SETTINGS)
+def test_a_setting_that_is_nan_is_refused_by_name(setting):
+    module = NAN_SETTINGS[setting]
+    result = certify(nn.Sequential(nn.Identity(), module), torch.zeros(1, 3, 3))
+    assert not result.certified
+    assert f"({type(module).__name__})" in result.refused[0]
+    with pytest.raises(ValueError, match=r"nan|discontinuous|k > 0"):
+        constants.lipschitz_constant(module)
+    with pytest.raises(ValueError, match="discontinuous"):  # torch itself refuses it in the forward pass
+        constants.lipschitz_constant(nn.Softshrink(math.nan))
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.eye(3))
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: torch.addmm(torch.zeros(3), x, w, alpha=math.nan),
+        lambda x, w: torch.add(x, 2 * x, alpha=math.nan),
+        lambda x, w: torch.add(x, w[0], alpha=math.nan),
+        lambda x, w: torch.add(x, 2 * x, alpha=math.inf),
+        lambda x, w: F.leaky_relu(x, math.inf),
+        lambda x, w: x * torch.tensor(math.nan),
+    ],
+)
+def test_a_factor_that_is_not_finite_is_refused(function):
+    result = certify(Of(function), torch.zeros(1, 3))
+    assert not result.certified
+    assert result.refused[0].startswith("(the model itself) (Of)")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_slope_that_is_not_finite_is_refused_also_once_it_becomes_so(bad):
+    model = nn.Sequential(nn.Linear(3, 3), nn.PReLU(), nn.Linear(3, 2))
+    network = NetworkBound.trace(model, torch.zeros(1, 3))
+    model[1].weight.data.fill_(bad)
+    assert certify(model, torch.zeros(1, 3)).refused[0].startswith("1 (PReLU)")
+    if math.isnan(bad):
+        with pytest.raises(ValueError, match="bound is NaN"):
+            log_bound_up(network, [1.0, 1.0])
+    else:
+        assert log_bound_up(network, [1.0, 1.0])[0] == math.inf
+
+
 def test_a_constant_that_is_wrong_is_found_out(monkeypatch):
     monkeypatch.setattr(constants, "_RULES", dict(constants._RULES))
 
@@ -228,6 +295,35 @@ def test_a_constant_that_is_wrong_is_found_out(monkeypatch):
     assert not result.certified
     assert "exceeds the bound" in result.refused[0]
     assert "register_constant" in result.refused[0]
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        return F.rms_norm(x, (4,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("module", [nn.RMSNorm(4), nn.RMSNorm(4, elementwise_affine=False), Functional()])
+def test_rms_norm_without_an_eps_takes_that_of_its_dtype(module, dtype):
+    module = copy.deepcopy(module).to(dtype)
+    # Near 0 the slope is the largest, and a quotient with 0 comes close to it.
+    x = torch.full((1, 4), 2.0**-13 if dtype != torch.float64 else 2.0**-28, dtype=dtype)
+    quotient = (module(x).double() / x.double()).max().item()
+    result = certify(module, torch.zeros(1, 4, dtype=dtype), data=torch.cat([x, torch.zeros_like(x)]))
+    assert result.certified
+    assert quotient <= result.upper
+    assert result.lower <= result.upper <= result.lower * (1 + TIGHT)
+    if isinstance(module, nn.RMSNorm) and module.weight is not None:
+        assert constants.lipschitz_constant(module) == pytest.approx(result.upper)
+
+
+def test_a_constant_of_autograd_in_fp32_contradicts_no_bound():
+    # torch's backward of hardsigmoid multiplies by the fp32 number next to 1/6, in fp64 too.
+    for depth in (1, 10):
+        model = nn.Sequential(*(nn.Hardsigmoid() for _ in range(depth)))
+        result = certify(model, torch.zeros(1, 2), data=torch.zeros(1, 2))
+        assert result.certified
+        assert result.lower == pytest.approx(6.0**-depth, rel=1e-6)
 
 
 def test_the_model_is_left_as_it_was():

@@ -1,5 +1,7 @@
 """CertifiedValidation, and training to a certificate on real images."""
 
+import math
+
 import lightning.pytorch as lightning
 import pytest
 import torch
@@ -119,6 +121,19 @@ def test_regression(make_module, make_trainer, regression_data):
     shift = torch.randn(200, *x.shape)
     shift = 0.5 * shift / shift.norm(dim=-1, keepdim=True)
     assert max(float((module(x + s) - y).abs().mean()) for s in shift) <= worst
+
+
+@pytest.mark.parametrize("sizes", [(1, 100), (100, 1), (4, 4)])
+def test_samples_of_different_sizes_count_by_their_outputs(make_module, make_trainer, sizes):
+    module = make_module(lightning)
+    module.forward = lambda x: x
+    batches = [(x, x) for x in (torch.randn(3, n) for n in sizes)]
+    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((1.0,), task="regression")])
+    trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    # Each sample of the identity moves by (1, ..., 1) / sqrt(n): the sum of magnitudes is sqrt(n).
+    truth = sum(math.sqrt(n) for n in sizes) / sum(sizes)
+    value = float(trainer.callback_metrics["val/certified_worst_case_mae/eps=1"])
+    assert truth * (1 - 1e-6) <= value <= truth * (1 + 1e-6)
 
 
 def test_without_a_certificate_nothing_is_logged_and_the_reason_is_told(make_trainer, digits):

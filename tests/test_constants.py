@@ -264,6 +264,28 @@ def test_lp_pool():
     assert jacobian_norm(lambda z: module(z[None]), x) == pytest.approx(lipschitz_constant(module), rel=1e-4)
 
 
+@pytest.mark.parametrize("power", [1, 2, 4])
+@pytest.mark.parametrize(("k", "s"), [(3, 3), (3, 2), (3, 1), (2, 3), (5, 3)])
+def test_lp_pool_of_clipped_windows(k, s, power):
+    torch.manual_seed(0)
+    for size in range(k, 12):
+        for module, shape in (
+            (nn.LPPool1d(power, k, s, ceil_mode=True), (1, size)),
+            (nn.LPPool2d(power, (k, 2), (s, 2), ceil_mode=True), (1, size, 5)),
+        ):
+            spikes = torch.full((8, *shape), 1e-3, dtype=torch.float64)
+            spikes[..., -1].normal_()
+            worst = max(jacobian_norm(lambda z, m=module: m(z[None]), x) for x in spikes)
+            assert worst <= lipschitz_constant(module) * (1 + 1e-12)
+
+
+def test_a_clipped_window_of_lp_pool_is_attained():
+    module = nn.LPPool1d(2, 3, stride=3, ceil_mode=True)
+    change = module(torch.tensor([[[0.0, 0, 0, 1]]])) - module(torch.zeros(1, 1, 4))
+    assert change.norm().item() == pytest.approx(lipschitz_constant(module), rel=1e-6)
+    assert lipschitz_constant(module) == pytest.approx(math.sqrt(3))
+
+
 @pytest.mark.parametrize(("n", "o"), [(7, 3), (7, 1), (5, 8), (6, 6), (600, 7)])
 def test_adaptive_pools(n, o):
     eye = torch.eye(n, dtype=torch.float64)[:, None]

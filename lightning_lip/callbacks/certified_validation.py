@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torchmetrics import MeanAbsoluteError, Metric
+from torchmetrics import MeanAbsoluteError, MeanMetric, Metric
 from typing_extensions import override
 
 from lightning_lip.callbacks._base import BaseCallback
@@ -77,19 +77,20 @@ class CertifiedValidation(BaseCallback):
         self._n_measured = 0
         self._warned = False
         self._metric: Metric | None = None
-        self._n_outputs = 1
+        self._growth: MeanMetric | None = None
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._certified, self._lower, self._n_measured = {}, None, 0
         metric: Metric = CertifiedAccuracy(list(self.eps)) if self.task == "classification" else MeanAbsoluteError()
         self._metric = metric.to(pl_module.device)
+        self._growth = MeanMetric().to(pl_module.device)
 
     @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking or self._metric is None:
+        if trainer.sanity_checking or self._metric is None or self._growth is None:
             return
         inputs, target = unpack(batch, self._batch_to_xy)
         # A certificate holds at the size of its input: one for each size.
@@ -110,8 +111,9 @@ class CertifiedValidation(BaseCallback):
                 f"Expected outputs of the target's shape {tuple(target.shape)}, got {tuple(outputs.shape)}: reshape "
                 "one of them with batch_to_xy or in forward."
             )
-        self._n_outputs = max(1, target[0].numel())
         self._metric.update(outputs.flatten(), target.flatten())
+        # m outputs of a sample move by at most sqrt(m) in sum for a move of 1 in norm; m may differ between batches.
+        self._growth.update(1 / math.sqrt(max(1, target[0].numel())), target.numel())
 
     def _measure(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
         """Raise the lower bound to the largest Jacobian norm over these inputs, while there are inputs to go."""
@@ -137,7 +139,8 @@ class CertifiedValidation(BaseCallback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
-        if metric is None or not self._certified or None in self._certified.values():
+        growth, self._growth = self._growth, None
+        if metric is None or growth is None or not self._certified or None in self._certified.values():
             return
         certificates = [certificate for certificate in self._certified.values() if certificate is not None]
         lipschitz = max(certificate.upper for certificate in certificates)
@@ -146,8 +149,8 @@ class CertifiedValidation(BaseCallback):
             name, values = "certified_accuracy", value.tolist()
         else:
             name = "certified_worst_case_mae"
-            mae = float(value)
-            values = [certified_worst_case_mae(mae, lipschitz, e, self._n_outputs) for e in self.eps]
+            mae, mean_growth = float(value), float(growth.compute())
+            values = [certified_worst_case_mae(mae, lipschitz, e * mean_growth) for e in self.eps]
         metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(self.eps, values, strict=True)}
         estimates = [math.nan if certificate.estimate is None else certificate.estimate for certificate in certificates]
         interval = {"lipschitz/certified": lipschitz, "lipschitz/estimate": max(estimates)}
