@@ -107,7 +107,8 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
         raise RefusedError("it mixes the samples of a batch")
     if factor != 1.0:
         return builder.chain(node, value, factor, operator=builder.operator(key, operator))
-    return _apply(builder, node, value, key, operator, channels_at_one=rank == 2 and value is left)
+    # Only F.linear's matrix has its outputs for rows, which a normalisation scales: that of x W has them for columns.
+    return _apply(builder, node, value, key, operator, channels_at_one="input" in a and rank == 2 and value is left)
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
@@ -192,19 +193,27 @@ def _batch_norm(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any
         raise RefusedError("without running statistics it mixes the samples of a batch")
     if value.axis == 1:
         raise RefusedError("it takes the batch for channels")
-    result = diagonal(builder, node, value, batch_norm_reader(weight, variance, a["eps"]), weight, variance)
+    result = batch_normalised(builder, node, value, weight, variance, a["eps"])
     # The decomposed form returns statistics beside the output.
     return result if isinstance(node.meta["val"], Tensor) else (result, None, None, None, None)
 
 
-def batch_norm_reader(weight: Independent | None, variance: Independent, eps: float) -> Callable[[], Tensor]:
-    """Return a reader of gamma / sqrt(var + eps) in fp64, from the present parameters and running statistics."""
+def batch_normalised(
+    builder: Builder,
+    node: torch.fx.Node,
+    value: Dependent,
+    weight: Independent | None,
+    variance: Independent,
+    eps: float,
+) -> Dependent:
+    """Return the value times gamma / sqrt(var + eps), from the present parameters and running statistics, in fp64."""
 
     def scale() -> Tensor:
         gamma = None if weight is None else weight.compute().double()
         return batch_norm_scale(gamma, variance.compute().double(), eps)
 
-    return scale
+    # The variance first, for the operator's name: gamma may be another normalisation's.
+    return diagonal(builder, node, value, scale, variance, weight, kind=("batch_norm", eps))
 
 
 def diagonal(
@@ -215,9 +224,12 @@ def diagonal(
     *sources: Independent | None,
     constant: float = 1.0,
     axis: int | None = None,
-    kind: str = "scale",
+    kind: Hashable = "scale",
 ) -> Dependent:
-    """Return the value after a scale of its channels: its own operator, or one with the layer before it."""
+    """Return the value after a scale of its channels: its own operator, or one with the layer before it.
+
+    `kind` and the `sources` tell all that the scale is computed from: where they are the same, so is the operator.
+    """
     parameters = tuple(p for source in sources if source is not None for p in source.parameters)
     named = next((s.owner for s in sources if s is not None and s.owner is not None), None)
     if named is None:
@@ -225,17 +237,24 @@ def diagonal(
     else:
         module, name, _ = named
     shape = node_shape(node)
+    key = (kind, *(_identity(source, node) for source in sources))
     if value.pending is not None:
-        key, base = value.pending
+        base_key, base = value.pending
         fused = ScaledOperator(base, f"{base.name}+{name}", compute, parameters)
-        index = builder.operator((key, id(module)), fused)
+        index = builder.operator((base_key, key), fused)
         plain = Dependent(value.shape, value.axis, value.term, value.inputs)
         return builder.chain(node, plain, operator=index, shape=shape)
     if named is not None and named[2] not in ("weight", "running_var"):
         name = f"{name}.{named[2]}" if name else named[2]
     operator = DiagonalOperator(name, module, compute, parameters)
-    key = (id(module), named[2] if named is not None else str(node), kind)
     return builder.chain(node, value, constant, operator=builder.operator(key, operator), shape=shape, axis=axis)
+
+
+def _identity(source: Independent | None, node: torch.fx.Node) -> Hashable:
+    """Return what tells a tensor from all others: its place in the model; for a computed one the node that uses it."""
+    if source is None:
+        return None
+    return str(node) if source.owner is None else (id(source.owner[0]), source.owner[2])
 
 
 def node_shape(node: torch.fx.Node) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from lightning_lip.rules import (
     shape_of,
     size_along,
 )
-from lightning_lip.rules_linear import batch_norm_reader, diagonal
+from lightning_lip.rules_linear import batch_normalised, diagonal
 
 # The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
 _PRODUCTS = {torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor}
@@ -94,8 +94,7 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         dimensions(value, list(range(rank - len(a["normalized_shape"]), rank)))
         eps = constants.rms_eps(eps, node.meta["val"].dtype) if eps is None else eps
     elif "use_input_stats" in a and not a["use_input_stats"]:
-        gamma, variance = a["weight"], a["running_var"]
-        return diagonal(builder, node, value, batch_norm_reader(gamma, variance, eps), gamma, variance)
+        return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
         raise RefusedError("it takes the batch for channels")
     weight = a.get("weight")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lip import constants, tracing
+from lightning_lip import certify, constants, tracing
 from lightning_lip.bound import NetworkBound
 from lightning_lip.bound_program import log_up
 from lightning_lip.constants import register_constant
@@ -354,6 +354,113 @@ def test_batch_norm_is_fused_with_the_layer_before_it(layer, bn, shape, inplace)
     op.base.module.float()
     assert truth <= certified_norm(op) <= 1.35 * truth
     assert op.weight().shape == layer.weight.shape
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda m, x: x @ m.w,
+        lambda m, x: torch.mm(x, m.w),
+        lambda m, x: torch.matmul(x, m.w),
+        lambda m, x: torch.addmm(m.bn.bias, x, m.w),
+        lambda m, x: F.linear(x, m.w.t()),
+    ],
+    ids=["at", "mm", "matmul", "addmm", "linear"],
+)
+@pytest.mark.parametrize(
+    "w", [torch.diag(torch.tensor([100.0, 1.0, 0.01])).roll(1, 0), torch.arange(15.0).cos().view(5, 3)]
+)
+def test_batch_norm_scales_the_columns_of_a_matrix_on_the_right(product, w):
+    bn = nn.BatchNorm1d(3).double()
+    bn.weight.data = torch.tensor([100.0, 1.0, 0.01]).double()
+    model = Lambda(lambda m, x: m.bn(product(m, x)), bn=bn)
+    model.w = nn.Parameter(w.double())
+    value, truth = check(model, len(w))
+    x = torch.randn(2, len(w)).double()
+    assert truth <= certify(model, x).upper
+    assert certify(model.float(), x.float()).upper == pytest.approx(value, rel=1e-5)
+
+
+def test_one_matrix_normalised_as_it_is_and_transposed():
+    bn = randomised_batch_norm(nn.BatchNorm1d(3)).double()
+    model = Lambda(lambda m, x: m.bn(F.linear(m.bn(x @ m.w), m.w)), bn=bn)
+    model.w = nn.Parameter(torch.randn(3, 3).double())
+    check(model, 3)
+
+
+def two_norms(**second):
+    """Two batch normalisations with one gamma and other statistics, as attributes of the second; the truth is s * t."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Identity(), nn.BatchNorm1d(3)).double().eval()
+    for bn in model[::2]:
+        randomised_batch_norm(bn)
+    model[2].weight = model[0].weight
+    for key, value in second.items():
+        setattr(model[2], key, value)
+    return model
+
+
+def squared_gamma(model):
+    """A product with gamma, then a normalisation with the same gamma."""
+    bn = model[0]
+    return Lambda(lambda m, x: F.batch_norm(x * bn.weight, bn.running_mean, bn.running_var, bn.weight), bn=bn)
+
+
+def two_scales_of_one_weight(model):
+    """One matrix twice, normalised with two gammas that one module holds."""
+    a, bn = linear(3, 3), model[0]
+
+    def function(m, x):
+        for gamma in (m.first, m.second):
+            x = F.batch_norm(m.a(x), m.bn.running_mean, m.bn.running_var, gamma)
+        return x
+
+    both = Lambda(function, a=a, bn=bn)
+    both.first = nn.Parameter(torch.tensor([0.01, 0.02, 0.03]).double())
+    both.second = nn.Parameter(torch.tensor([30.0, 20.0, 10.0]).double())
+    return both
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        two_norms(running_var=torch.full((3,), 1e-4).double()),
+        two_norms(eps=100.0),
+        two_norms(running_var=two_norms()[0].running_var, eps=100.0),
+        squared_gamma(two_norms()),
+        two_scales_of_one_weight(two_norms()),
+    ],
+    ids=["variance", "both", "eps", "product", "one weight"],
+)
+def test_other_scales_are_other_operators(model):
+    x = torch.randn(2, 3).double()
+    bound = NetworkBound.trace(model, x)
+    assert [op.multiplicity for op in bound.operators] == [1, 1]
+    assert len({op.name for op in bound.operators}) == 2
+    check(model, 3)
+    # One module used twice is one operator.
+    twice = NetworkBound.trace(nn.Sequential(model, nn.ReLU(), model), x)
+    assert [op.multiplicity for op in twice.operators] == [2, 2]
+
+
+def test_operators_of_one_module_have_names_of_their_own():
+    bn = randomised_batch_norm(nn.BatchNorm1d(3)).double()
+
+    def function(m, x):
+        for eps in (1e-5, 1e-3, 1e-1, 1.0):
+            x = F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.weight, eps=eps)
+        return x
+
+    bound = NetworkBound.trace(Lambda(function, bn=bn), torch.randn(2, 3).double())
+    assert [op.name for op in bound.operators] == ["bn", "bn@3", "bn@3#2", "bn@3#3"]
+    check(Lambda(function, bn=bn), 3)
+
+
+def test_one_layer_normalised_twice_in_one_way_is_one_operator():
+    a, bn = linear(3, 3), randomised_batch_norm(nn.BatchNorm1d(3)).double()
+    model = nn.Sequential(a, bn, nn.Tanh(), a, bn)
+    (op,) = NetworkBound.trace(model, torch.randn(2, 3).double()).operators
+    assert (op.name, op.multiplicity) == ("0+1", 2)
+    check(model, 3)
 
 
 def test_batch_norm_after_a_shared_output_stays_apart():
