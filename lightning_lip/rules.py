@@ -84,7 +84,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for aten operations, named without namespace and overload."""
+    """Register a rule for operations, named without overload; those of aten without their namespace."""
 
     def register(function: Rule) -> Rule:
         for name in names:

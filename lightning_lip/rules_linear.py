@@ -18,11 +18,12 @@ from lightning_lip.graph_operators import (
     ParameterMatrixOperator,
     ScaledOperator,
 )
-from lightning_lip.operators import LinearOperator, operator_of
+from lightning_lip.operators import LinearOperator, keeps_forward, operator_of
+from lightning_lip.paddings import padding_pairs
 from lightning_lip.resampling import per_dimension
 from lightning_lip.rounding import divide_up
 from lightning_lip.rules import Builder, Dependent, Independent, RefusedError, broadcast, only_input, rule, shape_of
-from lightning_lip.tracing import module_path
+from lightning_lip.tracing import module_path, module_paths
 
 BATCH_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm"}
 
@@ -47,15 +48,24 @@ def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tupl
         if key not in module._parameters:
             buffer = f"{name}.{key}" if name else key
             return (id(module), key), ComputedMatrixOperator(buffer, module, weight.compute, ())
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if plain and key == "weight" and "forward" not in vars(module):
+        if key == "weight" and keeps_forward(module, nn.Linear):
             return id(module._parameters[key]), operator_of(module, name)
         full = name if key == "weight" else f"{name}.{key}" if name else key
         return id(module._parameters[key]), ParameterMatrixOperator(full, module, key)
     name, module = builder.module_of(node)
-    if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+    if isinstance(module, nn.Linear) and _is_parametrized(builder, node, weight, module):
         return id(module), operator_of(module, name)
     return (id(module), str(node)), ComputedMatrixOperator(name, module, weight.compute, weight.parameters)
+
+
+def _is_parametrized(builder: Builder, node: torch.fx.Node, weight: Independent, module: nn.Module) -> bool:
+    """Whether a computed weight is what the parametrization of the node's module returns, not a hook's own tensor."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    source = next(argument for argument in node.all_input_nodes if builder.values.get(argument) is weight)
+    of_module = {id(p) for p in module.parametrizations["weight"].parameters()}  # type: ignore[union-attr, index]
+    path = f"{module_path(node)}.parametrizations.weight".lstrip(".")
+    return path in module_paths(source) and {id(p) for p in weight.parameters} <= of_module
 
 
 def _feeds_batch_norm(builder: Builder, node: torch.fx.Node) -> bool:
@@ -67,8 +77,9 @@ def _feeds_batch_norm(builder: Builder, node: torch.fx.Node) -> bool:
 
 
 def _base_name(node: torch.fx.Node) -> str:
+    """Return the operation's name in aten; with its namespace for others."""
     schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else str(schema.name).rpartition("::")[2]
+    return "" if schema is None else str(schema.name).removeprefix("aten::")
 
 
 def _apply(
@@ -129,18 +140,20 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         "output_padding": per_dimension(a.get("output_padding"), rank, 0),
         "transposed": transposed,
     }
+    (name, module), key = builder.module_of(node), "weight"
     if weight.owner is not None:
-        module, name, key = weight.owner
-    else:
-        (name, module), key = builder.module_of(node), "weight"
-        if not parametrize.is_parametrized(module, "weight"):
-            raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
+        owner, _, owned = weight.owner
+        # Of the convolutions that share a kernel, the one that runs here knows its padding.
+        if owned not in owner._parameters or module._parameters.get("weight") is not owner._parameters[owned]:
+            module, name, key = weight.owner
+    elif not _is_parametrized(builder, node, weight, module):
+        raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
     kind = _CONVOLUTIONS[rank, transposed]
-    own = isinstance(module, kind) and type(module).forward is kind.forward and key == "weight"
+    own = keeps_forward(module, kind) and key == "weight"
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
-        unpadded = _before_padding(builder, node)
+        unpadded = _before_padding(builder, node, module)
         own = unpadded is not None
         value = unpadded or value
     elif own:
@@ -150,16 +163,21 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     operator = ConvolutionOperator(name if key == "weight" else f"{name}.{key}", convolution, domain)
     identity = id(module._parameters.get(key)) if weight.owner is not None else id(module)
     # A kernel of size 1 is one operator at all sizes of its input.
-    details = (identity, operator.domain_shape, own, tuple(sorted((k, str(v)) for k, v in geometry.items())))
+    padded = (str(convolution.padding), convolution.padding_mode)
+    details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
     return _apply(builder, node, value, details, operator, channels_at_one=True)
 
 
-def _before_padding(builder: Builder, node: torch.fx.Node) -> Dependent | None:
-    """Return the value that a convolution's module pads before it convolves, or None."""
+def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Dependent | None:
+    """Return the value that is padded as the module pads before it convolves, or None if it is padded otherwise."""
     before = node.args[0]
-    if not isinstance(before, torch.fx.Node) or _base_name(before) != "pad" or module_path(before) != module_path(node):
+    if not isinstance(before, torch.fx.Node) or before.target is not torch.ops.aten.pad.default:
         return None
-    source = before.args[0]
+    source, amounts, mode = [*before.args, "constant"][:3]
+    pairs = padding_pairs(module.padding, module.kernel_size, module.dilation)
+    # F.pad begins with the last dimension.
+    if mode != module.padding_mode or amounts != [n for pair in reversed(pairs) for n in pair]:
+        return None
     value = builder.values.get(source) if isinstance(source, torch.fx.Node) else None
     if not isinstance(value, Dependent) or value.axis != 0:
         return None

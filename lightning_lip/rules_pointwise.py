@@ -195,7 +195,7 @@ def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     return result if isinstance(node.meta["val"], torch.Tensor) else (result, None)
 
 
-@rule("whole_module")
+@rule("lightning_lip::whole_module")
 def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     module = builder.traced.modules[a["index"]]
     name = builder.traced.names.get(id(module), "")

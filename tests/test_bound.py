@@ -529,6 +529,152 @@ def test_functional_convolutions():
         NetworkBound.trace(Lambda(lambda m, x: m.c(x), c=nn.Conv1d(2, 2, 1)), torch.randn(2, 5))
 
 
+def flat_norm(model, *shape):
+    """The norm of an affine model's Jacobian."""
+    return jacobian_norm(model.double().eval(), torch.zeros(1, *shape).double())
+
+
+def test_a_padding_that_is_not_the_modules_own():
+    conv = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular").double()
+    conv.weight.data.fill_(1.0)
+    pads = {
+        "amounts": lambda m, x: F.conv1d(F.pad(x, (5, 5), mode="circular"), m.c.weight),
+        "one side": lambda m, x: F.conv1d(F.pad(x, (2, 0), mode="circular"), m.c.weight),
+        "mode": lambda m, x: F.conv1d(F.pad(x, (1, 1), mode="replicate"), m.c.weight),
+        "both": lambda m, x: F.conv1d(F.pad(x, (5, 5), mode="replicate"), m.c.weight),
+        "value": lambda m, x: F.conv1d(F.pad(x, (1, 1), value=2.0), m.c.weight),
+        "twice": lambda m, x: F.conv1d(F.pad(F.pad(x, (1, 1), mode="circular"), (1, 1)), m.c.weight),
+    }
+    for name, function in pads.items():
+        model = Lambda(function, c=conv)
+        upper = certify(model, torch.randn(2, 1, 6).double()).upper
+        assert flat_norm(model, 1, 6) <= upper, name
+    assert flat_norm(Lambda(pads["both"], c=conv), 1, 6) > 6.4
+    # The module's own, wherever it is written, and before a part of the kernel's last dimension only.
+    own = Lambda(lambda m, x: F.conv1d(F.pad(x, (1, 1), mode="circular"), m.c.weight), c=conv)
+    check(own, 1, 6, n=1, expected=3.0, attained=True)
+    sided = nn.Conv2d(2, 2, (3, 2), padding=(2, 1), padding_mode="reflect")
+    check(sided, 2, 4, 3, n=1, attained=True)
+    swapped = Lambda(lambda m, x: F.conv2d(F.pad(x, (2, 2, 1, 1), mode="reflect"), m.c.weight), c=sided)
+    check(swapped, 2, 4, 3, n=1)
+
+
+@pytest.mark.parametrize("modes", [("circular", "reflect"), ("zeros", "circular"), ("replicate", "zeros")])
+def test_convolutions_that_share_a_kernel_pad_each_in_its_own_way(modes):
+    first, second = (nn.Conv1d(1, 1, 3, padding=1, padding_mode=mode).double() for mode in modes)
+    second.weight = first.weight
+    first.weight.data = torch.tensor([[[1.0, 1.0, 1.2]]]).double()
+    model = Lambda(lambda m, x: m.b(x) + 0 * m.a(x), a=first, b=second)
+    bound = NetworkBound.trace(model, torch.randn(2, 1, 6).double())
+    assert [op.name for op in bound.operators] == ["b", "a"]
+    truths = [flat_norm(conv, 1, 6) for conv in (second, first)]
+    assert exact_norms(bound).tolist() == pytest.approx(truths)
+    assert all(truth <= certified_norm(op) for op, truth in zip(bound.operators, truths, strict=True))
+    check(model, 1, 6, n=1, attained=True)
+    # The same padding is the same operator.
+    first.padding_mode = "zeros"
+    (op,) = NetworkBound.trace(nn.Sequential(first, first), torch.randn(2, 1, 6).double()).operators
+    assert op.multiplicity == 2
+
+
+@pytest.mark.parametrize("make", [lambda: linear(4, 4), lambda: nn.Conv1d(1, 1, 3, padding=1).double()])
+def test_a_hook_of_a_parametrised_layer_may_use_weights_of_its_own(make):
+    """What is computed in a parametrised layer's forward is not thereby its weight."""
+    layer, other = nn.utils.parametrizations.weight_norm(make()), make()
+    function, shape = (F.linear, (4,)) if isinstance(layer, nn.Linear) else (F.conv1d, (1, 6))
+    padding = {} if isinstance(layer, nn.Linear) else {"padding": 1}
+    originals = layer.parametrizations.weight
+
+    def own_part():
+        return originals[0](originals.original0 * 50, originals.original1)
+
+    for weight in (lambda: 100 * other.weight, lambda: 100 * layer.weight, own_part):
+        hook = layer.register_forward_hook(lambda m, i, o, weight=weight: function(o, weight(), **padding))
+        model = Lambda(lambda m, x: m.layer(x), layer=layer, other=other)
+        x = torch.randn(2, *shape).double()
+        if isinstance(layer, nn.Linear):
+            assert len(NetworkBound.trace(model, x).operators) == 2
+            assert flat_norm(model, *shape) <= certify(model, x).upper
+        else:
+            with pytest.raises(UnsupportedLayerError, match="kernel is computed"):
+                NetworkBound.trace(model, x)
+        hook.remove()
+    hook = layer.register_forward_hook(lambda m, i, o: function(o, m.weight, **padding))
+    (op,) = NetworkBound.trace(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, *shape).double()).operators
+    assert op.multiplicity == 4
+    hook.remove()
+
+
+@torch.library.custom_op("lightning_lip_tests::sin", mutates_args=())
+def steep_sine(x: torch.Tensor) -> torch.Tensor:
+    return torch.sin(30 * x)
+
+
+@steep_sine.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lightning_lip_tests::whole_module", mutates_args=())
+def hidden_source(x: torch.Tensor, others: list[torch.Tensor], index: int) -> torch.Tensor:
+    return torch.exp(x)
+
+
+@hidden_source.register_fake
+def _(x, others, index):
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("function", [steep_sine, lambda x: hidden_source(x, [torch.zeros(2)], 0)])
+def test_an_operation_of_another_library_is_not_that_of_torch(function):
+    with pytest.raises(UnsupportedLayerError, match=r"lightning_lip_tests.*constant is not known"):
+        NetworkBound.trace(Lambda(lambda m, x: function(x)), torch.randn(2, 4))
+
+
+class FiftySoftsign(nn.Softsign):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftyTanhshrink(nn.Tanhshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftySoftshrink(nn.Softshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class Square(nn.Tanhshrink):
+    def forward(self, x):
+        return x * x
+
+
+class Renamed(nn.Softsign):
+    """A subclass that keeps the forward."""
+
+
+def patched():
+    module = nn.Softsign()
+    module.forward = lambda x: 50 * F.softsign(x)
+    return module
+
+
+@pytest.mark.parametrize("make", [FiftySoftsign, FiftyTanhshrink, FiftySoftshrink, patched])
+def test_a_module_with_a_forward_of_its_own_is_what_that_computes(make):
+    check(nn.Sequential(make()), 4, expected=50.0, scale=5.0)
+    with pytest.raises(UnsupportedLayerError, match="a forward of its own"):
+        constants.lipschitz_constant(make())
+
+
+def test_a_module_with_a_forward_of_its_own_may_have_no_constant():
+    with pytest.raises(UnsupportedLayerError, match="product of two activations"):
+        NetworkBound.trace(nn.Sequential(Square()), torch.randn(2, 4))
+    check(nn.Sequential(Renamed()), 4, expected=1.0)
+    assert constants.lipschitz_constant(Renamed()) == 1.0
+
+
 def test_weights_of_every_origin():
     model = Lambda(lambda m, x: F.linear(F.linear(F.linear(m.p(x), m.own), m.buffer), m.own * 2))
     model.p = nn.utils.parametrizations.weight_norm(linear(4, 4))
