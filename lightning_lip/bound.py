@@ -19,7 +19,7 @@ from lightning_lip.rounding import UNIT_ROUNDOFF, sum_up
 from lightning_lip.rules import RULES, Builder, Dependent, GraphNode, Independent, Refusal, Refused, RefusedError, rule
 from lightning_lip.rules_linear import scale
 from lightning_lip.rules_pointwise import recognised_product
-from lightning_lip.tracing import TracedModel, trace
+from lightning_lip.tracing import WHOLE_MODULE, TracedModel, trace
 
 __all__ = ["GraphNode", "NetworkBound", "log_bound_up"]
 
@@ -207,7 +207,7 @@ def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
         if node in live:
             continue
         live.add(node)
-        sources = node.args[1] if "whole_module" in str(node.target) else (node.args, node.kwargs)
+        sources = node.args[1] if node.target is WHOLE_MODULE else (node.args, node.kwargs)
         waiting.extend(leaf for leaf in pytree.tree_leaves(sources) if isinstance(leaf, torch.fx.Node))
     return live
 
@@ -244,13 +244,14 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
     arguments: dict[str, Any] = {}
-    name = schema.name.rpartition("::")[2]
+    # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
+    name = schema.name.removeprefix("aten::")
     for position, argument in enumerate(schema.arguments):
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         if position >= len(node.args) and argument.name not in node.kwargs:
             given = argument.default_value if argument.has_default_value() else None
         # What a module traced as one node computes inside has no values.
-        if (name, argument.name) != ("whole_module", "output"):
+        if node.target is not WHOLE_MODULE or argument.name != "output":
             arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
     leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
     refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lightning_lip.evaluation import evaluated
-from lightning_lip.operators import UnsupportedLayerError
+from lightning_lip.operators import UnsupportedLayerError, keeps_forward
 from lightning_lip.resampling import average_pool_constant, lp_pool_constant, max_pool_constant
 from lightning_lip.rounding import divide_up, multiply_up, sqrt_up, sum_up, up
 
@@ -110,6 +110,13 @@ def lipschitz_constant(module: nn.Module) -> float:
         ValueError: If a registered rule returns anything but a finite number of at least 0, or a parameter is NaN.
     """
     rule = registered_rule(module)
+    if rule is None and _constant_of.dispatch(type(module)) is not _constant_of.dispatch(object):
+        kind = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))
+        if not keeps_forward(module, kind):
+            raise UnsupportedLayerError(
+                f"{type(module).__name__} has a forward of its own, so it is not known to compute what "
+                f"{kind.__name__} does: state its constant with register_constant"
+            )
     value: object = _constant_of(module) if rule is None else rule(module)
     if rule is None and any(isinstance(setting, float) and math.isnan(setting) for setting in vars(module).values()):
         value = math.nan

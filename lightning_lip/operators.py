@@ -244,6 +244,11 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
+def keeps_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind, and neither its class nor the module itself has replaced that kind's forward."""
+    return isinstance(module, kind) and type(module).forward is kind.forward and "forward" not in vars(module)
+
+
 @singledispatch
 def operator_of(module: nn.Module, name: str) -> LinearOperator:
     """Return the linear operator of a module that has weights.
@@ -265,7 +270,7 @@ def operator_of(module: nn.Module, name: str) -> LinearOperator:
 
 @operator_of.register
 def _(module: nn.Linear, name: str) -> LinearOperator:
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+    if not keeps_forward(module, nn.Linear):
         raise UnsupportedLayerError("it has a forward of its own, so it is not known to compute x W^T + b")
     if parametrize.is_parametrized(module, "weight"):
         computed = ParametrizedMatrixOperator(name, module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for aten operations, named without namespace and overload."""
+    """Register a rule for operations, named without overload; those of aten without their namespace."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -135,9 +136,11 @@ class Builder:
             self.operators[index].multiplicity += 1
             return index
         names = {op.name for op in self.operators}
-        # One weight at two input sizes is two operators, and names are keys of saved vectors.
+        # One weight at two input sizes, or scaled in two ways, is two operators, and names are keys of saved vectors.
         if operator.name in names:
             operator.name += "@" + "x".join(str(n) for n in operator.domain_shape)
+        if operator.name in names:
+            operator.name = next(name for i in itertools.count(2) if (name := f"{operator.name}#{i}") not in names)
         self._keys[key] = len(self.operators)
         self.operators.append(operator)
         return self._keys[key]

@@ -19,11 +19,12 @@ from lightning_lip.graph_operators import (
     ParameterMatrixOperator,
     ScaledOperator,
 )
-from lightning_lip.operators import LinearOperator, operator_of
+from lightning_lip.operators import LinearOperator, keeps_forward, operator_of
+from lightning_lip.paddings import padding_pairs
 from lightning_lip.resampling import per_dimension
 from lightning_lip.rounding import divide_up
 from lightning_lip.rules import Builder, Dependent, Independent, RefusedError, broadcast, only_input, rule, shape_of
-from lightning_lip.tracing import module_path
+from lightning_lip.tracing import module_path, module_paths
 
 BATCH_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm"}
 
@@ -48,15 +49,24 @@ def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tupl
         if key not in module._parameters:
             buffer = f"{name}.{key}" if name else key
             return (id(module), key), ComputedMatrixOperator(buffer, module, weight.compute, ())
-        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if plain and key == "weight" and "forward" not in vars(module):
+        if key == "weight" and keeps_forward(module, nn.Linear):
             return id(module._parameters[key]), operator_of(module, name)
         full = name if key == "weight" else f"{name}.{key}" if name else key
         return id(module._parameters[key]), ParameterMatrixOperator(full, module, key)
     name, module = builder.module_of(node)
-    if isinstance(module, nn.Linear) and parametrize.is_parametrized(module, "weight"):
+    if isinstance(module, nn.Linear) and _is_parametrized(builder, node, weight, module):
         return id(module), operator_of(module, name)
     return (id(module), str(node)), ComputedMatrixOperator(name, module, weight.compute, weight.parameters)
+
+
+def _is_parametrized(builder: Builder, node: torch.fx.Node, weight: Independent, module: nn.Module) -> bool:
+    """Whether a computed weight is what the parametrization of the node's module returns, not a hook's own tensor."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return False
+    source = next(argument for argument in node.all_input_nodes if builder.values.get(argument) is weight)
+    of_module = {id(p) for p in module.parametrizations["weight"].parameters()}  # type: ignore[union-attr, index]
+    path = f"{module_path(node)}.parametrizations.weight".lstrip(".")
+    return path in module_paths(source) and {id(p) for p in weight.parameters} <= of_module
 
 
 def _feeds_batch_norm(builder: Builder, node: torch.fx.Node) -> bool:
@@ -68,8 +78,9 @@ def _feeds_batch_norm(builder: Builder, node: torch.fx.Node) -> bool:
 
 
 def _base_name(node: torch.fx.Node) -> str:
+    """Return the operation's name in aten; with its namespace for others."""
     schema = getattr(node.target, "_schema", None)
-    return "" if schema is None else str(schema.name).rpartition("::")[2]
+    return "" if schema is None else str(schema.name).removeprefix("aten::")
 
 
 def _apply(
@@ -108,7 +119,8 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
         raise RefusedError("it mixes the samples of a batch")
     if factor != 1.0:
         return builder.chain(node, value, factor, operator=builder.operator(key, operator))
-    return _apply(builder, node, value, key, operator, channels_at_one=rank == 2 and value is left)
+    # Only F.linear's matrix has its outputs for rows, which a normalisation scales: that of x W has them for columns.
+    return _apply(builder, node, value, key, operator, channels_at_one="input" in a and rank == 2 and value is left)
 
 
 @rule("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
@@ -129,18 +141,20 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         "output_padding": per_dimension(a.get("output_padding"), rank, 0),
         "transposed": transposed,
     }
+    (name, module), key = builder.module_of(node), "weight"
     if weight.owner is not None:
-        module, name, key = weight.owner
-    else:
-        (name, module), key = builder.module_of(node), "weight"
-        if not parametrize.is_parametrized(module, "weight"):
-            raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
+        owner, _, owned = weight.owner
+        # Of the convolutions that share a kernel, the one that runs here knows its padding.
+        if owned not in owner._parameters or module._parameters.get("weight") is not owner._parameters[owned]:
+            module, name, key = weight.owner
+    elif not _is_parametrized(builder, node, weight, module):
+        raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
     kind = _CONVOLUTIONS[rank, transposed]
-    own = isinstance(module, kind) and type(module).forward is kind.forward and key == "weight"
+    own = keeps_forward(module, kind) and key == "weight"
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
-        unpadded = _before_padding(builder, node)
+        unpadded = _before_padding(builder, node, module)
         own = unpadded is not None
         value = unpadded or value
     elif own:
@@ -150,16 +164,21 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     operator = ConvolutionOperator(name if key == "weight" else f"{name}.{key}", convolution, domain)
     identity = id(module._parameters.get(key)) if weight.owner is not None else id(module)
     # A kernel of size 1 is one operator at all sizes of its input.
-    details = (identity, operator.domain_shape, own, tuple(sorted((k, str(v)) for k, v in geometry.items())))
+    padded = (str(convolution.padding), convolution.padding_mode)
+    details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
     return _apply(builder, node, value, details, operator, channels_at_one=True)
 
 
-def _before_padding(builder: Builder, node: torch.fx.Node) -> Dependent | None:
-    """Return the value that a convolution's module pads before it convolves, or None."""
+def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Dependent | None:
+    """Return the value that is padded as the module pads before it convolves, or None if it is padded otherwise."""
     before = node.args[0]
-    if not isinstance(before, torch.fx.Node) or _base_name(before) != "pad" or module_path(before) != module_path(node):
+    if not isinstance(before, torch.fx.Node) or before.target is not torch.ops.aten.pad.default:
         return None
-    source = before.args[0]
+    source, amounts, mode = [*before.args, "constant"][:3]
+    pairs = padding_pairs(module.padding, module.kernel_size, module.dilation)
+    # F.pad begins with the last dimension.
+    if mode != module.padding_mode or amounts != [n for pair in reversed(pairs) for n in pair]:
+        return None
     value = builder.values.get(source) if isinstance(source, torch.fx.Node) else None
     if not isinstance(value, Dependent) or value.axis != 0:
         return None
@@ -193,19 +212,27 @@ def _batch_norm(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any
         raise RefusedError("without running statistics it mixes the samples of a batch")
     if value.axis == 1:
         raise RefusedError("it takes the batch for channels")
-    result = diagonal(builder, node, value, batch_norm_reader(weight, variance, a["eps"]), weight, variance)
+    result = batch_normalised(builder, node, value, weight, variance, a["eps"])
     # The decomposed form returns statistics beside the output.
     return result if isinstance(node.meta["val"], Tensor) else (result, None, None, None, None)
 
 
-def batch_norm_reader(weight: Independent | None, variance: Independent, eps: float) -> Callable[[], Tensor]:
-    """Return a reader of gamma / sqrt(var + eps) in fp64, from the present parameters and running statistics."""
+def batch_normalised(
+    builder: Builder,
+    node: torch.fx.Node,
+    value: Dependent,
+    weight: Independent | None,
+    variance: Independent,
+    eps: float,
+) -> Dependent:
+    """Return the value times gamma / sqrt(var + eps), from the present parameters and running statistics, in fp64."""
 
     def scale() -> Tensor:
         gamma = None if weight is None else weight.compute().double()
         return batch_norm_scale(gamma, variance.compute().double(), eps)
 
-    return scale
+    # The variance first, for the operator's name: gamma may be another normalisation's.
+    return diagonal(builder, node, value, scale, variance, weight, kind=("batch_norm", eps))
 
 
 def diagonal(
@@ -216,9 +243,12 @@ def diagonal(
     *sources: Independent | None,
     constant: float = 1.0,
     axis: int | None = None,
-    kind: str = "scale",
+    kind: Hashable = "scale",
 ) -> Dependent:
-    """Return the value after a scale of its channels: its own operator, or one with the layer before it."""
+    """Return the value after a scale of its channels: its own operator, or one with the layer before it.
+
+    `kind` and the `sources` tell all that the scale is computed from: where they are the same, so is the operator.
+    """
     parameters = tuple(p for source in sources if source is not None for p in source.parameters)
     named = next((s.owner for s in sources if s is not None and s.owner is not None), None)
     if named is None:
@@ -226,17 +256,24 @@ def diagonal(
     else:
         module, name, _ = named
     shape = node_shape(node)
+    key = (kind, *(_identity(source, node) for source in sources))
     if value.pending is not None:
-        key, base = value.pending
+        base_key, base = value.pending
         fused = ScaledOperator(base, f"{base.name}+{name}", compute, parameters)
-        index = builder.operator((key, id(module)), fused)
+        index = builder.operator((base_key, key), fused)
         plain = Dependent(value.shape, value.axis, value.term, value.inputs)
         return builder.chain(node, plain, operator=index, shape=shape)
     if named is not None and named[2] not in ("weight", "running_var"):
         name = f"{name}.{named[2]}" if name else named[2]
     operator = DiagonalOperator(name, module, compute, parameters)
-    key = (id(module), named[2] if named is not None else str(node), kind)
     return builder.chain(node, value, constant, operator=builder.operator(key, operator), shape=shape, axis=axis)
+
+
+def _identity(source: Independent | None, node: torch.fx.Node) -> Hashable:
+    """Return what tells a tensor from all others: its place in the model; for a computed one the node that uses it."""
+    if source is None:
+        return None
+    return str(node) if source.owner is None else (id(source.owner[0]), source.owner[2])
 
 
 def node_shape(node: torch.fx.Node) -> tuple[int, ...]:

@@ -23,7 +23,12 @@ from lightning_lip.rules import (
     shape_of,
     size_along,
 )
-from lightning_lip.rules_linear import batch_norm_reader, diagonal
+from lightning_lip.rules_linear import batch_normalised, diagonal
+
+# The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
+_PRODUCTS = {torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor}
+_QUOTIENTS = {torch.ops.aten.div.Tensor, torch.ops.aten.divide.Tensor, torch.ops.aten.true_divide.Tensor}
+_DIFFERENCES = {torch.ops.aten.sub.Tensor, torch.ops.aten.subtract.Tensor, torch.ops.aten.rsub.Tensor}
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "sigmoid": lambda a: constants.SIGMOID,
@@ -37,11 +42,7 @@ _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "elu": lambda a: constants.elu(a["alpha"], a["scale"], a["input_scale"]),
     "celu": lambda a: constants.celu(a["alpha"]),
     "leaky_relu": lambda a: constants.leaky_relu(a["negative_slope"]),
-    "rrelu": lambda a: (
-        max(constants.leaky_relu(a["lower"]), constants.leaky_relu(a["upper"]))
-        if a["training"]
-        else constants.leaky_relu((a["lower"] + a["upper"]) / 2)
-    ),
+    "rrelu": lambda a: _rrelu(a),
     "softplus": lambda a: constants.softplus(a["threshold"]),
     "softshrink": lambda a: constants.shrink(a["lambd"]),
     "threshold": lambda a: constants.threshold(a["threshold"], a["value"]),
@@ -51,6 +52,12 @@ for _name in (
     "atan", "arctan", "asinh", "arcsinh", "clamp", "clamp_min", "clamp_max", "clip", "positive",
 ):  # fmt: skip
     _CONSTANTS[_name] = lambda a: 1.0
+
+
+def _rrelu(a: dict[str, Any]) -> float:
+    if a["training"]:
+        raise RefusedError("rrelu stays in training in eval mode: the network is then random")
+    return constants.leaky_relu((a["lower"] + a["upper"]) / 2)
 
 
 @rule(*_CONSTANTS)
@@ -87,8 +94,7 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         dimensions(value, list(range(rank - len(a["normalized_shape"]), rank)))
         eps = constants.rms_eps(eps, node.meta["val"].dtype) if eps is None else eps
     elif "use_input_stats" in a and not a["use_input_stats"]:
-        gamma, variance = a["weight"], a["running_var"]
-        return diagonal(builder, node, value, batch_norm_reader(gamma, variance, eps), gamma, variance)
+        return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
         raise RefusedError("it takes the batch for channels")
     weight = a.get("weight")
@@ -104,8 +110,8 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
 
 @rule("add", "sub", "rsub", "subtract")
 def _add(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
-    first, second, alpha = a["self"], a["other"], abs(float(a.get("alpha", 1)))
-    factors = (alpha, 1.0) if "rsub" in str(node.target) else (1.0, alpha)
+    first, second, alpha = a["self"], a["other"], float(a.get("alpha", 1))
+    factors = (abs(alpha), 1.0) if "rsub" in str(node.target) else (1.0, abs(alpha))
     branches = [(v, f) for v, f in zip((first, second), factors, strict=True) if isinstance(v, Dependent)]
     placed = [broadcast(node, v) for v, _ in branches]
     scales = [f * copies for (_, f), (copies, _) in zip(branches, placed, strict=True)]
@@ -118,10 +124,10 @@ def _add(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
 
 
 def _tanhshrink(node: torch.fx.Node) -> torch.fx.Node | None:
-    """Return x if the node is x - tanh(x), whose slope lies in [0, 1)."""
+    """Return x if the node is x - tanh(x), whose slope lies in [0, 1), or its negative; `alpha` is not looked at."""
     x, other = node.args[:2]
-    if "sub" in str(node.target) and isinstance(x, torch.fx.Node) and isinstance(other, torch.fx.Node):
-        return x if "tanh.default" in str(other.target) and other.args[0] is x else None
+    if node.target in _DIFFERENCES and isinstance(x, torch.fx.Node) and isinstance(other, torch.fx.Node):
+        return x if other.target is torch.ops.aten.tanh.default and other.args[0] is x else None
     return None
 
 
@@ -189,7 +195,7 @@ def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     return result if isinstance(node.meta["val"], torch.Tensor) else (result, None)
 
 
-@rule("whole_module")
+@rule("lightning_lip::whole_module")
 def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     module = builder.traced.modules[a["index"]]
     name = builder.traced.names.get(id(module), "")
@@ -210,31 +216,31 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
 
 def recognised_product(builder: Builder, node: torch.fx.Node) -> tuple[Dependent, float] | None:
     """Return the value and the constant of x sigmoid(c x) or x / (1 + |x|), written out; None for anything else."""
-    operation = str(node.target)
-    pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if "mul" in operation else [])
+    multiplies = node.target in _PRODUCTS
+    pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if multiplies else [])
     for x, other in pairs:
         value = builder.values.get(x) if isinstance(x, torch.fx.Node) else None
         if not isinstance(x, torch.fx.Node) or not isinstance(other, torch.fx.Node) or not isinstance(value, Dependent):
             continue
-        if "mul" in operation and "sigmoid.default" in str(other.target) and "hard" not in str(other.target):
+        if multiplies and other.target is torch.ops.aten.sigmoid.default:
             inner = other.args[0]
             if inner is x or _multiple_of(inner, x):
                 return value, constants.SILU
-        if "div" in operation and _one_plus_magnitude(other, x):
+        if node.target in _QUOTIENTS and _one_plus_magnitude(other, x):
             return value, 1.0
     return None
 
 
 def _multiple_of(node: Any, x: torch.fx.Node) -> bool:
-    if not isinstance(node, torch.fx.Node) or "mul.Tensor" not in str(node.target):
+    if not isinstance(node, torch.fx.Node) or node.target not in _PRODUCTS:
         return False
     return any(a is x and isinstance(b, (int, float)) for a, b in (node.args[:2], node.args[1::-1]))
 
 
 def _one_plus_magnitude(node: torch.fx.Node, x: torch.fx.Node) -> bool:
-    if "add.Tensor" not in str(node.target) or node.kwargs:
+    if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
         return False
     return any(
-        isinstance(a, torch.fx.Node) and "abs.default" in str(a.target) and a.args[0] is x and b == 1
+        isinstance(a, torch.fx.Node) and a.target is torch.ops.aten.abs.default and a.args[0] is x and b == 1
         for a, b in (node.args[:2], node.args[1::-1])
     )

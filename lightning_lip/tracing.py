@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_lip.checks import check_model
 from lightning_lip.constants import registered_rule
-from lightning_lip.operators import UnsupportedLayerError, eval_mode
+from lightning_lip.operators import UnsupportedLayerError, eval_mode, keeps_forward
 from lightning_lip.selection import buffers_kept, call_arguments, is_wrapper, walk
 from lightning_lip.sharded import refuse_sharded
 
@@ -41,6 +41,10 @@ def _whole_module(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
 @_whole_module.register_fake
 def _(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
     return torch.empty_like(output)
+
+
+WHOLE_MODULE = torch.ops.lightning_lip.whole_module.default
+"""Marks the output of a module that is traced as one node."""
 
 
 @dataclass(frozen=True)
@@ -225,14 +229,14 @@ def _traced_whole(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
                     f"{type(output).__name__}."
                 )
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            result: Tensor = torch.ops.lightning_lip.whole_module(output, inputs, index)
+            result: Tensor = WHOLE_MODULE(output, inputs, index)
             return result
 
         replaced.append((module, "forward" in vars(module), vars(module).get("forward")))
         vars(module)["forward"] = marked
 
     for module in model.modules():
-        if isinstance(module, WHOLE_MODULES) or registered_rule(module) is not None:
+        if registered_rule(module) is not None or any(keeps_forward(module, kind) for kind in WHOLE_MODULES):
             mark(module)
     try:
         yield
@@ -293,9 +297,13 @@ def _reader(slots: Mapping[str, Tensor | None], key: str) -> Callable[[], Tensor
     return read
 
 
+def module_paths(node: torch.fx.Node) -> list[str]:
+    """Return the paths of the modules whose forward holds the operation, outermost first; empty for the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = (str(entry[0]).removeprefix("L['self']").removeprefix("L__self__").lstrip(".") for entry in stack.values())
+    return [".".join(part for part in path.split(".") if part != "_orig_mod") for path in paths]
+
+
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose forward holds the operation; empty for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]) if stack else ""
-    path = path.removeprefix("L['self']").removeprefix("L__self__").lstrip(".")
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
+    return next(reversed(module_paths(node)), "")

@@ -183,7 +183,12 @@ def test_separate_inputs_take_the_maximum():
         (lambda m, x: F.dropout(x, 0.5, m.training), 1, True),
         (lambda m, x: x.float().double(), 1, True),
         (lambda m, x: x - torch.tanh(x), 1, False),
+        (lambda m, x: torch.rsub(x, torch.tanh(x)), 1, False),
+        (lambda m, x: torch.subtract(x, torch.tanh(x)), 1, False),
+        (lambda m, x: torch.sub(x, torch.tanh(x), alpha=-1), 2, False),
+        (lambda m, x: torch.rsub(x, torch.tanh(x), alpha=-1), 2, False),
         (lambda m, x: x / (1 + x.abs()), 1, False),
+        (lambda m, x: torch.true_divide(x, x.abs() + 1), 1, False),
         (lambda m, x: x * torch.sigmoid(1.702 * x), constants.SILU, False),
         (lambda m, x: x.sigmoid() * x, constants.SILU, False),
         (lambda m, x: x.clone().mul_(-2.0).add_(1.0), 2, True),
@@ -352,6 +357,113 @@ def test_batch_norm_is_fused_with_the_layer_before_it(layer, bn, shape, inplace)
     assert op.weight().shape == layer.weight.shape
 
 
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda m, x: x @ m.w,
+        lambda m, x: torch.mm(x, m.w),
+        lambda m, x: torch.matmul(x, m.w),
+        lambda m, x: torch.addmm(m.bn.bias, x, m.w),
+        lambda m, x: F.linear(x, m.w.t()),
+    ],
+    ids=["at", "mm", "matmul", "addmm", "linear"],
+)
+@pytest.mark.parametrize(
+    "w", [torch.diag(torch.tensor([100.0, 1.0, 0.01])).roll(1, 0), torch.arange(15.0).cos().view(5, 3)]
+)
+def test_batch_norm_scales_the_columns_of_a_matrix_on_the_right(product, w):
+    bn = nn.BatchNorm1d(3).double()
+    bn.weight.data = torch.tensor([100.0, 1.0, 0.01]).double()
+    model = Lambda(lambda m, x: m.bn(product(m, x)), bn=bn)
+    model.w = nn.Parameter(w.double())
+    value, truth = check(model, len(w))
+    x = torch.randn(2, len(w)).double()
+    assert truth <= certify(model, x).upper
+    assert certify(model.float(), x.float()).upper == pytest.approx(value, rel=1e-5)
+
+
+def test_one_matrix_normalised_as_it_is_and_transposed():
+    bn = randomised_batch_norm(nn.BatchNorm1d(3)).double()
+    model = Lambda(lambda m, x: m.bn(F.linear(m.bn(x @ m.w), m.w)), bn=bn)
+    model.w = nn.Parameter(torch.randn(3, 3).double())
+    check(model, 3)
+
+
+def two_norms(**second):
+    """Two batch normalisations with one gamma and other statistics, as attributes of the second; the truth is s * t."""
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Identity(), nn.BatchNorm1d(3)).double().eval()
+    for bn in model[::2]:
+        randomised_batch_norm(bn)
+    model[2].weight = model[0].weight
+    for key, value in second.items():
+        setattr(model[2], key, value)
+    return model
+
+
+def squared_gamma(model):
+    """A product with gamma, then a normalisation with the same gamma."""
+    bn = model[0]
+    return Lambda(lambda m, x: F.batch_norm(x * bn.weight, bn.running_mean, bn.running_var, bn.weight), bn=bn)
+
+
+def two_scales_of_one_weight(model):
+    """One matrix twice, normalised with two gammas that one module holds."""
+    a, bn = linear(3, 3), model[0]
+
+    def function(m, x):
+        for gamma in (m.first, m.second):
+            x = F.batch_norm(m.a(x), m.bn.running_mean, m.bn.running_var, gamma)
+        return x
+
+    both = Lambda(function, a=a, bn=bn)
+    both.first = nn.Parameter(torch.tensor([0.01, 0.02, 0.03]).double())
+    both.second = nn.Parameter(torch.tensor([30.0, 20.0, 10.0]).double())
+    return both
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        two_norms(running_var=torch.full((3,), 1e-4).double()),
+        two_norms(eps=100.0),
+        two_norms(running_var=two_norms()[0].running_var, eps=100.0),
+        squared_gamma(two_norms()),
+        two_scales_of_one_weight(two_norms()),
+    ],
+    ids=["variance", "both", "eps", "product", "one weight"],
+)
+def test_other_scales_are_other_operators(model):
+    x = torch.randn(2, 3).double()
+    bound = NetworkBound.trace(model, x)
+    assert [op.multiplicity for op in bound.operators] == [1, 1]
+    assert len({op.name for op in bound.operators}) == 2
+    check(model, 3)
+    # One module used twice is one operator.
+    twice = NetworkBound.trace(nn.Sequential(model, nn.ReLU(), model), x)
+    assert [op.multiplicity for op in twice.operators] == [2, 2]
+
+
+def test_operators_of_one_module_have_names_of_their_own():
+    bn = randomised_batch_norm(nn.BatchNorm1d(3)).double()
+
+    def function(m, x):
+        for eps in (1e-5, 1e-3, 1e-1, 1.0):
+            x = F.batch_norm(x, m.bn.running_mean, m.bn.running_var, m.bn.weight, eps=eps)
+        return x
+
+    bound = NetworkBound.trace(Lambda(function, bn=bn), torch.randn(2, 3).double())
+    assert [op.name for op in bound.operators] == ["bn", "bn@3", "bn@3#2", "bn@3#3"]
+    check(Lambda(function, bn=bn), 3)
+
+
+def test_one_layer_normalised_twice_in_one_way_is_one_operator():
+    a, bn = linear(3, 3), randomised_batch_norm(nn.BatchNorm1d(3)).double()
+    model = nn.Sequential(a, bn, nn.Tanh(), a, bn)
+    (op,) = NetworkBound.trace(model, torch.randn(2, 3).double()).operators
+    assert (op.name, op.multiplicity) == ("0+1", 2)
+    check(model, 3)
+
+
 def test_batch_norm_after_a_shared_output_stays_apart():
     a, bn = linear(3, 4), randomised_batch_norm(nn.BatchNorm1d(3).double())
 
@@ -416,6 +528,152 @@ def test_functional_convolutions():
         NetworkBound.trace(blur, torch.randn(2, 1, 5))
     with pytest.raises(UnsupportedLayerError, match="channels or places"):
         NetworkBound.trace(Lambda(lambda m, x: m.c(x), c=nn.Conv1d(2, 2, 1)), torch.randn(2, 5))
+
+
+def flat_norm(model, *shape):
+    """The norm of an affine model's Jacobian."""
+    return jacobian_norm(model.double().eval(), torch.zeros(1, *shape).double())
+
+
+def test_a_padding_that_is_not_the_modules_own():
+    conv = nn.Conv1d(1, 1, 3, padding=1, padding_mode="circular").double()
+    conv.weight.data.fill_(1.0)
+    pads = {
+        "amounts": lambda m, x: F.conv1d(F.pad(x, (5, 5), mode="circular"), m.c.weight),
+        "one side": lambda m, x: F.conv1d(F.pad(x, (2, 0), mode="circular"), m.c.weight),
+        "mode": lambda m, x: F.conv1d(F.pad(x, (1, 1), mode="replicate"), m.c.weight),
+        "both": lambda m, x: F.conv1d(F.pad(x, (5, 5), mode="replicate"), m.c.weight),
+        "value": lambda m, x: F.conv1d(F.pad(x, (1, 1), value=2.0), m.c.weight),
+        "twice": lambda m, x: F.conv1d(F.pad(F.pad(x, (1, 1), mode="circular"), (1, 1)), m.c.weight),
+    }
+    for name, function in pads.items():
+        model = Lambda(function, c=conv)
+        upper = certify(model, torch.randn(2, 1, 6).double()).upper
+        assert flat_norm(model, 1, 6) <= upper, name
+    assert flat_norm(Lambda(pads["both"], c=conv), 1, 6) > 6.4
+    # The module's own, wherever it is written, and before a part of the kernel's last dimension only.
+    own = Lambda(lambda m, x: F.conv1d(F.pad(x, (1, 1), mode="circular"), m.c.weight), c=conv)
+    check(own, 1, 6, n=1, expected=3.0, attained=True)
+    sided = nn.Conv2d(2, 2, (3, 2), padding=(2, 1), padding_mode="reflect")
+    check(sided, 2, 4, 3, n=1, attained=True)
+    swapped = Lambda(lambda m, x: F.conv2d(F.pad(x, (2, 2, 1, 1), mode="reflect"), m.c.weight), c=sided)
+    check(swapped, 2, 4, 3, n=1)
+
+
+@pytest.mark.parametrize("modes", [("circular", "reflect"), ("zeros", "circular"), ("replicate", "zeros")])
+def test_convolutions_that_share_a_kernel_pad_each_in_its_own_way(modes):
+    first, second = (nn.Conv1d(1, 1, 3, padding=1, padding_mode=mode).double() for mode in modes)
+    second.weight = first.weight
+    first.weight.data = torch.tensor([[[1.0, 1.0, 1.2]]]).double()
+    model = Lambda(lambda m, x: m.b(x) + 0 * m.a(x), a=first, b=second)
+    bound = NetworkBound.trace(model, torch.randn(2, 1, 6).double())
+    assert [op.name for op in bound.operators] == ["b", "a"]
+    truths = [flat_norm(conv, 1, 6) for conv in (second, first)]
+    assert exact_norms(bound).tolist() == pytest.approx(truths)
+    assert all(truth <= certified_norm(op) for op, truth in zip(bound.operators, truths, strict=True))
+    check(model, 1, 6, n=1, attained=True)
+    # The same padding is the same operator.
+    first.padding_mode = "zeros"
+    (op,) = NetworkBound.trace(nn.Sequential(first, first), torch.randn(2, 1, 6).double()).operators
+    assert op.multiplicity == 2
+
+
+@pytest.mark.parametrize("make", [lambda: linear(4, 4), lambda: nn.Conv1d(1, 1, 3, padding=1).double()])
+def test_a_hook_of_a_parametrised_layer_may_use_weights_of_its_own(make):
+    """What is computed in a parametrised layer's forward is not thereby its weight."""
+    layer, other = nn.utils.parametrizations.weight_norm(make()), make()
+    function, shape = (F.linear, (4,)) if isinstance(layer, nn.Linear) else (F.conv1d, (1, 6))
+    padding = {} if isinstance(layer, nn.Linear) else {"padding": 1}
+    originals = layer.parametrizations.weight
+
+    def own_part():
+        return originals[0](originals.original0 * 50, originals.original1)
+
+    for weight in (lambda: 100 * other.weight, lambda: 100 * layer.weight, own_part):
+        hook = layer.register_forward_hook(lambda m, i, o, weight=weight: function(o, weight(), **padding))
+        model = Lambda(lambda m, x: m.layer(x), layer=layer, other=other)
+        x = torch.randn(2, *shape).double()
+        if isinstance(layer, nn.Linear):
+            assert len(NetworkBound.trace(model, x).operators) == 2
+            assert flat_norm(model, *shape) <= certify(model, x).upper
+        else:
+            with pytest.raises(UnsupportedLayerError, match="kernel is computed"):
+                NetworkBound.trace(model, x)
+        hook.remove()
+    hook = layer.register_forward_hook(lambda m, i, o: function(o, m.weight, **padding))
+    (op,) = NetworkBound.trace(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, *shape).double()).operators
+    assert op.multiplicity == 4
+    hook.remove()
+
+
+@torch.library.custom_op("lightning_lip_tests::sin", mutates_args=())
+def steep_sine(x: torch.Tensor) -> torch.Tensor:
+    return torch.sin(30 * x)
+
+
+@steep_sine.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("lightning_lip_tests::whole_module", mutates_args=())
+def hidden_source(x: torch.Tensor, others: list[torch.Tensor], index: int) -> torch.Tensor:
+    return torch.exp(x)
+
+
+@hidden_source.register_fake
+def _(x, others, index):
+    return torch.empty_like(x)
+
+
+@pytest.mark.parametrize("function", [steep_sine, lambda x: hidden_source(x, [torch.zeros(2)], 0)])
+def test_an_operation_of_another_library_is_not_that_of_torch(function):
+    with pytest.raises(UnsupportedLayerError, match=r"lightning_lip_tests.*constant is not known"):
+        NetworkBound.trace(Lambda(lambda m, x: function(x)), torch.randn(2, 4))
+
+
+class FiftySoftsign(nn.Softsign):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftyTanhshrink(nn.Tanhshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftySoftshrink(nn.Softshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class Square(nn.Tanhshrink):
+    def forward(self, x):
+        return x * x
+
+
+class Renamed(nn.Softsign):
+    """A subclass that keeps the forward."""
+
+
+def patched():
+    module = nn.Softsign()
+    module.forward = lambda x: 50 * F.softsign(x)
+    return module
+
+
+@pytest.mark.parametrize("make", [FiftySoftsign, FiftyTanhshrink, FiftySoftshrink, patched])
+def test_a_module_with_a_forward_of_its_own_is_what_that_computes(make):
+    check(nn.Sequential(make()), 4, expected=50.0, scale=5.0)
+    with pytest.raises(UnsupportedLayerError, match="a forward of its own"):
+        constants.lipschitz_constant(make())
+
+
+def test_a_module_with_a_forward_of_its_own_may_have_no_constant():
+    with pytest.raises(UnsupportedLayerError, match="product of two activations"):
+        NetworkBound.trace(nn.Sequential(Square()), torch.randn(2, 4))
+    check(nn.Sequential(Renamed()), 4, expected=1.0)
+    assert constants.lipschitz_constant(Renamed()) == 1.0
 
 
 def test_weights_of_every_origin():
@@ -517,6 +775,10 @@ def test_constants_are_rounded_up():
         (lambda m, x: x.repeat(2, 1), "mixes the samples"),
         (lambda m, x: x[:, :2] + x.mean(1), "mixes the samples"),
         (lambda m, x: x * x, "product of two activations"),
+        (lambda m, x: x * F.logsigmoid(x), "product of two activations"),
+        (lambda m, x: x * F.hardsigmoid(x), "product of two activations"),
+        (lambda m, x: torch.div(x, 1 + x.abs(), rounding_mode="floor"), "quotient of two activations"),
+        (lambda m, x: torch.div(x, 1 + x.abs(), rounding_mode="trunc"), "quotient of two activations"),
         (lambda m, x: x / x.abs(), "quotient of two activations"),
         (lambda m, x: 1 / x, "reciprocal"),
         (lambda m, x: x * math.inf, "factor is inf"),
@@ -534,6 +796,7 @@ def test_constants_are_rounded_up():
         (lambda m, x: torch.fft.rfft(x).real, "not known"),
         (lambda m, x: x.round(), "not known"),
         (lambda m, x: F.dropout(x, 0.5, True), "random"),
+        (lambda m, x: F.rrelu(x, training=True), "random"),
         (lambda m, x: x + torch.randn(4), "random"),
         (lambda m, x: x.long().float(), "step function"),
         (lambda m, x: x.max(1)[1].float() + x.sum(1), "jumps"),

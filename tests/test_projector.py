@@ -1,5 +1,6 @@
 """LipschitzProjector: what is certified afterwards, what moved, and what it refuses."""
 
+import copy
 import io
 import itertools
 import math
@@ -42,6 +43,13 @@ def copies(model):
 
 def same(model, before):
     return all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def jacobian_norm(model, n):
+    """The norm of an affine model's Jacobian, in fp64."""
+    model = copy.deepcopy(model).double()
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x)[0], torch.zeros(1, n).double())
+    return float(torch.linalg.matrix_norm(jacobian.flatten(1), 2))
 
 
 class Residual(nn.Module):
@@ -133,6 +141,30 @@ class TestExact:
         assert not any(changed[name] for name in names if name.endswith("bias"))
         ratio = model[3].weight / before[names.index("3.weight")]
         assert ratio.max() - ratio.min() < 1e-6
+
+    def test_one_gamma_with_two_variances(self):
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.Identity(), nn.BatchNorm1d(3)).eval()
+        model[2].weight = model[0].weight
+        model[2].running_var.fill_(1e-4)
+        result = project(model, 1.0, example_input=torch.zeros(2, 3))
+        norm = jacobian_norm(model, 3)
+        assert 1 - 1e-5 < norm <= result.bound <= 1.0
+
+    def test_a_normalisation_after_a_matrix_on_the_right(self):
+        class Product(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.w = nn.Parameter(torch.diag(torch.tensor([100.0, 1.0, 0.01])).roll(1, 0))
+                self.norm = nn.BatchNorm1d(3)
+                self.norm.weight.data = torch.tensor([100.0, 1.0, 0.01])
+
+            def forward(self, x):
+                return self.norm(x @ self.w)
+
+        model = Product().eval()
+        assert jacobian_norm(model, 3) > 9999
+        result = project(model, 1.0, example_input=torch.zeros(2, 3))
+        assert 1 - 1e-5 < jacobian_norm(model, 3) <= result.bound <= 1.0
 
     def test_a_convolution_of_unknown_size(self):
         model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
