@@ -390,7 +390,7 @@ def test_one_matrix_normalised_as_it_is_and_transposed():
 
 
 def two_norms(**second):
-    """Two batch normalisations with one gamma and other statistics, as attributes of the second; the truth is s * t."""
+    """Two batch normalisations with one gamma; what else the second one shall have, as its attributes."""
     model = nn.Sequential(nn.BatchNorm1d(3), nn.Identity(), nn.BatchNorm1d(3)).double().eval()
     for bn in model[::2]:
         randomised_batch_norm(bn)
@@ -616,8 +616,10 @@ def _(x):
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("lightning_lip_tests::whole_module", mutates_args=())
-def hidden_source(x: torch.Tensor, others: list[torch.Tensor], index: int) -> torch.Tensor:
+@torch.library.custom_op(
+    "lightning_lip_tests::whole_module", mutates_args=(), schema="(Tensor x, Tensor[] others, int index) -> Tensor"
+)
+def hidden_source(x, others, index):
     return torch.exp(x)
 
 
