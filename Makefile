@@ -38,10 +38,10 @@ bench: $(VENV)/.installed
 
 # The kernels alone, and how closely they follow the weights.
 bench-kernels: $(VENV)/.installed
-	$(BIN)/python -m bench.kernels $(ARGS)
-	$(BIN)/python -m bench.tracking $(ARGS)
-	$(BIN)/python -m bench.step $(ARGS)
-	$(BIN)/python -m bench.constraint $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.studies.kernels $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.studies.tracking $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,8 +1,8 @@
 """Kernels: the iteration of a list of weights and the rank-one update of their gradients, in three implementations.
 
-:mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification; :mod:`~lightning_lip.kernels.cpu`
-(Numba) and :mod:`~lightning_lip.kernels.gpu` (Triton) do the same in one pass over the weights and one call for all
-layers. Where an operator's maps are PyTorch's own, :mod:`~lightning_lip.kernels.cpu_rows` does the rest of a step on
+:mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification; :mod:`~lightning_lip.kernels.cpu.iteration`
+(Numba) and :mod:`~lightning_lip.kernels.gpu.iteration` (Triton) do the same in one pass over the weights and one call for all
+layers. Where an operator's maps are PyTorch's own, :mod:`~lightning_lip.kernels.cpu.rows` does the rest of a step on
 the CPU. Kernels know tensors and pointers, never modules.
 """
 
@@ -17,17 +17,11 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.reference import (
-    PENALTY_CODES,
-    PowerStep,
-    ReferenceIteration,
-    is_sharded,
-    penalty_slope,
-    power_step,
-)
+from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
+from lightning_lip.kernels.tensors import is_sharded
 
 if TYPE_CHECKING:
-    from lightning_lip.kernels.cpu_rows import CompiledRows
+    from lightning_lip.kernels.cpu.rows import CompiledRows
 
 __all__ = [
     "PENALTY_CODES",
@@ -84,9 +78,9 @@ class Iteration(Protocol):
 
 def _implementation(backend: str) -> type[Iteration]:
     if backend == "cpu":
-        return importlib.import_module("lightning_lip.kernels.cpu").CpuIteration  # type: ignore[no-any-return]
+        return importlib.import_module("lightning_lip.kernels.cpu.iteration").CpuIteration  # type: ignore[no-any-return]
     if backend == "gpu":
-        return importlib.import_module("lightning_lip.kernels.gpu").GpuIteration  # type: ignore[no-any-return]
+        return importlib.import_module("lightning_lip.kernels.gpu.iteration").GpuIteration  # type: ignore[no-any-return]
     return ReferenceIteration
 
 
@@ -150,7 +144,7 @@ def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = Non
     forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced == "reference" or vectors.device.type != "cpu" or vectors.dtype != torch.float32:
         return None
-    rows = importlib.import_module("lightning_lip.kernels.cpu_rows")
+    rows = importlib.import_module("lightning_lip.kernels.cpu.rows")
     return rows.CompiledRows(len(vectors), q, p) if len(vectors) <= rows.MAX_BLOCK_SIZE else None
 
 

@@ -27,16 +27,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """Leave the surrounding ``torch.autocast`` regions inside the context: they would round vectors and sums."""
-    with contextlib.ExitStack() as stack:
-        for device_type in ("cpu", "cuda", "mps", "xpu"):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
+from lightning_lip.kernels.tensors import without_autocast
 
 
 class PowerStep(NamedTuple):
@@ -53,17 +44,6 @@ class PowerStep(NamedTuple):
     left: list[Tensor]
     right: list[Tensor]
     vectors: list[Tensor]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor (FSDP2, tensor parallel), replicated ones included."""
-    # By name: importing torch.distributed.tensor takes a second.
-    return type(tensor).__name__ == "DTensor"
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of vectors and sums for weights of `dtype`: fp64 for fp64, fp32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +233,7 @@ PRODUCT_CAP = 30.0
 def penalty_slope(code: int, sigma: Tensor, multiplicities: Tensor, log_target: float) -> tuple[Tensor, Tensor]:
     """Return a built-in penalty on the plain product, and its derivative in each spectral norm, in closed form.
 
-    ``lightning_lip.penalties`` is the specification; this is what the kernels evaluate beside their iteration.
+    ``lightning_lip.penalty.penalties`` is the specification; this is what the kernels evaluate beside their iteration.
 
     Args:
         code: One of the values of :data:`PENALTY_CODES`.

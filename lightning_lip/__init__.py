@@ -8,14 +8,14 @@ from lightning_lip.callbacks import (
     MaxNorm,
     NoisyValidation,
 )
-from lightning_lip.certificates import Certificate, Uncertified, certify
-from lightning_lip.constants import register_constant
+from lightning_lip.certificates.interval import Certificate, Uncertified, certify
+from lightning_lip.constants.modules import register_constant
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
-from lightning_lip.operators import UnsupportedLayerError
-from lightning_lip.projector import LipschitzProjector, Projection, project
-from lightning_lip.rebalancing import Rebalanced, rebalance
-from lightning_lip.regularizer import LipschitzRegularizer
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.projection.projector import LipschitzProjector, Projection, project
+from lightning_lip.rebalancing.rescaling import Rebalanced, rebalance
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 __all__ = [
     "Certificate",

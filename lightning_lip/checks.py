@@ -8,6 +8,9 @@ from numbers import Real
 
 from torch import nn
 
+import math
+from numbers import Real
+
 SHOWN_KEYS = 5
 """Keys of a wrong state in the message: a whole model's would fill the screen."""
 
@@ -100,3 +103,15 @@ def check_coefficient(coefficient: float) -> float:
     if not (is_number and math.isfinite(coefficient) and coefficient >= 0):
         raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
     return float(coefficient)
+
+
+def check_target(target: float, name: str = "target") -> float:
+    """Return a target as a float.
+
+    Raises:
+        ValueError: If it is not a positive finite number.
+    """
+    is_number = isinstance(target, Real) and not isinstance(target, bool)
+    if not (is_number and math.isfinite(target) and target > 0):
+        raise ValueError(f"Expected `{name}` to be a positive finite number, got {target!r}.")
+    return float(target)

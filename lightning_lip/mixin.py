@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_lip.regularizer import LipschitzRegularizer
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

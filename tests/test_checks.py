@@ -20,7 +20,7 @@ from lightning_lip import (
     project,
     rebalance,
 )
-from lightning_lip.bound import NetworkBound
+from lightning_lip.graph.bound import NetworkBound
 
 EXAMPLE = torch.zeros(1, 4)
 

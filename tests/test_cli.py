@@ -4,17 +4,19 @@ from importlib.metadata import entry_points
 import pytest
 
 from lightning_lip import cli
-from lightning_lip.audit import BoundError, audit
+from lightning_lip.errors import BoundError
+from lightning_lip.audit.command import audit
 from lightning_lip.bench import bench
-from lightning_lip.checkpoints import AuditError
-from lightning_lip.paper import command, extras, reproduce
+from lightning_lip.errors import AuditError
+from lightning_lip.paper import command, reproduce
+from lightning_lip.reporting import extras
 
 
 @pytest.fixture
 def called(monkeypatch):
     calls = []
 
-    monkeypatch.setattr("lightning_lip.paper.experiment.run_experiment", lambda *args: calls.append(args))
+    monkeypatch.setattr("lightning_lip.paper.regimes.experiment.run_experiment", lambda *args: calls.append(args))
     return calls
 
 
@@ -123,7 +125,7 @@ def test_an_interrupt_is_status_130(capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_lip.paper.experiment.run_experiment", interrupt)
+    monkeypatch.setattr("lightning_lip.paper.regimes.experiment.run_experiment", interrupt)
     with pytest.raises(SystemExit) as exit_info:
         cli.main(["reproduce"])
     assert exit_info.value.code == 130

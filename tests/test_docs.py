@@ -12,7 +12,7 @@ import pytest
 
 import lightning_lip
 import lightning_lip.metrics
-from lightning_lip import constants
+from lightning_lip.constants import modules as constants
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

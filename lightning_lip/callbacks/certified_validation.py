@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torchmetrics import MeanAbsoluteError, MeanMetric, Metric
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._batches import BatchToXY, check_batch_to_xy, unpack
-from lightning_lip.certificates import Certificate, certify
+from lightning_lip.callbacks.lightning.base import BaseCallback
+from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
+from lightning_lip.certificates.interval import Certificate, certify
 from lightning_lip.checks import check_integer, check_numbers
-from lightning_lip.jacobians import largest_jacobian_norm
+from lightning_lip.certificates.jacobians import largest_jacobian_norm
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 

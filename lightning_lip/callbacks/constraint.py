@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lip.allocation import Method
-from lightning_lip.callbacks._base import SelectingCallback
-from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
-from lightning_lip.callbacks._trainer import (
+from lightning_lip.projection.allocation import Method
+from lightning_lip.callbacks.lightning.base import SelectingCallback
+from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
+from lightning_lip.callbacks.lightning.trainer import (
     has_callback,
     is_logging_step,
     is_read,
@@ -24,11 +24,12 @@ from lightning_lip.callbacks._trainer import (
     own_state,
 )
 from lightning_lip.checks import check_integer, check_name, check_state
-from lightning_lip.optimizer_steps import optimizer_steps
-from lightning_lip.projector import LipschitzProjector, Projection, check_method, check_target
-from lightning_lip.recorded import stop_recording
-from lightning_lip.selection import refuse_replaced
-from lightning_lip.spectra import Metric
+from lightning_lip.models.optimizer_steps import optimizer_steps
+from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
+from lightning_lip.checks import check_target
+from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.projection.spectra import Metric
 
 
 class LipschitzConstraint(SelectingCallback):

@@ -12,11 +12,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._trainer import refuse_strategy
-from lightning_lip.operators import UnsupportedLayerError
-from lightning_lip.selection import find_operators
-from lightning_lip.sharded import refuse_sharded
+from lightning_lip.callbacks.lightning.base import BaseCallback
+from lightning_lip.callbacks.lightning.trainer import refuse_strategy
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.operators.selection import find_operators
+from lightning_lip.models.sharding import refuse_sharded
 
 
 class MaxNorm(BaseCallback):

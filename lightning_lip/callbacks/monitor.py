@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import SelectingCallback
-from lightning_lip.callbacks._figures import heat_map, share_chart
-from lightning_lip.callbacks._hparams import end_session, start_session
-from lightning_lip.callbacks._trainer import (
+from lightning_lip.callbacks.lightning.base import SelectingCallback
+from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
+from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
+from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_logging_step,
     is_read,
@@ -31,9 +31,9 @@ from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.checks import check_integer, check_name, check_state
 from lightning_lip.mixin import LipschitzMixin
-from lightning_lip.recorded import stop_recording
-from lightning_lip.regularizer import LipschitzRegularizer
-from lightning_lip.selection import refuse_replaced
+from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.operators.selection import refuse_replaced
 
 MAX_HISTORY = 512
 """Steps that the figures show: with more, every other one is dropped and the spacing doubles."""

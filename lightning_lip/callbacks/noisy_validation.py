@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import BaseCallback
-from lightning_lip.callbacks._batches import BatchToXY, check_batch_to_xy, unpack
+from lightning_lip.callbacks.lightning.base import BaseCallback
+from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.checks import check_state
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
 from lightning_lip.metrics.noisy_mae import Range

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks._base import SelectingCallback, skip_hooks
-from lightning_lip.callbacks._ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
-from lightning_lip.callbacks._trainer import (
+from lightning_lip.callbacks.lightning.base import SelectingCallback, skip_hooks
+from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
+from lightning_lip.callbacks.lightning.trainer import (
     batches_begun,
     class_names,
     is_logging_step,
@@ -28,10 +28,10 @@ from lightning_lip.callbacks._trainer import (
     own_state,
 )
 from lightning_lip.checks import check_coefficient, check_integer, check_name, check_state
-from lightning_lip.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.recorded import stop_recording
-from lightning_lip.regularizer import LipschitzRegularizer
-from lightning_lip.selection import refuse_replaced
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.operators.selection import refuse_replaced
 
 
 @dataclass

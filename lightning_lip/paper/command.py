@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lightning_lip.paper.budget_settings import BudgetPlan
-from lightning_lip.paper.extras import require_extras
-from lightning_lip.paper.settings import (
+from lightning_lip.paper.budgets.settings import BudgetPlan
+from lightning_lip.reporting.extras import require_extras
+from lightning_lip.paper.regimes.settings import (
     CRITERIA,
     EPOCHS,
     PAPER_SETTING,
@@ -17,8 +17,8 @@ from lightning_lip.paper.settings import (
     TUNING_SEED,
     Plan,
     Setting,
-    UsageError,
 )
+from lightning_lip.errors import UsageError
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
 TUNING_SEEDS = {"default": 20, "quick": 3, "full": 20}
@@ -61,8 +61,8 @@ def reproduce(
         workers: The number of processes, by default one for each core; 1 trains in the command's own process.
 
     Returns:
-        The contents of results.json, documented at `lightning_lip.paper.results.results`, or with `budget` those of
-        budget.json, documented at `lightning_lip.paper.budget_results.budget_results`.
+        The contents of results.json, documented at `lightning_lip.paper.regimes.results.results`, or with `budget` those of
+        budget.json, documented at `lightning_lip.paper.budgets.results.budget_results`.
 
     Raises:
         UsageError: If the options make no experiment.
@@ -79,12 +79,12 @@ def reproduce(
             )
         chosen_budgets = budget_plan(quick=quick, seeds=seeds, epochs=epochs)
         require_extras()
-        from lightning_lip.paper.budget import run_budget
+        from lightning_lip.paper.budgets.experiment import run_budget
 
         return run_budget(chosen_budgets, Path(out), n_workers)
     chosen = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
     require_extras()
-    from lightning_lip.paper.experiment import run_experiment
+    from lightning_lip.paper.regimes.experiment import run_experiment
 
     return run_experiment(chosen, Path(out), n_workers)
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lip.paper.extras import extra
+from lightning_lip.reporting.extras import extra
 
 Values = Sequence[float] | npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_lip.kernels import gpu, gpu_kernels, gpu_tables
+from lightning_lip.kernels.gpu import iteration as gpu, kernels as gpu_kernels, tables as gpu_tables
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {

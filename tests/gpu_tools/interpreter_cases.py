@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lip import penalties
-from lightning_lip.kernels import gpu, reference
+from lightning_lip.penalty import penalties
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.kernels import reference
 
 spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
 planted = importlib.util.module_from_spec(spec)
@@ -128,8 +129,8 @@ def test_ten_steps_reach_the_spectral_norm():
 @pytest.mark.parametrize("block", [1, 8])
 def test_wide_layers_in_two_passes(monkeypatch, orientation, block):
     # The limit is lowered so that a small layer goes this way, with several column tiles and row blocks.
-    monkeypatch.setattr("lightning_lip.kernels.gpu_tables.LIMIT", 64)
-    monkeypatch.setattr("lightning_lip.kernels.gpu_tables.TWO_PASS_COLUMNS", 64)
+    monkeypatch.setattr("lightning_lip.kernels.gpu.tables.LIMIT", 64)
+    monkeypatch.setattr("lightning_lip.kernels.gpu.tables.TWO_PASS_COLUMNS", 64)
     weights = [matrix(170, 150).float() if orientation == "rows" else matrix(150, 172).float()]
     vectors = blocks(weights, block)
     iteration = poisoned(weights, vectors)

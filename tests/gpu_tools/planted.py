@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from lightning_lip.kernels import gpu_kernels, gpu_rayleigh_ritz, gpu_sweep, gpu_update
+from lightning_lip.kernels.gpu import (
+    kernels as gpu_kernels,
+    rayleigh_ritz as gpu_rayleigh_ritz,
+    sweep as gpu_sweep,
+    update as gpu_update,
+)
 
 
 def kernels_with(folder, old, new):

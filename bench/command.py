@@ -1,0 +1,73 @@
+"""`lightning-lip bench`: its options, and what they choose. Importing it loads neither torch nor Lightning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_lip.reporting.extras import extra
+from lightning_lip.errors import UsageError
+
+MODELS = ("paper", "mnist", "resnet18", "vit", "gpt2")
+QUICK_MODELS = ("paper", "mnist")
+
+
+def bench(
+    out: str = "lightning_lip_bench",
+    models: str | None = None,
+    quick: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Measure what the penalty costs in whole training steps, beside what is used in its place.
+
+    Trains each model with Lightning's Trainer as it is, with LipschitzPenalty, and with torch's spectral_norm,
+    deel-torchlip's layers, autograd through power and block iteration and through an SVD, and a gradient penalty, in
+    turn in one run; then the penalty on networks of growing depth and width. Prints a table for each model: the time of
+    a step, the memory added, the error of the norms, and what they guarantee; then what peers add over what the penalty
+    adds. Leaves steps.csv, growth.csv, bench.json and the plots as PNG under --out. Needs
+    pip install "lightning-lip[bench]".
+
+    Args:
+        out: The folder for everything that is written; files of an earlier run are replaced.
+        models: Names of the models with commas between them, of paper, mnist, resnet18, vit and gpt2; by default all
+            (paper and mnist with --quick).
+        quick: A few seconds a model, and small sizes only (under a minute in all): to see that it works, not to read
+            the numbers.
+        device: Where to train, cpu or cuda, or one GPU as cuda:1.
+        threads: torch's threads on the CPU; by default torch's own choice.
+
+    Returns:
+        The contents of bench.json, documented at `lightning_lip.bench.steps.tables.document`.
+
+    Raises:
+        UsageError: If a model is unknown, the device is not there, `out` is a file, or `threads` is below 1.
+        MissingExtraError: If the `bench` extra is not installed, deel-torchlip aside, without which its row is missing.
+    """
+    names = chosen_models(models, quick)
+    if threads is not None and threads < 1:
+        raise UsageError(f"Expected --threads of at least 1, got {threads}.")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"Expected --out to be a folder, {out} is a file.")
+    for module in ("matplotlib", "scipy"):
+        extra(module, "bench")
+    from lightning_lip.bench.steps.run import chosen_device, run
+
+    return run(names, Path(out), quick=quick, device=chosen_device(device), threads=threads)
+
+
+def chosen_models(models: str | None, quick: bool) -> tuple[str, ...]:
+    """Return the names of the models to measure, in the order of `MODELS`.
+
+    Raises:
+        UsageError: If one is unknown, or none is named.
+    """
+    if models is None:
+        return QUICK_MODELS if quick else MODELS
+    wanted = [name.strip() for name in models.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in MODELS]
+    if unknown or not wanted:
+        raise UsageError(
+            f"Expected --models to name some of {', '.join(MODELS)}, with commas between them, got {models!r}."
+        )
+    return tuple(name for name in MODELS if name in wanted)

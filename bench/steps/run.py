@@ -1,0 +1,89 @@
+"""The benchmark from its options to the files that it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lightning_lip.bench.steps import report
+from lightning_lip.bench.steps.figures import write_figures
+from lightning_lip.bench.steps.growth import DEPTH_OF_WIDTHS, DEPTHS, WIDTH_OF_DEPTHS, WIDTHS, growth
+from lightning_lip.bench.steps.measure import measure
+from lightning_lip.bench.contenders.models import MODELS
+from lightning_lip.bench.steps.tables import document, write_csv_files, write_json
+from lightning_lip.errors import UsageError
+
+PLAIN_WIDTH = 160
+"""Columns of the tables where there is no terminal."""
+
+SECONDS = {"paper": 15.0, "mnist": 30.0, "resnet18": 60.0, "vit": 30.0, "gpt2": 55.0}
+"""Time for the rounds of each model, about, up to twice that; starts, memory and errors come on top."""
+
+QUICK_SECONDS = 1.0
+QUICK_SIZES = [(2, 16), (2, 32), (2, 64), (4, 64)]
+
+
+def run(
+    names: Sequence[str], folder: Path, *, quick: bool, device: torch.device, threads: int | None
+) -> dict[str, Any]:
+    """Measure the models `names` and the growth, print the report and write the files.
+
+    Args:
+        names: Names of :data:`~lightning_lip.bench.contenders.models.MODELS`.
+        folder: Where the files go; made if missing.
+        quick: Few steps and small sizes.
+        device: Where to train.
+        threads: torch's threads; None leaves them. They are put back at the end.
+
+    Returns:
+        The contents of bench.json.
+    """
+    console = Console()
+    console = console if console.is_terminal else Console(width=PLAIN_WIDTH)
+    folder.mkdir(parents=True, exist_ok=True)
+    threads_before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    start = time.monotonic()
+    try:
+        with report.status(console) as on_step:
+            results = []
+            for name in names:
+                seconds = QUICK_SECONDS if quick else SECONDS[name]
+                results.append(measure(name, MODELS[name], device, seconds, on_step))
+                report.print_result(console, results[-1])
+            depths = [(depth, WIDTH_OF_DEPTHS) for depth in DEPTHS]
+            widths = [(DEPTH_OF_WIDTHS, width) for width in WIDTHS]
+            points = growth(QUICK_SIZES if quick else sorted({*depths, *widths}), device, on_step)
+        found = document(results, points, device, quick=quick)
+    finally:
+        torch.set_num_threads(threads_before)
+    report.print_growth(console, points)
+    write_csv_files(found, folder)
+    found["figures"] = write_figures(found, folder)
+    found["seconds"] = round(time.monotonic() - start, 1)
+    write_json(found, folder / "bench.json")
+    report.print_end(console, found, folder)
+    return found
+
+
+def chosen_device(name: str) -> torch.device:
+    """Return the device of `--device`.
+
+    Raises:
+        UsageError: If it is neither the CPU nor a CUDA device that is there.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Expected --device cpu, cuda or cuda:<number>, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"Expected --device {name} to be there, found {torch.cuda.device_count()} CUDA devices.")
+    return device

@@ -1,0 +1,108 @@
+"""The benchmark's files: every number in one JSON document, and the tables as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lip.bench.steps.growth import Point
+from lightning_lip.bench.steps.measure import Result, Row
+
+SCHEMA = 2
+PACKAGES = ("lightning-lip", "torch", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
+PERCENTILES = (20, 50, 80)
+SPREAD = ("step_ms", "ratio", "added_ms")
+"""What a row has percentiles of."""
+
+
+def document(
+    results: Sequence[Result], points: Sequence[Point], device: torch.device, *, quick: bool
+) -> dict[str, Any]:
+    """Collect the results.
+
+    The document's keys:
+
+    - `schema`: 2.
+    - `versions`: of Python and the packages; null for one that is not installed.
+    - `machine`: the processor, its cores, torch's threads, the device and the GPU's name.
+    - `options`: whether the run was quick.
+    - `models`: one entry for each model, as :class:`~lightning_lip.bench.steps.measure.Result` documents it, its `rows` as
+      :class:`~lightning_lip.bench.steps.measure.Row` does.
+    - `growth`: one entry for each size, as :class:`~lightning_lip.bench.steps.growth.Point` documents it.
+
+    `bench` adds `seconds` and `figures`.
+    """
+    return {
+        "schema": SCHEMA,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "machine": machine(device),
+        "options": {"quick": quick},
+        "models": [asdict(result) for result in results],
+        "growth": [asdict(point) for point in points],
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the times depend on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": torch.multiprocessing.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def write_csv_files(found: dict[str, Any], folder: Path) -> None:
+    """Write steps.csv and growth.csv, below comment lines that say where they were measured."""
+    about = {**found["machine"], **found["versions"], "quick": found["options"]["quick"]}
+    of_model = [f.name for f in fields(Result) if f.name not in ("rows", "missing")]
+    rows = [model | _flat(row) for model in found["models"] for row in model["rows"]]
+    of_row = [key for f in fields(Row) for key in (_names(f.name) if f.name in SPREAD else [f.name])]
+    _write(folder / "steps.csv", [*of_model, *of_row], rows, about)
+    _write(folder / "growth.csv", [f.name for f in fields(Point)], found["growth"], about)
+
+
+def write_json(found: dict[str, Any], path: Path) -> None:
+    """Write the document; a number that is not finite is an error, since JSON has none."""
+    path.write_text(json.dumps(found, allow_nan=False, indent=1), encoding="utf-8")
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{row[key]:.6g}" if isinstance(row[key], float) else row[key] for key in columns})
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    flat = dict(row)
+    for name in SPREAD:
+        flat |= dict(zip(_names(name), flat.pop(name), strict=True))
+    return flat
+
+
+def _names(name: str) -> list[str]:
+    return [f"{name}_p{percentile}" for percentile in PERCENTILES]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

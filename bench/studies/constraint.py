@@ -1,0 +1,100 @@
+"""Training within a budget: how closely it is kept, what it leaves of the accuracy, and what a projection costs.
+
+``python -m lightning_lip.bench.studies.constraint [--quick] [--output FOLDER]`` trains an MLP 64-128-128-128-10 on scikit-learn's digits with
+each optimiser, budget M and metric, calls ``LipschitzProjector.step()`` after every step, and writes
+``constraint.csv``: the accuracy on the held-out digits, the largest true ``P / M - 1`` (by float64 SVD, every 10th
+step), and the time of a projection beside that of a full fp32 SVD of all layers, taken in turn in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lip.bench.studies.kernels import machine
+from lightning_lip.bench.studies.tracking import digits
+from lightning_lip import LipschitzProjector
+
+BATCH = 50
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
+}
+COLUMNS = ["optimiser", "target", "metric", "steps", "accuracy", "largest_excess"]
+COLUMNS += [f"{what}_us_{p}" for what in ("projection", "svd") for p in ("p20", "p50", "p80")]
+
+
+def train(optimiser: str, target: float | None, metric: str, epochs: int) -> list[Any]:
+    """Return one row of the table; without a target nothing is projected."""
+    torch.manual_seed(0)
+    inputs, labels, test_inputs, test_labels = digits()
+    sizes = [64, 128, 128, 128, 10]
+    model = nn.Sequential(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))[:-1]
+    weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
+    optimizer = OPTIMIZERS[optimiser](model.parameters())
+    projector = None if target is None else LipschitzProjector(model, target, metric=metric)  # type: ignore[arg-type]
+    if projector is not None:
+        projector.exact()
+    times: dict[str, list[float]] = {"projection": [], "svd": []}
+    excess, n_steps = -np.inf, 0
+    order = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(inputs), generator=order).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+            optimizer.step()
+            n_steps += 1
+            if projector is None:
+                continue
+            if n_steps % 10 == 0:
+                start = time.perf_counter()
+                for weight in weights:
+                    torch.linalg.svd(weight.detach(), full_matrices=False)
+                times["svd"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            projector.step()
+            times["projection"].append(time.perf_counter() - start)
+            if n_steps % 10 == 0:
+                norms = [float(torch.linalg.matrix_norm(w.detach().double(), 2)) for w in weights]
+                excess = max(excess, float(np.prod(norms)) / projector.target - 1)
+    with torch.no_grad():
+        accuracy = float((model(test_inputs).argmax(1) == test_labels).float().mean())
+    row = [optimiser, target or "", metric, n_steps, f"{accuracy:.3f}", "" if target is None else f"{excess:.1e}"]
+    for taken in times.values():
+        row += [f"{1e6 * q:.0f}" for q in np.quantile(taken, [0.2, 0.5, 0.8])] if taken else ["", "", ""]
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, print a table, write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one epoch instead of 10")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    rows = []
+    for optimiser in OPTIMIZERS:
+        cases = [(None, ""), *((m, metric) for m in (2.0, 10.0) for metric in ("relative", "euclidean"))]
+        for target, metric in cases:
+            rows.append(train(optimiser, target, metric, 1 if options.quick else 10))
+            print(" ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with (options.output / "constraint.csv").open("w", newline="") as file:
+        file.writelines(f"# {key}: {value}\n" for key, value in machine().items())
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

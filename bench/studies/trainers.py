@@ -1,0 +1,420 @@
+"""The penalty on every Trainer: how far the weights end from one process in fp64 with the penalty in its loss.
+
+``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy, precision and feature of
+the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is relative to what the
+penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a tolerance of its own, or the
+error that refuses it; ``tests/test_trainers.py`` holds each to that.
+
+The reference shares no code with the plugin: a plain PyTorch loop in fp64 on whole batches, whose loss holds
+``coefficient * prod_l ||W_l||_2`` by ``torch.linalg.matrix_norm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+
+from lightning_lip import LipschitzPenalty
+
+COEFFICIENT = 0.3
+N_BATCHES = 12
+BATCH = 8
+
+
+class Case(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        strategy: A key of :data:`STRATEGIES`.
+        precision: A key of :data:`PRECISIONS`.
+        feature: A key of :data:`FEATURES`.
+        tolerance: The largest distance allowed; None where the case is refused.
+        refused: What the error must say where the case is refused.
+    """
+
+    strategy: str
+    precision: str
+    feature: str
+    tolerance: float | None
+    refused: str = ""
+
+    @property
+    def name(self) -> str:
+        """The case in one line, as it is named in tests."""
+        return f"{self.strategy}, {self.precision}, {self.feature}"
+
+
+class Setup(NamedTuple):
+    """A strategy: processes, how many of them share the data, how the network is laid out."""
+
+    processes: int
+    data_parallel: int
+    strategy: Callable[[], Strategy | str]
+    layout: Callable[[nn.Sequential, DeviceMesh], None] | None = None
+    spawned: bool = False
+
+
+def _fsdp2(net: nn.Sequential, mesh: DeviceMesh) -> None:
+    for layer in net:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(net, mesh=mesh["data_parallel"])
+
+
+def _tensor_parallel(net: nn.Sequential, mesh: DeviceMesh) -> None:
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    parallelize_module(net, mesh["tensor_parallel"], plan)
+
+
+def _both(net: nn.Sequential, mesh: DeviceMesh) -> None:
+    _tensor_parallel(net, mesh)
+    _fsdp2(net, mesh)
+
+
+def _model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
+    return lambda: ModelParallelStrategy(
+        data_parallel_size=data, tensor_parallel_size=tensor, save_distributed_checkpoint=False
+    )
+
+
+def _scaler() -> torch.amp.GradScaler:
+    # From the default scale the first steps overflow and are skipped, as they would be in the reference too.
+    return torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
+STRATEGIES = {
+    "one process": Setup(1, 1, lambda: SingleDeviceStrategy("cpu")),
+    "DDP": Setup(2, 2, lambda: "ddp"),
+    "DDP, static graph": Setup(2, 2, lambda: DDPStrategy(static_graph=True)),
+    "DDP, find_unused_parameters": Setup(2, 2, lambda: "ddp_find_unused_parameters_true"),
+    "DDP, spawned": Setup(2, 2, lambda: "ddp_spawn", spawned=True),
+    "FSDP2": Setup(2, 2, _model_parallel(2, 1), _fsdp2),
+    "tensor parallel": Setup(2, 1, _model_parallel(1, 2), _tensor_parallel),
+    "FSDP2 x tensor parallel": Setup(4, 2, _model_parallel(2, 2), _both),
+    "FSDP1": Setup(2, 2, FSDPStrategy),
+}
+
+PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "64-true": lambda: {"precision": "64-true"},
+    "32-true": lambda: {"precision": "32-true"},
+    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
+    "16-mixed": lambda: {
+        "plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    },
+    "bf16-true": lambda: {"precision": "bf16-true"},
+}
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "Adam": {},
+    "fused Adam": {},
+    "SGD with momentum": {},
+    "LBFGS": {},
+    "LBFGS with a line search": {},
+    "two optimisers, by hand": {},
+    "accumulation over 3": {"accumulate_grad_batches": 3},
+    "clipping by norm": {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"},
+    "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+}
+
+# What rounding costs, by precision: of fp64 alone, of fp32 over the steps, and of a forward pass in bf16 or fp16.
+_TOLERANCE = {"64-true": 1e-10, "32-true": 1e-4, "bf16-mixed": 0.02, "16-mixed": 5e-3, "bf16-true": 0.15}
+
+# The second optimiser's penalty sees the weights that the first has just moved; in the loss it does not.
+_BY_HAND = 2e-3
+
+_LINE_SEARCH = "cannot serve LBFGS with a line search"
+
+
+def _cases(strategy: str, precisions: Iterable[str], features: Iterable[str] = ("Adam",)) -> list[Case]:
+    return [Case(strategy, p, f, _TOLERANCE[p]) for p in precisions for f in features]
+
+
+CASES = [
+    *_cases("one process", PRECISIONS),
+    *_cases("one process", ["64-true"], ["fused Adam", "SGD with momentum", "LBFGS"]),
+    *_cases("one process", ["64-true"], ["accumulation over 3", "clipping by norm", "clipping by value"]),
+    Case("one process", "64-true", "two optimisers, by hand", _BY_HAND),
+    *_cases("one process", ["16-mixed"], ["fused Adam", "accumulation over 3", "clipping by norm"]),
+    Case("one process", "64-true", "LBFGS with a line search", None, _LINE_SEARCH),
+    *_cases("DDP", ["64-true", "32-true", "bf16-mixed", "16-mixed"]),
+    *_cases("DDP", ["64-true"], ["accumulation over 3", "clipping by norm"]),
+    Case("DDP", "64-true", "two optimisers, by hand", _BY_HAND),
+    *_cases("DDP, static graph", ["64-true"]),
+    *_cases("DDP, find_unused_parameters", ["64-true"]),
+    *_cases("DDP, spawned", ["64-true"]),
+    *_cases("FSDP2", ["32-true", "bf16-mixed", "bf16-true"]),
+    *_cases("FSDP2", ["32-true"], ["SGD with momentum", "accumulation over 3", "clipping by norm"]),
+    *_cases("tensor parallel", ["32-true"], ["Adam", "SGD with momentum"]),
+    *_cases("FSDP2 x tensor parallel", ["32-true"]),
+    Case("FSDP1", "32-true", "Adam", None, "requires a GPU accelerator"),
+]
+
+
+class Row(NamedTuple):
+    """What a case gave: the distance, or the error."""
+
+    case: Case
+    distance: float | None
+    error: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the case ended as its row of the table says."""
+        if self.case.tolerance is None:
+            return self.distance is None and self.case.refused in self.error
+        return self.distance is not None and self.distance <= self.case.tolerance
+
+
+def make_net() -> nn.Sequential:
+    """Return the network 6-8-8-1: its last weight, (1, 8), leaves one of two shards empty."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def make_batches() -> list[tuple[Tensor, Tensor]]:
+    """Return the whole batches, inputs (8, 6) and targets (8, 1)."""
+    inputs = torch.randn(N_BATCHES, BATCH, 6, generator=torch.Generator().manual_seed(1))
+    return [(x, 2 * x.sin().sum(1, keepdim=True)) for x in inputs]
+
+
+def make_optimizer(feature: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimiser of a feature, over the parameters given."""
+    if feature.startswith("LBFGS"):
+        line_search = "strong_wolfe" if "line search" in feature else None
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3, line_search_fn=line_search)
+    if feature == "SGD with momentum":
+        return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+    return torch.optim.Adam(parameters, lr=1e-2, eps=1e-3, fused=feature == "fused Adam")
+
+
+@cache
+def reference(feature: str, coefficient: float) -> Tensor:
+    """Train one process in fp64 with the penalty in the loss, in plain PyTorch; return the weights, flat."""
+    net = make_net().double()
+    weights = [p for p in net.parameters() if p.dim() == 2]
+    batches = [(x.double(), y.double()) for x, y in make_batches()]
+    n = FEATURES[feature].get("accumulate_grad_batches", 1)
+    clip, how = (FEATURES[feature].get(f"gradient_clip_{key}") for key in ("val", "algorithm"))
+    optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
+
+    def loss_of(group: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        task = torch.stack([F.mse_loss(net(x), y) for x, y in group]).mean()
+        norms = torch.stack([torch.linalg.matrix_norm(w, 2) for w in weights])
+        return task + coefficient * norms.prod()
+
+    for start in range(0, N_BATCHES, n):
+
+        def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(group)
+            loss.backward()
+            if how == "norm":
+                nn.utils.clip_grad_norm_(net.parameters(), clip)
+            elif how == "value":
+                nn.utils.clip_grad_value_(net.parameters(), clip)
+            return loss
+
+        optimizer.step(closure)
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+class Module(pl.LightningModule):
+    """The network as a LightningModule that knows nothing of the penalty."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.net = make_net()
+        self.automatic_optimization = case.feature != "two optimisers, by hand"
+        self.trained: Tensor | None = None
+
+    def configure_model(self) -> None:
+        """Lay the network out over the mesh, where the strategy has one."""
+        layout = STRATEGIES[self.case.strategy].layout
+        if layout is not None:
+            assert self.device_mesh is not None
+            layout(self.net, self.device_mesh)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss; in manual optimisation step both optimisers."""
+        inputs, targets = batch
+        loss = F.mse_loss(self.net(inputs), targets)
+        if not self.automatic_optimization:
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return one optimiser, or one for the first layer and one for the rest."""
+        parameters = list(self.parameters())
+        if self.automatic_optimization:
+            return make_optimizer(self.case.feature, parameters)
+        return [make_optimizer(self.case.feature, group) for group in (parameters[:2], parameters[2:])]
+
+    def on_train_end(self) -> None:
+        """Gather the weights while the processes still stand, and write them for whoever started them."""
+        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.parameters()]
+        self.trained = torch.cat([p.detach().double().flatten() for p in whole])
+        if self.trainer.is_global_zero:
+            torch.save(self.trained, os.environ["TRAINED"])
+
+
+def train(case: Case) -> None:
+    """Train one case in this process, one of `processes` that were started alike."""
+    setup = STRATEGIES[case.strategy]
+    rank = int(os.environ.get("RANK", 0)) // (setup.processes // setup.data_parallel)
+    share = setup.data_parallel if not setup.spawned else 1
+    data = [(x[rank::share], y[rank::share]) for x, y in make_batches()]
+    if setup.spawned:  # each spawned process takes its rows by itself
+        data = _Shared(setup.data_parallel)
+    settings = PRECISIONS[case.precision]() | FEATURES[case.feature]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=setup.processes,
+        strategy=setup.strategy(),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[LipschitzPenalty(COEFFICIENT)],
+        **settings,
+    )
+    trainer.fit(Module(case), torch.utils.data.DataLoader(data, batch_size=None))
+
+
+class _Shared(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The batches, of which each process takes its own rows when it asks."""
+
+    def __init__(self, share: int) -> None:
+        self._batches = make_batches()
+        self._share = share
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rank = torch.distributed.get_rank()
+        inputs, targets = self._batches[index]
+        return inputs[rank :: self._share], targets[rank :: self._share]
+
+
+def run(cases: Sequence[Case], folder: Path) -> list[Row]:
+    """Run the cases, those of as many processes in one start of them, and compare their weights."""
+    groups: dict[int, list[Case]] = {}
+    for case in cases:
+        setup = STRATEGIES[case.strategy]
+        groups.setdefault(1 if setup.spawned else setup.processes, []).append(case)
+    for processes, group in groups.items():
+        _launch(processes, [CASES.index(case) for case in group], folder)
+    rows = []
+    for case in cases:
+        stem = folder / str(CASES.index(case))
+        error = stem.with_suffix(".err")
+        if error.exists():
+            rows.append(Row(case, None, error.read_text()))
+            continue
+        got = torch.load(stem.with_suffix(".pt"))
+        want, without = (reference(case.feature, c) for c in (COEFFICIENT, 0.0))
+        rows.append(Row(case, float((got - want).norm() / (want - without).norm()), ""))
+    return rows
+
+
+def _launch(processes: int, indices: list[int], folder: Path) -> None:
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command = [*start, "lightning_lip.bench.studies.trainers", "--train", json.dumps(indices), "--output", str(folder)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+
+
+def _train_all(indices: Sequence[int], folder: Path) -> None:
+    """Train these cases one after the other; leave weights or the error of each."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for index in indices:
+        stem = folder / str(index)
+        os.environ["TRAINED"] = str(stem.with_suffix(".pt"))
+        try:
+            train(CASES[index])
+        except Exception as error:  # the table names it
+            stem.with_suffix(".err").write_text(f"{type(error).__name__}: {error}")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        os._exit(0)  # gloo can abort while the interpreter ends
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """Write the table as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["strategy", "precision", "feature", "processes", "distance", "tolerance", "refused", "holds"])
+        for row in rows:
+            case = row.case
+            distance = "" if row.distance is None else f"{row.distance:.1e}"
+            tolerance = "" if case.tolerance is None else f"{case.tolerance:g}"
+            processes = STRATEGIES[case.strategy].processes
+            first = row.error.split(". ")[0] if row.error else ""
+            writer.writerow(
+                [case.strategy, case.precision, case.feature, processes, distance, tolerance, first, row.holds]
+            )
+
+
+def main() -> None:
+    """Run the table, or some of its cases as one of several processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train is not None:
+        _train_all(arguments.train, arguments.output)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(CASES, Path(folder))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write(rows, arguments.output / "trainers.csv")
+    for row in rows:
+        distance = row.error.split("\n")[0][:90] if row.distance is None else f"{row.distance:.1e}"
+        print(f"{'ok ' if row.holds else 'BAD'} {row.case.name:60} {distance}")
+
+
+if __name__ == "__main__":
+    main()

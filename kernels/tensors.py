@@ -1,0 +1,29 @@
+"""What every kernel asks of a tensor: whether it is sharded, the dtype that it is computed in, no autocast."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave the surrounding ``torch.autocast`` regions inside the context: they would round vectors and sums."""
+    with contextlib.ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor (FSDP2, tensor parallel), replicated ones included."""
+    # By name: importing torch.distributed.tensor takes a second.
+    return type(tensor).__name__ == "DTensor"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of vectors and sums for weights of `dtype`: fp64 for fp64, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

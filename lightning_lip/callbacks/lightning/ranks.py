@@ -1,0 +1,53 @@
+"""What must be the same on every rank, or the ranks' weights would drift apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.recorded import RecordedConvolution
+
+
+def refuse_statistics_of_one_rank(module: nn.Module, instead: str) -> None:
+    """Refuse a bound over a traced graph that reads running statistics which each rank forms of its own batches.
+
+    Args:
+        module: The module in training.
+        instead: What else to do than to synchronise them.
+
+    Raises:
+        RuntimeError: If there are such.
+    """
+    own = [
+        name
+        for name, m in module.named_modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and not isinstance(m, nn.SyncBatchNorm)
+    ]
+    if own:
+        raise RuntimeError(
+            f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: "
+            f"their weights would drift apart. Use Trainer(sync_batchnorm=True), or {instead}."
+        )
+
+
+def refuse_sizes_of_one_rank(operators: Iterable[LinearOperator]) -> None:
+    """Refuse convolutions whose recorded input sizes differ between ranks; every rank must call it.
+
+    Raises:
+        RuntimeError: If there are such.
+    """
+    sizes = {op.name: op.domain_shape for op in operators if isinstance(op, RecordedConvolution)}
+    if not sizes:
+        return
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, sizes)
+    if any(other != gathered[0] for other in gathered):
+        raise RuntimeError(
+            f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
+            "pass example_input= to choose one."
+        )

@@ -1,0 +1,48 @@
+"""TensorBoard's HPARAMS tab: the penalties' arguments beside the user's own hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
+from torch.utils.tensorboard.summary import hparams
+
+from lightning_lip.callbacks.lightning.trainer import tensorboard_writers
+
+
+def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], metrics: Iterable[str]) -> None:
+    """Write the hyperparameters of a run, to TensorBoard loggers only.
+
+    To be called in ``setup``: Lightning writes the user's own hyperparameters right after it, and TensorBoard keeps the
+    first entry of a run. So the first one holds both. It goes to the event file alone: ``logger.log_hyperparams`` would
+    also put `arguments` in ``hparams.yaml``, from which modules are built.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module; what it and the datamodule saved with ``save_hyperparameters`` is taken as well.
+        arguments: The penalties' arguments, by the names to be shown; None for one that has no value in this run, but a
+            column: all runs share the columns of one of them.
+        metrics: Tags of the scalars to show beside them; TensorBoard takes the last value of each.
+    """
+    writers = tensorboard_writers(trainer)
+    if not writers:
+        return
+    saved: dict[str, Any] = {}
+    for owner in (pl_module, trainer.datamodule):
+        if owner is not None and owner._log_hyperparams:
+            saved |= {key: value for key, value in owner.hparams_initial.items() if key != "_class_path"}
+    saved = _sanitize_params(_flatten_dict(_convert_params(saved)))
+    columns = {name: 0.0 if value is None else value for name, value in arguments.items()}
+    experiment, _, _ = hparams({**saved, **columns}, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
+    _, start, _ = hparams({**saved, **arguments}, {})  # type: ignore[no-untyped-call]
+    for writer in writers:
+        for summary in (experiment, start):
+            writer._get_file_writer().add_summary(summary)
+
+
+def end_session(trainer: Any) -> None:
+    """Mark a run in the HPARAMS tab as ended with success."""
+    _, _, end = hparams({}, {})  # type: ignore[no-untyped-call]
+    for writer in tensorboard_writers(trainer):
+        writer._get_file_writer().add_summary(end)

@@ -1,0 +1,317 @@
+"""NetworkBound: the Lipschitz bound of a network as a function of its spectral norms, by rules over its graph."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lightning_lip.graph.rules  # noqa: F401  (it registers every rule)
+from lightning_lip.graph.program import BoundProgram, log_up
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
+from lightning_lip.graph.builder import (
+    RULES,
+    Builder,
+    Dependent,
+    GraphNode,
+    Independent,
+    Refusal,
+    Refused,
+    RefusedError,
+    rule,
+)
+from lightning_lip.graph.rules.linear import scale
+from lightning_lip.graph.rules.pointwise import recognised_product
+from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+
+__all__ = ["GraphNode", "NetworkBound", "log_bound_up"]
+
+REASONS = {
+    "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
+    "_native_multi_head_attention": "dot-product attention, a product of activations, has no finite constant",
+    "_transformer_encoder_layer_fwd": "dot-product attention, a product of activations, has no finite constant",
+    "bmm": "a product of two activations has no finite Lipschitz constant",
+    "baddbmm": "a product of two activations has no finite Lipschitz constant",
+    "einsum": "products written as einsum have no rule: use F.linear or matmul with a weight",
+    "glu": "a product of two activations has no finite Lipschitz constant",
+    "bilinear": "a product of two activations has no finite Lipschitz constant",
+    "embedding": "an embedding is a look-up, not a Lipschitz map: start at its output",
+    "embedding_bag": "an embedding is a look-up, not a Lipschitz map: start at its output",
+    "lstm": "recurrent layers are not supported",
+    "gru": "recurrent layers are not supported",
+    "rnn_tanh": "recurrent layers are not supported",
+    "rnn_relu": "recurrent layers are not supported",
+    "lstm_cell": "recurrent layers are not supported",
+    "gru_cell": "recurrent layers are not supported",
+    "rnn_tanh_cell": "recurrent layers are not supported",
+    "rnn_relu_cell": "recurrent layers are not supported",
+    "hardshrink": "it is discontinuous",
+    "pow": "a power has no finite Lipschitz constant",
+    "square": "a power has no finite Lipschitz constant",
+    "exp": "it has no finite Lipschitz constant",
+    "log": "it has no finite Lipschitz constant",
+    "sqrt": "its slope is unbounded at 0",
+    "item": "a value of the activations becomes a number",
+}
+
+UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
+
+_SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+
+
+class NetworkBound:
+    """An upper bound of a network's Lipschitz constant, as a function of its operators' spectral norms.
+
+    The bound holds for the map from all inputs of a sample together to all outputs together, in the Euclidean norm, in
+    eval mode, over all of input space, at the traced input size; the rounding errors of the network's own arithmetic
+    are not part of it. It is made of proven rules: chains multiply, sums add,
+    branches side by side of one input add in squares. With upper bounds of the norms it is an upper bound (evaluated in
+    fp64, up to relative rounding errors of about 1e-15 a node); with estimates it is an estimate.
+
+    Build it with :meth:`trace`.
+
+    Attributes:
+        operators: The L operators, each distinct weight once, in forward order; ``multiplicity`` is its number of uses.
+    """
+
+    def __init__(self, operators: Sequence[LinearOperator], program: BoundProgram, nodes: Sequence[GraphNode]) -> None:
+        self.operators = list(operators)
+        self._program = program
+        self._nodes = list(nodes)
+
+    @classmethod
+    def trace(cls, model: nn.Module, example_input: object) -> NetworkBound:
+        """Trace a model and build its bound.
+
+        Mode, buffers and random number generators are left as they were. Batch normalisation uses its running
+        statistics, read again at each evaluation; where it directly follows a layer whose output has no other use,
+        both are one operator ``diag(gamma / sqrt(var + eps)) W``, otherwise it is an operator of its own.
+
+        Args:
+            model: The model; its ``forward`` is traced.
+            example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, each tensor with
+                the batch along its first dimension.
+
+        Raises:
+            UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
+                forward pass cannot be traced. All such operations are named with the path of their module.
+            ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
+                it.
+        """
+        traced = trace(model, example_input)
+        builder = Builder(traced)
+        outputs = _walk_graph(builder, traced)
+        refusals: dict[Refusal, None] = {}
+        dependent = []
+        for output in outputs:
+            if isinstance(output, Refused):
+                refusals.update(dict.fromkeys(output.refusals))
+            elif isinstance(output, Dependent):
+                dependent.append(output)
+        if refusals:
+            raise UnsupportedLayerError(
+                "The network has no known Lipschitz bound, and an unknown constant is never counted as 1:\n  - "
+                + "\n  - ".join(str(refusal) for refusal in refusals)
+                + "\nBound the part of the network without them, or state a module's constant with register_constant."
+            )
+        if not dependent:
+            raise ValueError("No output of the model depends on a floating-point tensor in `example_input`.")
+        builder.program.result = builder.combine("norm", dependent)
+        return cls(builder.operators, builder.program, list(builder.report.values()))
+
+    def log_bound(self, log_sigma: Tensor) -> Tensor:
+        """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.
+
+        Constants that depend on parameters or buffers outside the operators (PReLU's slopes, registered rules) are
+        read anew; no gradient flows to them.
+
+        Args:
+            log_sigma: Logarithms of the spectral norms in the order of :attr:`operators`, shape (L,); -inf for a zero
+                weight. In its dtype and on its device; fp64 for a certificate.
+
+        Raises:
+            ValueError: If the shape is not (L,).
+        """
+        if log_sigma.shape != (len(self.operators),):
+            raise ValueError(
+                f"Expected `log_sigma` of shape ({len(self.operators)},), one for each operator, got "
+                f"{tuple(log_sigma.shape)}."
+            )
+        return self._program.evaluate(log_sigma)
+
+    def explain(self) -> list[GraphNode]:
+        """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""
+        return list(self._nodes)
+
+
+def log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, list[float]]:
+    """Return an upper bound of the logarithm of the graph's bound, and its slopes in the log norms.
+
+    The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum of
+    all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded up.
+
+    Raises:
+        ValueError: If the bound is NaN.
+    """
+    logs = [log_up(norm) for norm in norms]
+    if math.inf in logs:
+        return math.inf, [math.nan] * len(logs)
+    with torch.enable_grad():
+        log_sigma = torch.tensor(logs, dtype=torch.float64, device="cpu", requires_grad=True)
+        log_bound = network.log_bound(log_sigma)
+        slopes = torch.zeros_like(log_sigma)
+        if log_bound.requires_grad and bool(log_bound.isfinite()):
+            slopes = torch.autograd.grad(log_bound, log_sigma, allow_unused=True)[0]
+    value = float(log_bound.detach())
+    if math.isnan(value):
+        raise ValueError(
+            "The bound is NaN: a parameter that the network's constants are read from (PReLU's) has become it."
+        )
+    if not math.isfinite(value):
+        return value, slopes.tolist()
+    uses = sum(operator.multiplicity for operator in network.operators)
+    constants = [log_up(node.constant) for node in network.explain()]
+    n_roundings = uses + len(constants) + 16
+    largest = n_roundings + sum(
+        abs(log) * count
+        for log, count in [
+            *((log, operator.multiplicity) for log, operator in zip(logs, network.operators, strict=True)),
+            *((log, 1) for log in constants),
+        ]
+        if math.isfinite(log)
+    )
+    return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest]), slopes.tolist()
+
+
+def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
+    """Give every operation that the output needs a value; return the outputs' values."""
+    builder.live_nodes = _live_nodes(traced.graph)
+    numbers = itertools.count()
+    returned: list[Any] = []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            number = None if node.name in traced.stored else next(numbers)
+            builder.values[node] = _placeholder(builder, node, number)
+        elif node.op == "output":
+            leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
+            returned = [builder.values[leaf] for leaf in leaves if leaf.name in traced.outputs]
+        elif node in builder.live_nodes:
+            builder.values[node] = _evaluate(builder, node)
+    return returned
+
+
+def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Return the nodes that the output needs; what a module traced as one node computes inside is not needed."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    live: set[torch.fx.Node] = set()
+    waiting = [output]
+    while waiting:
+        node = waiting.pop()
+        if node in live:
+            continue
+        live.add(node)
+        sources = node.args[1] if node.target is WHOLE_MODULE else (node.args, node.kwargs)
+        waiting.extend(leaf for leaf in pytree.tree_leaves(sources) if isinstance(leaf, torch.fx.Node))
+    return live
+
+
+def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> Any:
+    traced = builder.traced
+    if number is None:
+        read, owner = traced.stored[node.name], traced.owners.get(node.name)
+        tensor = read()
+        parameters = (tensor,) if isinstance(tensor, nn.Parameter) else ()
+        return Independent(tuple(tensor.shape), read, parameters, owner is not None, owner)
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor):
+        return example
+    if not example.is_floating_point():
+        return Refused((Refusal("", type(traced.model).__name__, node.name, f"an input of {example.dtype}"),))
+    return Dependent(tuple(int(n) for n in example.shape), 0, builder.program.result, frozenset({number}))
+
+
+def _value(builder: Builder, leaf: Any) -> Any:
+    return builder.values[leaf] if isinstance(leaf, torch.fx.Node) else leaf
+
+
+def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
+    if node.target is operator.getitem:
+        source, index = _value(builder, node.args[0]), node.args[1]
+        if isinstance(source, Refused):
+            return source
+        part: Any = _independent(node, {"0": source, "1": index})
+        if isinstance(source, tuple):
+            part = source[int(str(index))]
+        return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
+    arguments: dict[str, Any] = {}
+    # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
+    name = schema.name.removeprefix("aten::")
+    for position, argument in enumerate(schema.arguments):
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if position >= len(node.args) and argument.name not in node.kwargs:
+            given = argument.default_value if argument.has_default_value() else None
+        # What a module traced as one node computes inside has no values.
+        if node.target is not WHOLE_MODULE or argument.name != "output":
+            arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
+    refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
+    if name in ("embedding", "embedding_bag") and refused:
+        return builder.refuse(node, REASONS[name])
+    if refused:
+        return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
+    if name in _SHAPES_ONLY:
+        return _filled(node, arguments)
+    if not any(isinstance(leaf, Dependent) for leaf in leaves):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return builder.refuse(node, "its value is random")
+        return _independent(node, arguments)
+    if name not in RULES:
+        return builder.refuse(node, REASONS.get(name, UNKNOWN))
+    # A rule that compares would miss it: max(1, NaN) is 1.
+    if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value)):
+        return builder.refuse(node, "one of its arguments is NaN")
+    try:
+        return RULES[name](builder, node, arguments)
+    except (RefusedError, UnsupportedLayerError) as error:
+        return builder.refuse(node, str(error))
+
+
+def _is_value(leaf: Any) -> bool:
+    return isinstance(leaf, (Dependent, Independent, Refused))
+
+
+def _independent(node: torch.fx.Node, arguments: dict[str, Any]) -> Any:
+    """Return the value of an operation on tensors that do not depend on the input, computed anew when asked for."""
+    leaves = [v for v in pytree.tree_leaves(arguments, is_leaf=_is_value) if isinstance(v, Independent)]
+    target: Any = node.target
+
+    def compute() -> Any:
+        present = pytree.tree_map(
+            lambda v: v.compute() if isinstance(v, Independent) else v, arguments, is_leaf=_is_value
+        )
+        return target(*present.values()) if target is operator.getitem else target(**present)
+
+    parameters = tuple({id(p): p for v in leaves for p in v.parameters}.values())
+    example = node.meta["val"]
+    shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
+    return Independent(shape, compute, parameters, any(v.live for v in leaves))
+
+
+def _filled(node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
+    """Return the value of an operation that takes only the shape of its argument."""
+    first, *rest = arguments.items()
+    stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+    target: Any = node.target
+    own = {key: v for key, v in rest if not _is_value(v)}
+    return Independent(tuple(int(n) for n in node.meta["val"].shape), lambda: target(**{first[0]: stand_in}, **own))

@@ -1,0 +1,279 @@
+"""What the rules of a traced graph work with: the kinds of values, their combination, and refusal by name."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lip.graph.program import BoundProgram, Combination, Term
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.rigorous.rounding import sqrt_up
+from lightning_lip.models.inputs import BATCH
+from lightning_lip.graph.tracing import TracedModel, module_path
+
+
+@dataclass(frozen=True)
+class Dependent:
+    """A tensor that depends on the network's input.
+
+    Attributes:
+        shape: Its shape, with the batch of two.
+        axis: The dimension that holds the samples, one after the other; its size is a multiple of two.
+        term: The logarithm of its Lipschitz constant with respect to the network's input: Euclidean norms over all
+            elements of a sample, of all inputs together.
+        inputs: Indices of the network's inputs that it depends on.
+        pending: An operator that the next node will take over (a layer before its batch normalisation).
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    term: Term
+    inputs: frozenset[int]
+    pending: tuple[Hashable, LinearOperator] | None = None
+
+
+@dataclass(frozen=True)
+class Independent:
+    """A tensor that does not depend on the network's input: a parameter, a buffer, or computed from those.
+
+    Attributes:
+        shape: Its shape.
+        compute: Returns its present value.
+        parameters: The parameters it is computed from.
+        live: Whether its value can change: False if no parameter or buffer enters.
+        owner: For a stored tensor: its module, the module's name, the key.
+    """
+
+    shape: tuple[int, ...]
+    compute: Callable[[], Tensor]
+    parameters: tuple[nn.Parameter, ...] = ()
+    live: bool = False
+    owner: tuple[nn.Module, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An operation without a known finite constant: the module's path, its type, the operation and the reason."""
+
+    path: str
+    module: str
+    operation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path or '(the model itself)'} ({self.module}), {self.operation}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A value behind a refused operation; it matters only if the output depends on it."""
+
+    refusals: tuple[Refusal, ...]
+
+
+Value = Dependent | Independent | Refused
+Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
+"""``rule(builder, node, arguments by their schema's names) -> value``, or a tuple of values."""
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, named without overload; those of aten without their namespace."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class RefusedError(Exception):
+    """Raised by rules: this operation has no known constant; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One operation of the graph in the audit.
+
+    Attributes:
+        path: The path of the module whose forward holds it; empty for the model itself.
+        operation: The operation's name.
+        rule: How its constant combines with those before it.
+        constant: The constant; for ``"operator"`` the fixed factor beside the operator's norm.
+        operator: The name of the operator whose norm is a factor, or None.
+    """
+
+    path: str
+    operation: str
+    rule: str
+    constant: float
+    operator: str | None = None
+
+
+class Builder:
+    """Builds the program and the operators while the graph is walked."""
+
+    def __init__(self, traced: TracedModel) -> None:
+        self.traced = traced
+        self.program = BoundProgram()
+        self.operators: list[LinearOperator] = []
+        self.report: dict[torch.fx.Node, GraphNode] = {}
+        self.values: dict[torch.fx.Node, Any] = {}
+        self.live_nodes: set[torch.fx.Node] = set()
+        self._keys: dict[Hashable, int] = {}
+
+    def operator(self, key: Hashable, operator: LinearOperator) -> int:
+        """Return the operator's index; a weight that is used again counts one more time."""
+        if key in self._keys:
+            index = self._keys[key]
+            self.operators[index].multiplicity += 1
+            return index
+        names = {op.name for op in self.operators}
+        # One weight at two input sizes, or scaled in two ways, is two operators, and names are keys of saved vectors.
+        if operator.name in names:
+            operator.name += "@" + "x".join(str(n) for n in operator.domain_shape)
+        if operator.name in names:
+            operator.name = next(name for i in itertools.count(2) if (name := f"{operator.name}#{i}") not in names)
+        self._keys[key] = len(self.operators)
+        self.operators.append(operator)
+        return self._keys[key]
+
+    def module_of(self, node: torch.fx.Node) -> tuple[str, nn.Module]:
+        """Return the name and the module whose forward holds the operation."""
+        path = module_path(node)
+        module = self.traced.model
+        for part in path.split(".") if path else []:
+            child = module._modules.get(part)
+            if child is None:
+                break
+            module = child
+            # A wrapper inside the model does not show in paths.
+            while "_orig_mod" in module._modules and isinstance(module._modules["_orig_mod"], nn.Module):
+                module = module._modules["_orig_mod"]
+        return self.traced.names.get(id(module), path), module
+
+    def refuse(self, node: torch.fx.Node, reason: str) -> Refused:
+        """Return a refused value that names the operation and its module."""
+        path, module = self.module_of(node)
+        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),))
+
+    def note(self, node: torch.fx.Node, how: str, constant: float = 1.0, operator: str | None = None) -> None:
+        """Enter a node in the audit."""
+        self.report[node] = GraphNode(self.module_of(node)[0], str(node.target), how, constant, operator)
+
+    def chain(
+        self,
+        node: torch.fx.Node,
+        value: Dependent,
+        constant: float = 1.0,
+        *,
+        how: str = "constant",
+        operator: int | None = None,
+        live: Callable[[], float] | None = None,
+        shape: Sequence[int] | None = None,
+        axis: int | None = None,
+    ) -> Dependent:
+        """Return the value of an operation with a constant, an operator or a live constant after `value`."""
+        name = None if operator is None else self.operators[operator].name
+        value_now = constant if live is None else constant * live()
+        _check_finite(value_now)
+        self.note(node, "operator" if name is not None else how, value_now, name)
+        term = value.term.times(
+            constant,
+            () if operator is None else (operator,),
+            () if live is None else (self.program.live(live),),
+        )
+        new_shape = shape_of(node) if shape is None else tuple(shape)
+        new_axis = value.axis if axis is None else axis
+        if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
+            raise RefusedError("it mixes the samples of a batch")
+        return Dependent(new_shape, new_axis, term, value.inputs)
+
+    def combine(self, kind: Combination, values: Sequence[Dependent], constants: Sequence[float] = ()) -> Term:
+        """Return the term of branches that are added ("sum") or placed side by side ("norm"), each times a constant.
+
+        Branches of separate inputs are independent of each other: their sum is at most the root sum of squares
+        (Cauchy-Schwarz), side by side the maximum counts. Branches are grouped by the inputs they share.
+        """
+        factors = constants or [1.0] * len(values)
+        _check_finite(*factors)
+        terms = [v.term.times(c) for v, c in zip(values, factors, strict=True)]
+        groups: list[tuple[frozenset[int], list[Term]]] = []
+        for v, term in zip(values, terms, strict=True):
+            touching = [g for g in groups if g[0] & v.inputs]
+            groups = [g for g in groups if not g[0] & v.inputs]
+            joined = frozenset(v.inputs).union(*(g[0] for g in touching))
+            groups.append((joined, [t for g in touching for t in g[1]] + [term]))
+        within = [self.program.combine(kind, members) for _, members in groups]
+        return self.program.combine("norm" if kind == "sum" else "max", within)
+
+
+def _check_finite(*constants: float) -> None:
+    """Refuse NaN, which no comparison finds, and infinity.
+
+    Raises:
+        RefusedError: If a constant is not finite.
+    """
+    for constant in constants:
+        if not math.isfinite(constant):
+            raise RefusedError(f"its constant is {constant}")
+
+
+def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
+    """Return the shape of a node's tensor."""
+    return tuple(int(n) for n in node.meta["val"].shape)
+
+
+def dimensions(value: Dependent, dims: Any) -> list[int]:
+    """Return dimensions as non-negative numbers; None and an empty list mean all.
+
+    Raises:
+        RefusedError: If the samples of the batch lie along one of them.
+    """
+    rank = len(value.shape)
+    if dims is None or (not isinstance(dims, int) and len(dims) == 0):
+        chosen = list(range(rank))
+    else:
+        chosen = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
+    if value.axis in chosen:
+        raise RefusedError("it mixes the samples of a batch")
+    return chosen
+
+
+def size_along(value: Dependent, dims: Sequence[int]) -> int:
+    """Return the number of elements along dimensions."""
+    return math.prod(value.shape[d] for d in dims)
+
+
+def only_input(arguments: dict[str, Any], *allowed: str) -> Dependent:
+    """Return the first argument, a dependent tensor.
+
+    Raises:
+        RefusedError: If another argument (a weight, an index, a mask) depends on the network's input too.
+    """
+    names = list(arguments)
+    first = arguments[names[0]]
+    for name in names[1:]:
+        if isinstance(arguments[name], Dependent) and name not in allowed:
+            raise RefusedError(f"its argument `{name}` depends on the network's input")
+    if not isinstance(first, Dependent):
+        raise RefusedError("it is nonlinear in an argument that depends on the network's input")
+    return first
+
+
+def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
+    """Return the constant and the sample axis of `value` once it is broadcast to the shape of `node`."""
+    shape = shape_of(node)
+    axis = value.axis + len(shape) - len(value.shape)
+    if shape[axis] != value.shape[value.axis]:
+        raise RefusedError("it mixes the samples of a batch")
+    copies = math.prod(shape) // max(1, math.prod(value.shape))
+    return (sqrt_up(copies) if copies > 1 else 1.0), axis

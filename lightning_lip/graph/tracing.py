@@ -1,0 +1,252 @@
+"""A model's forward pass as a graph of tensor operations, by ``torch.export``, in eval mode.
+
+Chosen after trying: ``strict=False`` keeps every operation at the level of ``torch.nn.functional`` (one node for a
+convolution, a layer norm, a GELU), the path of the module that calls it, and refuses control flow that depends on the
+input's values. ``torch.fx`` would stop at any Python control flow and hides what a module of another package computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_lip.checks import check_model
+from lightning_lip.constants.modules import registered_rule
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.models.modules import eval_mode, keeps_forward
+from lightning_lip.models.modules import buffers_kept, is_wrapper, walk
+from lightning_lip.models.inputs import call_arguments
+from lightning_lip.models.sharding import refuse_sharded
+from lightning_lip.models.inputs import _batch_of_two, _check_example, _floating_dtype
+
+
+WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
+"""Modules whose graph hides what they are (a quotient, a difference, a power), so that they are traced as one node."""
+
+
+@torch.library.custom_op(
+    "lightning_lip::whole_module", mutates_args=(), schema="(Tensor output, Tensor[] inputs, int index) -> Tensor"
+)
+def _whole_module(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+    return output.clone()
+
+
+@_whole_module.register_fake
+def _(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+    return torch.empty_like(output)
+
+
+WHOLE_MODULE = torch.ops.lightning_lip.whole_module.default
+"""Marks the output of a module that is traced as one node."""
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """The graph, and how its names lead back to the live model.
+
+    Attributes:
+        model: The model, without wrappers.
+        graph: The graph of one forward pass with a batch of two.
+        stored: Reads the live parameter or buffer, or the constant, behind a placeholder's name.
+        owners: For a placeholder's name: the owning module, its name, the key in it.
+        inputs: Names of the placeholders of the model's inputs, in order.
+        outputs: Names of the nodes that the model returns; the graph's other results are changed buffers.
+        modules: The modules traced as one node, by index.
+        names: The modules' names by id, as :func:`lightning_lip.operators.base.find_operators` gives them.
+    """
+
+    model: nn.Module
+    graph: torch.fx.Graph
+    stored: dict[str, Callable[[], Tensor]]
+    owners: dict[str, tuple[nn.Module, str, str]]
+    inputs: list[str]
+    outputs: set[str]
+    modules: list[nn.Module]
+    names: dict[int, str]
+
+
+def trace(model: nn.Module, example_input: object) -> TracedModel:
+    """Trace one forward pass in eval mode; modes and buffers of the model are left as they were.
+
+    Args:
+        model: The model; torch.compile and DDP wrappers are looked through.
+        example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments. All tensors in it have
+            the batch along the first dimension; a batch of one is repeated, a larger one cut to two. A factor that
+            the forward pass computes from the size of the batch is taken at two.
+
+    Raises:
+        TypeError: If the model is no module.
+        ValueError: If the tensors have no common batch dimension, there is none, or the forward pass fails on them.
+        UnsupportedLayerError: If the forward pass cannot be traced: control flow that depends on the input's values,
+            say.
+    """
+    check_model(model, "A bound over the traced graph")
+    while is_wrapper(model):
+        model = next(iter(model.children()))
+    refuse_sharded(
+        model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
+    )
+    args, kwargs = call_arguments(_batch_of_two(example_input, _floating_dtype(model)))
+    modules: list[nn.Module] = []
+    with (
+        eval_mode(model),
+        buffers_kept(model),
+        _detached_from_trainer(model),
+        _traced_whole(model, modules),
+        torch.random.fork_rng(),
+        torch.compiler.set_stance("force_eager"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, args, dict(kwargs), strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                # An in-place operation changes all views of its argument; this writes it as a new tensor.
+                program = program.run_decompositions({})
+        except UnsupportedLayerError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            _check_example(model, args, kwargs)
+            raise UnsupportedLayerError(
+                f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
+                "is not known (control flow that depends on the input's values has none in general). Trace the part "
+                f"of the model that can be. The reason given: {error}"
+            ) from error
+    names: dict[int, str] = {}
+    for found in walk(model):
+        names.setdefault(id(found.module), found.name)
+    stored, owners = _stored_tensors(model, program, names)
+    # Not the signature's: where an input is no tensor it lists the value instead of the name.
+    inputs = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.name not in stored]
+    outputs = {str(name) for name in program.graph_signature.user_outputs}
+    return TracedModel(model, program.graph, stored, owners, inputs, outputs, modules, names)
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable)
+
+
+@contextlib.contextmanager
+def _detached_from_trainer(model: nn.Module) -> Iterator[None]:
+    """Take the Trainer from every LightningModule: `self.log` in a traced forward would read a tensor's value."""
+    kept = [
+        (m, key, vars(m)[key])
+        for m in model.modules()
+        for key in ("_trainer", "_fabric")
+        if vars(m).get(key) is not None
+    ]
+    for m, key, _ in kept:
+        vars(m)[key] = None
+    try:
+        yield
+    finally:
+        for m, key, value in kept:
+            vars(m)[key] = value
+
+
+@contextlib.contextmanager
+def _traced_whole(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+    """Let the modules that are traced as one node mark their output; fills `modules`."""
+    replaced: list[tuple[nn.Module, bool, Any]] = []
+
+    def mark(module: nn.Module) -> None:
+        forward, index = module.forward, len(modules)
+        modules.append(module)
+
+        def marked(*args: Any, **kwargs: Any) -> Tensor:
+            output = forward(*args, **kwargs)
+            if not isinstance(output, Tensor):
+                raise UnsupportedLayerError(
+                    f"A module with a registered constant must return one tensor; {type(module).__name__} returned "
+                    f"{type(output).__name__}."
+                )
+            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            result: Tensor = WHOLE_MODULE(output, inputs, index)
+            return result
+
+        replaced.append((module, "forward" in vars(module), vars(module).get("forward")))
+        vars(module)["forward"] = marked
+
+    for module in model.modules():
+        if registered_rule(module) is not None or any(keeps_forward(module, kind) for kind in WHOLE_MODULES):
+            mark(module)
+    try:
+        yield
+    finally:
+        for module, had, forward in replaced:
+            if had:
+                vars(module)["forward"] = forward
+            else:
+                del vars(module)["forward"]
+
+
+def _stored_tensors(
+    model: nn.Module, program: torch.export.ExportedProgram, names: dict[int, str]
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, tuple[nn.Module, str, str]]]:
+    """Return readers of the live tensors behind the placeholders, and their owners."""
+    # A tied parameter belongs to the first module that holds it.
+    first: dict[int, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                first.setdefault(id(parameter), (module, key))
+    stored: dict[str, Callable[[], Tensor]] = {}
+    owners: dict[str, tuple[nn.Module, str, str]] = {}
+    signature = program.graph_signature
+    for placeholder, path in signature.inputs_to_parameters.items():
+        parent, _, key = path.rpartition(".")
+        module = model.get_submodule(parent)
+        module, key = first.get(id(module._parameters.get(key)), (module, key))
+        owners[placeholder] = (module, names.get(id(module), parent), key)
+        stored[placeholder] = _reader(module._parameters, key)
+    constants = {**program.constants, **program.state_dict}
+    for placeholder, path in {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.items():
+        parent, _, key = path.rpartition(".")
+        owner = _submodule(model, parent)
+        if owner is not None and owner._buffers.get(key) is not None:
+            owners[placeholder] = (owner, names.get(id(owner), parent), key)
+            stored[placeholder] = _reader(owner._buffers, key)
+        else:
+            constant = constants[path]
+            stored[placeholder] = lambda constant=constant: constant  # type: ignore[misc]
+    return stored, owners
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _reader(slots: Mapping[str, Tensor | None], key: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensor = slots[key]
+        if tensor is None:
+            raise RuntimeError(f"A tensor {key!r} of the traced model is gone: trace the model again.")
+        return tensor
+
+    return read
+
+
+def module_paths(node: torch.fx.Node) -> list[str]:
+    """Return the paths of the modules whose forward holds the operation, outermost first; empty for the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = (str(entry[0]).removeprefix("L['self']").removeprefix("L__self__").lstrip(".") for entry in stack.values())
+    return [".".join(part for part in path.split(".") if part != "_orig_mod") for path in paths]
+
+
+def module_path(node: torch.fx.Node) -> str:
+    """Return the path of the innermost module whose forward holds the operation; empty for the model itself."""
+    return next(reversed(module_paths(node)), "")

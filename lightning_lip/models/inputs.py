@@ -1,0 +1,83 @@
+"""A model's inputs: as positional and keyword arguments, checked, and as a batch of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import inspect
+from collections.abc import Mapping
+import torch
+from torch import Tensor
+from torch import nn
+from torch.utils import _pytree as pytree
+
+
+def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
+    """Split an example input into positional and keyword arguments of a model."""
+    if isinstance(example_input, Mapping):
+        return (), example_input
+    if isinstance(example_input, tuple):
+        return example_input, {}
+    return (example_input,), {}
+
+
+BATCH = 2
+"""Samples in the traced batch: two, so that an operation that mixes samples shows."""
+
+
+def _check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    """Check that the forward pass runs on the example, where it could not be traced on it.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    try:
+        model(*args, **kwargs)
+    # The user's forward pass may raise anything.
+    except Exception as error:
+        given = [*map(_described, args), *(f"{name}={_described(value)}" for name, value in kwargs.items())]
+        raise ValueError(
+            f"Expected `example_input` to be an input of {type(model).__name__}, whose forward takes "
+            f"{inspect.signature(model.forward)}: a tensor, a tuple of positional arguments or a dict of keyword "
+            f"arguments. The forward pass fails on what was given, taken as ({', '.join(given)}) with a batch of "
+            f"{BATCH}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _described(value: object) -> str:
+    kind = type(value).__name__
+    return f"{kind} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """Return the dtype of the model's first floating-point parameter, or None if there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
+    """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
+    tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
+    if not tensors:
+        raise ValueError(
+            "Expected `example_input` to be a tensor, a tuple of arguments or a dict of keyword arguments, with at "
+            f"least one tensor in it, got a {type(example_input).__name__} with none. A configuration file cannot hold "
+            "tensors: set self.example_input_array (torch.zeros(1, 4), say) in the LightningModule instead."
+        )
+    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1 or tensors[0].shape[0] == 0:
+        raise ValueError(
+            "Expected every tensor in `example_input` to have the batch along its first dimension, all of one size of "
+            f"at least 1, got shapes {[tuple(t.shape) for t in tensors]}."
+        )
+
+    def fit(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        leaf = leaf.detach()
+        if dtype is not None and leaf.is_floating_point():
+            # The example tells shapes; under 64-true or bf16-true it is still the fp32 that the user wrote.
+            leaf = leaf.to(dtype)
+        return torch.cat([leaf, leaf])[:BATCH].clone() if leaf.shape[0] < BATCH else leaf[:BATCH].clone()
+
+    if isinstance(example_input, Mapping):
+        return {key: pytree.tree_map(fit, value) for key, value in example_input.items()}
+    return pytree.tree_map(fit, example_input)

@@ -1,0 +1,348 @@
+"""SpectralNorms: the persistent blocks of singular vectors, and one step of iteration over all operators."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lip import kernels
+from lightning_lip.checks import check_integer
+from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
+from lightning_lip.kernels.reference import iterate
+from lightning_lip.operators.base import LinearOperator, iterates_on_codomain
+from lightning_lip.norms.sharded import ShardedIteration
+
+N_START_ITERATIONS = 15
+"""Iterations of a block that starts from random vectors."""
+
+
+class SpectralNorms:
+    """Estimates (from below) of the operators' spectral norms, by block iteration that goes on from step to step.
+
+    The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
+    plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
+    dtype in one call, and sharded ones through :class:`~lightning_lip.norms.sharded.ShardedIteration`, for which every rank
+    must make each call; other operators through their own ``apply`` and ``adjoint``.
+
+    Args:
+        operators: The L operators.
+        block_size: Vectors a layer, r, clamped to min(m, n); 1 is the classical power iteration.
+        n_iterations: Iterations a step, each of which reads the weights once.
+        seed: Seed of the private generator.
+        backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force a kernel; None chooses by device.
+
+    Raises:
+        ValueError: If `block_size`, `n_iterations` or `seed` is out of range, or the backend is unknown.
+    """
+
+    def __init__(
+        self,
+        operators: Sequence[LinearOperator],
+        block_size: int = 8,
+        n_iterations: int = 1,
+        seed: int = 0,
+        backend: kernels.Backend | None = None,
+    ) -> None:
+        check_integer("block_size", block_size, 1)
+        check_integer("n_iterations", n_iterations, 1)
+        check_integer("seed", seed, 0)
+        if backend is not None:
+            kernels.check_backend(backend)
+        self.operators = list(operators)
+        self.block_size = block_size
+        self.n_iterations = n_iterations
+        self.seed = seed
+        self.backend = backend
+        self._groups: list[tuple[list[int], kernels.Iteration]] = []
+        self._others: list[tuple[int, _OperatorIteration]] = []
+        self._served: list[tuple[torch.device, torch.dtype, torch.Size, Any]] = []
+        self._loaded: dict[str, Tensor] = {}
+        self._keys: list[str] = []
+
+    def step(self) -> kernels.PowerStep:
+        """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
+
+        The vectors returned may be overwritten by the next call. That of a sharded side is this rank's part.
+        """
+        return self._evaluate(self.n_iterations)
+
+    def current(self) -> kernels.PowerStep:
+        """Return the Ritz values and vectors of the present weights; the blocks stay as they are."""
+        return self._evaluate(0)
+
+    def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
+        """Add ``c_l u_l v_l^T`` of the last step to each gradient, in place.
+
+        Args:
+            grads: The gradients of the L operators' matrices, each of shape (m_l, n_l); None skips one.
+            coefficients: ``c``, shape (L,).
+        """
+        for indices, iteration in self._groups:
+            given = [grads[i] for i in indices]
+            device = next((grad.device for grad in given if grad is not None), None)
+            if device is not None:
+                iteration.rank_one_update_(given, coefficients[indices].to(device))
+
+    def whole(self) -> kernels.Iteration | None:
+        """Return the iteration that serves all operators, in their order, if there is one such."""
+        return self._groups[0][1] if len(self._groups) == 1 and not self._others else None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def prepare(self) -> list[Tensor]:
+        """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
+        weights = self._weights()
+        served = [(w.device, w.dtype, w.shape, getattr(w, "placements", None)) for w in weights]
+        if served != self._served:
+            if self._served:  # the model was moved, cast or sharded
+                self._loaded = self.state_dict()
+            self._keys = [_key(op, weight) for op, weight in zip(self.operators, weights, strict=True)]
+            self._start(weights)
+            self._served = served
+        return weights
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
+        weights = self.prepare()
+        whole = self.whole()
+        if whole is not None:
+            return whole.power_step(weights, n_iterations)
+        nothing = torch.empty(0)
+        sigma, left, right, vectors = ([nothing] * len(weights) for _ in range(4))
+        steps = [(indices, it.power_step([weights[i] for i in indices], n_iterations)) for indices, it in self._groups]
+        steps += [([index], it.power_step(n_iterations)) for index, it in self._others]
+        for indices, step in steps:
+            for position, index in enumerate(indices):
+                sigma[index], left[index] = step.sigma[position], step.left[position]
+                right[index], vectors[index] = step.right[position], step.vectors[position]
+        dtype = max((s.dtype for s in sigma), key=lambda d: d.itemsize)
+        return kernels.PowerStep(torch.stack([s.to(sigma[0].device, dtype) for s in sigma]), left, right, vectors)
+
+    def _weights(self) -> list[Tensor]:
+        # No `detach` of a DTensor, which costs more than the rest: nothing here records gradients.
+        return [w if is_sharded(w) else w.detach() for w in (op.weight() for op in self.operators)]
+
+    def _start(self, weights: Sequence[Tensor]) -> None:
+        """Draw random blocks, or take the loaded ones, and iterate the random ones 15 times."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        blocks, fresh = [], []
+        for index, (op, weight) in enumerate(zip(self.operators, weights, strict=True)):
+            side, most = op.block_shape
+            # Drawn in fp32 on the CPU whatever comes after: the same vectors on every device and every rank, also where
+            # a default device or dtype is set.
+            random = torch.randn(
+                min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
+            ).to(weight.device, compute_dtype(weight.dtype))
+            loaded = self._loaded.pop(self._keys[index], None)
+            if loaded is not None and loaded.shape == random.shape and loaded.isfinite().all():
+                blocks.append(loaded.to(random))
+                continue
+            if loaded is None and op.is_matrix:
+                if self._loaded.pop(_key(op, weight, other_side=True), None) is not None:
+                    warnings.warn(
+                        f"The saved singular vectors of layer {op.name!r} are of its other side, which its weight's "
+                        "sharding asked for then and does not now: its iteration starts afresh.",
+                        stacklevel=2,
+                    )
+            elif loaded is not None:
+                warnings.warn(
+                    f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
+                    f"`block_size` ask for {tuple(random.shape)} and finite values: its iteration starts afresh.",
+                    stacklevel=2,
+                )
+            blocks.append(torch.linalg.qr(random.mT).Q.mT)
+            fresh.append(index)
+        groups, others = self._iterations(weights, blocks, fresh)
+        for indices, iteration in groups:
+            iteration.power_step([weights[i] for i in indices], N_START_ITERATIONS)
+            for index, block in zip(indices, iteration.vectors, strict=True):
+                blocks[index] = block
+        for index, other in others:
+            blocks[index] = other.power_step(N_START_ITERATIONS).vectors[0]
+        if self._loaded:
+            warnings.warn(
+                f"Saved singular vectors belong to no selected layer and are dropped: {sorted(self._loaded)}.",
+                stacklevel=2,
+            )
+            self._loaded = {}
+        self._groups, self._others = self._iterations(weights, blocks, range(len(blocks)))
+
+    def _iterations(
+        self, weights: Sequence[Tensor], blocks: Sequence[Tensor], which: Sequence[int]
+    ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, _OperatorIteration]]]:
+        """Return the iterations of the operators `which`: the kernels' for matrices, one each for the others."""
+        sharded = [i for i in which if self.operators[i].is_matrix and is_sharded(weights[i])]
+        matrices = [i for i in which if self.operators[i].is_matrix and not is_sharded(weights[i])]
+        groups = kernels.iterations_for([weights[i] for i in matrices], [blocks[i] for i in matrices], self.backend)
+        groups = [([matrices[i] for i in indices], iteration) for indices, iteration in groups]
+        for i in sharded:  # a backend asked for by name that cannot serve is refused
+            kernels.choose_backend(weights[i], len(blocks[i]), self.backend)
+        if sharded:
+            groups.append((sharded, ShardedIteration([weights[i] for i in sharded], [blocks[i] for i in sharded])))
+        others = [i for i in which if not self.operators[i].is_matrix]
+        return groups, [(i, _OperatorIteration(self.operators[i], blocks[i], self.backend)) for i in others]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def upper(self) -> Tensor:
+        """Return upper bounds of the spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
+
+        ``sigma_1^2 <= |W|_F^2 - sum_{i=2..r} theta_i^2`` for the Ritz values theta of any orthonormal block, which lie
+        below the singular values one by one (Cauchy interlacing); exact where r = min(m, n). This holds in exact
+        arithmetic: rounding is not accounted for, so it is no certificate. Infinite for operators that are no matrices.
+        """
+        step = self.current()
+        weights = self._weights()
+        of_sharded: dict[int, Tensor] = {}
+        for indices, iteration in self._sharded():
+            of_sharded |= zip(indices, iteration.upper([weights[i] for i in indices]), strict=True)
+        uppers = []
+        for index, (op, weight, block, sigma) in enumerate(
+            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
+        ):
+            if index in of_sharded:
+                uppers.append(of_sharded[index].to(sigma))
+                continue
+            if not op.is_matrix:
+                uppers.append(sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf))
+                continue
+            matrix = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
+            images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+            rest = matrix.square().sum() - images.square().sum()
+            uppers.append(torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma)
+        return torch.stack(uppers)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def ritz_values(self) -> list[Tensor]:
+        """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
+
+        The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
+        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. NaN
+        where the weight is not finite.
+        """
+        step = self.current()
+        weights = self._weights()
+        of_sharded: dict[int, Tensor] = {}
+        for indices, iteration in self._sharded():
+            of_sharded |= zip(indices, iteration.ritz_values([weights[i] for i in indices]), strict=True)
+        values = []
+        for index, (op, weight, block, sigma) in enumerate(
+            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
+        ):
+            if index in of_sharded:
+                values.append(of_sharded[index])
+                continue
+            if op.leading_vectors() is not None:
+                values.append(sigma[None])
+                continue
+            if op.is_matrix:
+                matrix = weight.to(block.dtype)
+                images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+            else:
+                images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
+            # LAPACK raises on NaN and infinity.
+            is_finite = bool(images.isfinite().all())
+            values.append(torch.linalg.svdvals(images) if is_finite else images.new_full((len(block),), math.nan))
+        return values
+
+    def _sharded(self) -> list[tuple[list[int], ShardedIteration]]:
+        return [(indices, it) for indices, it in self._groups if isinstance(it, ShardedIteration)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n)).
+
+        The block of a sharded matrix lives on the side that is not sharded; where that is not the side of a whole one,
+        ``" (other side)"`` is added to the name. No communication.
+        """
+        if not self._served:
+            return dict(self._loaded)
+        vectors = {
+            index: block.clone()
+            for indices, iteration in self._groups
+            for index, block in zip(indices, iteration.vectors, strict=True)
+        }
+        vectors |= {index: other.vectors.clone() for index, other in self._others}
+        return {key: vectors[index] for index, key in enumerate(self._keys)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take blocks that :meth:`state_dict` returned; they are fitted to the layers at the next use.
+
+        A layer without a saved block, or with one of another shape or side (a warning says so), starts afresh.
+        """
+        self._groups, self._others, self._served = [], [], []
+        self._loaded = dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the compiled tables behind: they hold addresses of this process."""
+        return self.__dict__ | {"_groups": [], "_others": [], "_served": [], "_loaded": self.state_dict()}
+
+
+def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
+    """Return the name that an operator's block is saved under, which tells a sharded weight's side from a whole one's.
+
+    Their shapes alone would not, for a square weight.
+    """
+    if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
+        other_side = not other_side
+    return f"{op.name} (other side)" if other_side else op.name
+
+
+class _OperatorIteration:
+    """The iteration of one operator that is not a matrix, through its own maps."""
+
+    def __init__(self, operator: LinearOperator, vectors: Tensor, backend: kernels.Backend | None) -> None:
+        self._operator = operator
+        self.vectors = vectors
+        size = math.prod(operator.codomain_shape), math.prod(operator.domain_shape)
+        self._rows = kernels.compiled_rows(vectors, *size, backend) if operator.leading_vectors() is None else None
+
+    def power_step(self, n_iterations: int) -> kernels.PowerStep:
+        """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`.
+
+        Where the operator knows its singular vectors there is nothing to iterate.
+        """
+        op = self._operator
+        exact = op.leading_vectors()
+        if exact is not None:
+            left, right = exact
+            return kernels.PowerStep(op.norm(left, right)[None], [left], [right], [self.vectors])
+        step = None
+        for done in range(n_iterations):
+            step = self._compiled_step()
+            if step is None:
+                n_iterations -= done
+                break
+            self.vectors = step[3]
+        if step is None:
+            step = iterate(self._apply, self._adjoint, self.vectors, n_iterations)
+        sigma, left, right, self.vectors = step
+        return kernels.PowerStep(sigma[None], [left], [right], [self.vectors])
+
+    def _apply(self, rows: Tensor) -> Tensor:
+        return self._operator.apply(rows.view(len(rows), *self._operator.domain_shape)).flatten(1)
+
+    def _adjoint(self, rows: Tensor) -> Tensor:
+        return self._operator.adjoint(rows.view(len(rows), *self._operator.codomain_shape)).flatten(1)
+
+    def _compiled_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Return what one iteration of the reference returns; None where that must do it."""
+        if self._rows is None:
+            return None
+        images = self._apply(self.vectors).contiguous()
+        products = self._adjoint(images).contiguous()
+        needed = (rows.untyped_storage().data_ptr() for rows in (images, self.vectors))
+        if products.untyped_storage().data_ptr() in needed:  # it is overwritten
+            products = products.clone()
+        finished = self._rows.finish(images, products)
+        return None if finished is None else (*finished, products[0], products)

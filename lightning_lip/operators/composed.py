@@ -1,0 +1,210 @@
+"""Operators that only a traced graph shows: weights used functionally, learned scales, batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.base import LinearOperator, MatrixOperator
+
+
+class ParameterMatrixOperator(MatrixOperator):
+    """A matrix that a module holds as a parameter of any name and hands to ``F.linear`` or ``matmul`` itself.
+
+    Args:
+        name: The module's name, with the parameter's unless that is ``weight``.
+        module: The module that owns the parameter.
+        key: The parameter's name in the module; its shape is (m, n).
+    """
+
+    def __init__(self, name: str, module: nn.Module, key: str) -> None:
+        super().__init__(name, module)
+        self._key = key
+
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter = self._slots.get(self._key)
+        if parameter is None:
+            raise RuntimeError(f"Parameter {self._key!r} of {self.name!r} is gone: trace the model again.")
+        return parameter
+
+
+class ComputedMatrixOperator(MatrixOperator):
+    """A matrix that the model's forward computes from its parameters; gradients are pulled back through that.
+
+    Args:
+        name: The name of the module in whose forward it is computed.
+        module: That module.
+        compute: Returns the matrix, shape (m, n), differentiable in the parameters.
+        parameters: What it is computed from.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, module)
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What the matrix is computed from."""
+        return self._parameters
+
+    @property
+    def direct_parameter(self) -> nn.Parameter | None:
+        """None: the matrix is computed."""
+        return None
+
+    def weight(self) -> Tensor:
+        """Return W, shape (m, n)."""
+        return self._compute()
+
+
+class DiagonalOperator(LinearOperator):
+    """``x -> s * x`` with the n entries of s: batch normalisation in eval mode, a norm's gamma, a learned scale.
+
+    Where s multiplies a larger input by broadcasting, each entry stands for all its copies: the norm, ``max|s|``, is
+    the same. :meth:`spectral_norm` gives it *exactly*, no iteration is needed.
+
+    Args:
+        name: The name of the module that owns s.
+        module: That module.
+        compute: Returns s, any shape, differentiable in the parameters.
+        parameters: What it is computed from.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, module)
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def domain_shape(self) -> tuple[int, ...]:
+        """Shape (n,)."""
+        return (self.weight().numel(),)
+
+    @property
+    def codomain_shape(self) -> tuple[int, ...]:
+        """Shape (n,)."""
+        return self.domain_shape
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that the entries are computed from; none for a normalisation without gamma."""
+        return self._parameters
+
+    def weight(self) -> Tensor:
+        """Return s, shape (n,)."""
+        return self._compute().flatten()
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Map (r, n) to (r, n)."""
+        return inputs * self.weight().to(inputs.dtype)
+
+    def adjoint(self, outputs: Tensor) -> Tensor:
+        """Map (r, n) to (r, n)."""
+        return self.apply(outputs)
+
+    def norm(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``<u, s v>``, shape (), in the vectors' dtype."""
+        return left @ self.apply(right)
+
+    @torch.no_grad()
+    def leading_vectors(self) -> tuple[Tensor, Tensor]:
+        """Return u and v, shape (n,) each: the unit vector at the largest entry, with the entry's sign in u."""
+        s = self.weight()
+        at = torch.nn.functional.one_hot(s.abs().argmax(), s.numel()).to(s.dtype)
+        return at * torch.sign(s), at
+
+    def spectral_norm(self) -> Tensor:
+        """Return ``max|s|``, *exact* up to the rounding of s, shape (), differentiable in the parameters."""
+        return self.weight().abs().max()
+
+
+
+class ScaledOperator(LinearOperator):
+    """``diag(s) W``: a linear or convolutional layer and the batch normalisation, in eval mode, that follows it.
+
+    Its norm is at most, and often far below, the product of the two norms.
+
+    Args:
+        base: W.
+        name: The name of both.
+        compute: Returns s, shape (c,): one entry for each output channel of W; fp64, differentiable in `parameters`.
+        parameters: What s is computed from.
+    """
+
+    def __init__(
+        self, base: LinearOperator, name: str, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+    ) -> None:
+        super().__init__(name, base.module)
+        self.base = base
+        self._compute = compute
+        self._parameters = parameters
+
+    @property
+    def domain_shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.domain_shape
+
+    @property
+    def codomain_shape(self) -> tuple[int, ...]:
+        """The base's."""
+        return self.base.codomain_shape
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The base's and the normalisation's."""
+        return (*self.base.parameters, *self._parameters)
+
+    @property
+    def scale_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The parameters that s is computed from: gamma, or none."""
+        return self._parameters
+
+    def scale(self) -> Tensor:
+        """Return s, shape (c,)."""
+        return self._compute()
+
+    def weight(self) -> Tensor:
+        """Return the base's weight with its output channels scaled, in the shape of the base's weight."""
+        weight = self.base.weight()
+        return self._scaled_weight(self.scale().to(weight.dtype))
+
+    def _scaled_weight(self, scale: Tensor) -> Tensor:
+        return self.scaled(self.base.weight().to(scale.dtype), scale)
+
+    def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Return a weight of the base's shape with its output channels scaled by `scale`, shape (c,)."""
+        if not getattr(self.base.module, "transposed", False):
+            return scale.view(-1, *[1] * (weight.dim() - 1)) * weight
+        # (c_in, c_out / groups, ...): group g of the inputs feeds the g-th run of output channels.
+        runs = scale.view(scale.numel() // weight.shape[1], 1, weight.shape[1], *[1] * (weight.dim() - 2))
+        grouped = weight.view(runs.shape[0], -1, *weight.shape[1:])
+        return (grouped * runs).view(weight.shape)
+
+    def _broadcast(self, like: Tensor) -> Tensor:
+        return self.scale().to(like.dtype).view(-1, *[1] * (like.dim() - 2))
+
+    def apply(self, inputs: Tensor) -> Tensor:
+        """Map (r, *domain_shape) to (r, *codomain_shape)."""
+        outputs = self.base.apply(inputs)
+        return outputs * self._broadcast(outputs)
+
+    def adjoint(self, outputs: Tensor) -> Tensor:
+        """Map (r, *codomain_shape) to (r, *domain_shape)."""
+        return self.base.adjoint(outputs * self._broadcast(outputs))
+
+    def norm(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``<u, diag(s) W v>``, shape (), in the vectors' dtype."""
+        if isinstance(self.base, ConvolutionOperator):
+            # Linear in diag(s) W, which is a kernel: less work than the gradient through the map.
+            weight = self._scaled_weight(self.scale().to(left.dtype))
+            return (weight * self.base.weight_gradient(left, right)).sum()
+        return left @ self.apply(right.view(1, *self.domain_shape)).flatten()

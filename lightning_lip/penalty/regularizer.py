@@ -1,0 +1,425 @@
+"""LipschitzRegularizer: the penalty on any PyTorch model, without a framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lip import kernels
+from lightning_lip.penalty import compiled as penalty_operator
+from lightning_lip.checks import check_coefficient, check_model, check_state
+from lightning_lip.operators.composed import DiagonalOperator
+from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.models.optimizer_steps import optimizer_steps
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.operators.selection import Selection, find_operators
+from lightning_lip.models.sharding import refuse_sharded, reshard
+from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.graph.selected import partial_norm, trace_selected
+
+
+class LipschitzRegularizer:
+    """A penalty on the layers' spectral norms together, added to a loss or straight to the gradients.
+
+    The default penalises the product of the spectral norms (N. Couellan, "The coupling effect of Lipschitz
+    regularization in deep neural networks", 2021). The norms are *estimates from below*, by block iteration with
+    vectors that persist from step to step. Without an example input, S is the log of the product over the selected
+    layers: a regulariser, and not a bound on the network, whose activations, other layers and branches it does not
+    know. With one, S is the log of the bound over the network's traced graph: activations, residuals, pools and
+    unselected layers count, and the selected layers get the gradient. Convolutions act at their true input size.
+
+    Linear layers may be sharded (DTensors of FSDP2 and tensor parallelism): then every rank must make each call, those
+    that only read included, because spectral norms are sums over ranks.
+
+    Args:
+        model: The model. It is not changed, but for a forward pre-hook on each convolution without an example input,
+            which goes with the regulariser. After replacing one of its modules, construct a new regulariser.
+        coefficient: lambda, the factor of the penalty; at least 0.
+        penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
+            ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
+            counts k times k times.
+        target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer, r; 1 is the classical power iteration.
+        n_iterations: Iterations a step.
+        seed: Seed of the private generator that the vectors start from.
+        example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model, with the batch along
+            the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
+            LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
+            weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
+        backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
+            the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
+
+    Raises:
+        TypeError: If the model is no module.
+        ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between the example
+            input and the output has no known finite Lipschitz constant.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import LipschitzRegularizer
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> regularizer = LipschitzRegularizer(model, coefficient=1e-3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model(torch.ones(2, 4)).square().mean().backward()
+        >>> penalty = regularizer.add_grad_()
+        >>> optimizer.step()
+        >>> list(regularizer.spectral_norms())
+        ['0', '2']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefficient: float,
+        penalty: PenaltyName | Penalty = "product",
+        *,
+        target: float = 1.0,
+        layers: Selection | None = None,
+        exclude: Selection | None = None,
+        block_size: int = 8,
+        n_iterations: int = 1,
+        seed: int = 0,
+        example_input: Any = None,
+        backend: kernels.Backend | None = None,
+    ) -> None:
+        check_model(model, "LipschitzRegularizer")
+        self.coefficient = check_coefficient(coefficient)
+        self._penalty = get_penalty(penalty, target)
+        self._model = model
+        reshard(model)
+        self._network, self._penalised = trace_selected(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = (
+            find_operators(model, layers, exclude) if self._network is None else self._network.operators
+        )
+        self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
+        self._repeats = [op.multiplicity for op in self.operators]
+        # The penalty that the kernels know, if it is one of theirs, and the weights if all can be served directly.
+        self._code = kernels.PENALTY_CODES.get(penalty) if isinstance(penalty, str) else None
+        self._log_target = math.log(target)
+        direct = self._network is None and all(op.direct_parameter is not None for op in self.operators)
+        self._slots = [op.module._parameters for op in self.operators] if direct else None
+        self._addresses: list[int] = []
+        self._is_whole = False
+        self._step: kernels.PowerStep | None = None
+        self._step_version: tuple[int, ...] | None = None
+        self._handle = penalty_operator.register(self)
+
+    def value(self) -> Tensor:
+        """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
+
+        The vectors advance only with grad enabled and the model in training mode, and at most once for each state of
+        the weights: several micro-batches of an accumulated gradient share one iteration. The gradient takes the
+        singular vectors as constants, which is exact for the exact vectors. What changes weights through ``.data`` is
+        not seen; :meth:`iterate` then advances the vectors.
+
+        Inside ``torch.compile`` it is one operator, without a graph break: see :mod:`~lightning_lip.penalty.compiled`.
+
+        Raises:
+            UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
+        """
+        advance = torch.is_grad_enabled() and self._model.training
+        if torch.compiler.is_compiling():
+            parameters = self.parameters()
+            selected = [p.requires_grad and (self._penalised is None or id(p) in self._penalised) for p in parameters]
+            trainable = [index for index, is_selected in enumerate(selected) if is_selected]
+            return penalty_operator.penalty(parameters, trainable, self._handle, advance)
+        return self.eager_value(advance)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that the operators' weights are computed from, each once."""
+        return list(dict.fromkeys(p for op in self.operators for p in op.parameters))
+
+    @without_autocast()
+    def eager_value(self, advance: bool) -> Tensor:
+        """Return :meth:`value`, as Python runs it; `advance` says whether the vectors may advance."""
+        if not self._is_whole:
+            instead = "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards."
+            refuse_sharded(self._model, "LipschitzRegularizer.value(), and LipschitzMixin with it,", instead)
+            self._is_whole = True
+        version = self._version()
+        step = self._step if version == self._step_version else None
+        if step is None and advance:
+            # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
+            step = _copied(self._norms.step())
+            self._step, self._step_version = step, version
+        elif step is None:
+            step = _copied(self._norms.current())
+        norms = [self._norm(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
+        sigma = torch.stack([norm.to(step.sigma) for norm in norms])
+        # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
+        zero = sigma == 0
+        log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
+        log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
+        return self.coefficient * self.penalty_of(log_sigma)
+
+    def add_grad_(
+        self,
+        scale: float | Tensor = 1.0,
+        *,
+        advance: bool = True,
+        parameters: Collection[Tensor] | None = None,
+    ) -> Tensor:
+        """Iterate, then add the gradient of scale * coefficient * penalty to the weights' ``.grad``, in place.
+
+        Call it after ``backward()`` and before the optimiser's step. No autograd graph over the weights is built, and
+        where the compiled kernels serve nothing waits for the device. A missing ``.grad`` is created; frozen weights
+        are left alone; a layer that is exactly zero gets no gradient. Coefficients that are not finite count as zero.
+
+        Args:
+            scale: A further factor, a number or a tensor of shape () (a gradient scaler's scale, say).
+            advance: Whether to iterate; with False the present vectors serve.
+            parameters: Add to these parameters only (those of one optimiser, say); None means all.
+
+        Returns:
+            scale * coefficient * penalty, shape (), detached.
+        """
+        return self.accumulate_(scale, advance, parameters).clone()
+
+    def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:
+        """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
+        self._step_version = None
+        allowed = None if parameters is None else {id(p) for p in parameters}
+        if self._slots is not None and self._code is not None and not isinstance(scale, Tensor):
+            value = self._add_grad_in_one_call_(self._slots, self._code, scale, advance, allowed)
+            if value is not None:
+                return value
+        return self._add_grad_in_parts_(scale, advance, allowed)
+
+    def _add_grad_in_one_call_(
+        self,
+        slots: list[dict[str, nn.Parameter | None]],
+        code: int,
+        scale: float,
+        advance: bool,
+        allowed: set[int] | None,
+    ) -> Tensor | None:
+        """Leave a built-in penalty to the kernels: iteration, derivative and update in one call; None if they cannot.
+
+        This is the hot path: at four small layers every microsecond of Python shows.
+        """
+        weights: list[nn.Parameter] = []
+        addresses: list[int] = []
+        grads: list[Tensor | None] = []
+        all_there = allowed is None
+        for slot in slots:
+            weight = slot.get("weight")
+            if weight is None:
+                return None
+            weights.append(weight)
+            addresses.append(weight.data_ptr())
+            grad = weight.grad if weight.requires_grad else None
+            all_there = all_there and grad is not None
+            grads.append(grad)
+        if addresses != self._addresses or 0 in addresses:  # a sharded weight has no address of its own
+            self._norms.prepare()
+            self._addresses = addresses
+        iteration = self._norms.whole()
+        if iteration is None:
+            return None
+        if not all_there:
+            for index, own in enumerate(weights):
+                if not own.requires_grad or (allowed is not None and id(own) not in allowed):
+                    grads[index] = None
+                elif grads[index] is None:
+                    grads[index] = own.grad = torch.zeros_like(own)
+        n_iterations = self._norms.n_iterations if advance else 0
+        factor = self.coefficient * scale
+        return iteration.penalise_(weights, grads, n_iterations, code, self._log_target, factor, self._repeats)
+
+    @torch.no_grad()
+    @without_autocast()
+    def _add_grad_in_parts_(self, scale: float | Tensor, advance: bool, allowed: set[int] | None) -> Tensor:
+        """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
+        step = self._norms.step() if advance else self._norms.current()
+        sigma = _double(step.sigma)
+        if self._code is not None and self._network is None:
+            repeats = torch.tensor(self._repeats, device=sigma.device, dtype=sigma.dtype)
+            value, slope = kernels.penalty_slope(self._code, sigma, repeats, self._log_target)
+        else:
+            with torch.enable_grad():
+                log_sigma = sigma.log().requires_grad_()
+                value = self.penalty_of(log_sigma)
+                constant = not value.requires_grad
+                slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
+            slope = slope / sigma
+        coefficients = slope * (self.coefficient * scale)
+        coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
+        self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, allowed)
+        return (value.detach() * (self.coefficient * scale)).to(step.sigma.dtype)
+
+    def _add_norm_gradients_(self, coefficients: Tensor, step: kernels.PowerStep, allowed: set[int] | None) -> None:
+        """Add ``c_l`` times the gradient of the norm of each trainable layer."""
+        grads: list[Tensor | None] = [None] * len(self.operators)
+        # On the CPU a look at the numbers waits for nothing.
+        factors = coefficients.tolist() if coefficients.device.type == "cpu" else coefficients.unbind()
+        for index, op in enumerate(self.operators):
+            trainable = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
+            if not trainable:
+                continue
+            weight = op.direct_parameter
+            if weight is not None:
+                if weight.grad is None:
+                    weight.grad = torch.zeros_like(weight)
+                grads[index] = weight.grad
+                continue
+            left, right = step.left[index], step.right[index]
+            factor = factors[index].to(left) if isinstance(factors[index], Tensor) else factors[index]
+            op.add_norm_gradients_(factor, left, right, trainable)
+        self._norms.rank_one_update_(grads, coefficients)
+
+    def penalised(self, op: LinearOperator) -> list[nn.Parameter]:
+        """Return those of an operator's parameters that belong to the selected layers."""
+        return [p for p in op.parameters if self._penalised is None or id(p) in self._penalised]
+
+    def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
+        """Return the operator's norm, differentiable in its penalised parameters only."""
+        if self._penalised is None or len(self.penalised(op)) == len(op.parameters):
+            return op.norm(left, right)
+        return partial_norm(op, self.penalised(op), left, right)
+
+    def penalty_of(self, log_sigma: Tensor) -> Tensor:
+        """Return the penalty without its coefficient for given log spectral norms.
+
+        Args:
+            log_sigma: Shape (L,), one entry an operator.
+
+        Returns:
+            The penalty, shape ().
+
+        Raises:
+            ValueError: If a penalty of the user's own does not return a tensor of shape ().
+        """
+        value = self._penalty(self._repeated(log_sigma), self.log_bound_of(log_sigma))
+        if not isinstance(value, Tensor) or value.shape != ():
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
+        return value
+
+    def _repeated(self, log_sigma: Tensor) -> Tensor:
+        """Repeat the entry of a layer that counts k times k times, so that penalties need not know of it."""
+        if all(k == 1 for k in self._repeats):
+            return log_sigma
+        return log_sigma.repeat_interleave(torch.tensor(self._repeats, device=log_sigma.device))
+
+    def sigma(self) -> Tensor:
+        """Return the estimates (from below) of the L spectral norms of the present weights, shape (L,), detached.
+
+        They are the Ritz values of the present block; the vectors do not advance.
+        """
+        return self._norms.current().sigma
+
+    def log_sigma(self) -> Tensor:
+        """Return the logarithms of :meth:`sigma`, shape (L,), fp64 where the device has it; -inf for a zero layer."""
+        return _double(self.sigma()).log()
+
+    def sigma_upper(self) -> Tensor:
+        """Return upper bounds of the L spectral norms, shape (L,), true in exact arithmetic; no certificate.
+
+        See :meth:`SpectralNorms.upper`; with blocks as wide as the layers they equal the spectral norms.
+        """
+        return self._norms.upper()
+
+    def spectral_norms(self) -> dict[str, Tensor]:
+        """Return :meth:`sigma` by layer name, each of shape (), in the model's order."""
+        return dict(zip((op.name for op in self.operators), self.sigma().unbind(), strict=True))
+
+    def ritz_values(self) -> list[Tensor]:
+        """Return estimates of the L layers' top singular values, (r_l,) each; see :meth:`SpectralNorms.ritz_values`."""
+        return self._norms.ritz_values()
+
+    def log_bound(self) -> Tensor:
+        """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
+        return self.log_bound_of(self.log_sigma())
+
+    def log_bound_of(self, log_sigma: Tensor) -> Tensor:
+        """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
+        if self._network is not None:
+            return self._network.log_bound(log_sigma)
+        return self._repeated(log_sigma).sum()
+
+    def iterate(self) -> None:
+        """Advance the singular vectors on the present weights, and nothing else."""
+        with torch.inference_mode(False):
+            self._step, self._step_version = _copied(self._norms.step()), self._version()
+
+    def bound(self) -> Tensor:
+        """Return the bound with the present estimates, shape (), fp64 where the device has it.
+
+        With a traced graph an *estimate* of a Lipschitz bound of the whole network: the rules are proven, the spectral
+        norms in it are estimates from below. Without one, an *estimate from below* of the product of the selected
+        layers' spectral norms, which bounds the network only if it is the chain of these layers and activations of
+        constant 1. The vectors do not advance.
+
+        Raises:
+            RuntimeError: If the input size of a convolution is not known yet.
+        """
+        return self.log_bound().exp()
+
+    @property
+    def bound_kind(self) -> str:
+        """What :meth:`bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        return "product" if self._network is None else "bound"
+
+    @property
+    def has_upper(self) -> bool:
+        """Whether :meth:`sigma_upper` is finite: every operator is a matrix, or has its norm in closed form."""
+        return all(op.is_matrix or isinstance(op, DiagonalOperator) for op in self.operators)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""
+        return {"vectors": self._norms.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning.
+
+        Raises:
+            TypeError: If it is no mapping.
+            ValueError: If it is no such state.
+        """
+        check_state(state, ("vectors",), "LipschitzRegularizer")
+        if not isinstance(state["vectors"], Mapping):
+            got = type(state["vectors"]).__name__
+            raise TypeError(f'LipschitzRegularizer expected the state\'s "vectors" by layer name, got a {got}.')
+        self._norms.load_state_dict(state["vectors"])
+        self._step = self._step_version = None
+
+    def _version(self) -> tuple[int, ...]:
+        """Identify the state of the weights: changes with in-place updates, replacements, moves and optimiser steps."""
+        versions = (x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
+        # Fused optimisers do not count their updates in `_version`.
+        return (optimizer_steps(), *versions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to copy a traced graph, whose rules read the modules that they were traced from.
+
+        Raises:
+            TypeError: If the regulariser is traced.
+        """
+        if self._network is not None:
+            raise TypeError(
+                "A LipschitzRegularizer over a traced graph cannot be copied or pickled: construct one for the copied "
+                "model, and carry the vectors over with state_dict() and load_state_dict()."
+            )
+        return self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy a handle of its own."""
+        self.__dict__.update(state, _handle=penalty_operator.register(self))
+
+
+def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
+    left, right = [u.clone() for u in step.left], [v.clone() for v in step.right]
+    return kernels.PowerStep(step.sigma.clone(), left, right, [])
+
+
+def _double(sigma: Tensor) -> Tensor:
+    """Return sigma in fp64, where the device has it: L scalars cost nothing, and S keeps its digits."""
+    return sigma if sigma.device.type == "mps" else sigma.double()

@@ -1,0 +1,459 @@
+"""LipschitzProjector: weights kept inside a Lipschitz budget, without a framework."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_lip.projection.allocation import Allocation, Method, logarithms
+from lightning_lip.graph.bound import log_bound_up
+from lightning_lip.graph.program import log_up
+from lightning_lip.checks import check_integer, check_model, check_state
+from lightning_lip.projection.clipping import FloatArray
+from lightning_lip.rigorous.operators import certified_norm
+from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
+from lightning_lip.projection.caps import Caps
+from lightning_lip.operators.recorded import RecordedConvolution
+from lightning_lip.rigorous.rounding import exp_up, sum_up
+from lightning_lip.operators.selection import Selection, find_operators
+from lightning_lip.models.sharding import refuse_sharded
+from lightning_lip.projection.spectra import Metric
+from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.graph.selected import trace_selected
+from lightning_lip.checks import check_target
+
+STEP_MARGIN = 1e-4
+"""A step aims this far (relative) below the target, for what the estimated norms miss."""
+
+REACHED = 1e-6
+"""A step leaves weights alone that lie no further than this (relative) above its aim: their rounding."""
+
+CERTIFICATE_SLACK = 1e-10
+"""How far (relative) a matrix's certificate lies above its norm, at most, for matrices of moderate size."""
+
+N_ATTEMPTS = 20
+"""Attempts of the exact projection, each with a wider margin for the rounding of weights and certificates."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a projection did.
+
+    Attributes:
+        changed: Whether any weight was changed.
+        certified: Whether `log_bound` is a certificate; otherwise it is made of estimates.
+        log_bound: The logarithm of the product, or of the network's bound, afterwards: a *certified upper bound* of
+            the exact projection, an *estimate* of a step.
+        norms: The operators' norms behind it, by layer name; certified or estimated as well.
+        distance: How far the weights moved, in the metric: ``sqrt(sum_l w_l |dW_l|_F^2)`` with
+            ``w_l = 1 / sigma_l^2`` (relative) or 1 (euclidean).
+        nearest: Whether it was the nearest point of the set that clipping, and scaling of the weights that are only
+            scaled, can reach, up to what the margins take; False says only that this is not proven.
+    """
+
+    changed: bool
+    certified: bool
+    log_bound: float
+    norms: Mapping[str, float]
+    distance: float
+    nearest: bool
+
+    @property
+    def bound(self) -> float:
+        """The exponential of `log_bound`, rounded up; inf where it overflows."""
+        return exp_up(self.log_bound)
+
+
+class LipschitzProjector:
+    """Keeps the product of the layers' spectral norms, or the bound of the whole network, at or below a target M.
+
+    The set of all weights with ``prod_l ||W_l||^k_l <= M`` is the constraint of N. Couellan, "The coupling effect of
+    Lipschitz regularization in deep neural networks" (2021), onto which projecting is called difficult there.
+
+    - :meth:`exact` works on full singular value decompositions in fp64 and ends with a *certified upper bound* at or
+      below M, for the weights as they are stored.
+    - :meth:`step` works on persistent blocks of leading singular vectors and is meant for every optimiser step. Its
+      norms are *estimates (from below)*: it aims at M (1 - 1e-4), and no certificate follows.
+
+    A weight that is the operator's matrix (``nn.Linear``) has its largest singular values clipped. Other weights are
+    *scaled*, all their singular values alike, since clipping those of a convolution leaves the set of kernels:
+    convolutions, learned scales and normalisations, matrices that the forward pass computes from one parameter, and
+    for a layer fused with the batch normalisation behind it gamma. Frozen layers and, with a traced bound, unselected
+    ones count and stay. Running statistics of batch normalisation move in training, so with them the bound holds at
+    an exact projection and until the next batch.
+
+    A frozen layer's weight is never written. Optimisers keep their state: momentum is not projected.
+
+    Args:
+        model: The model. Its weights are written in place.
+        target: M, positive. May be changed later: :attr:`target`.
+        method: ``"joint"`` is the nearest point of the whole set, for a weight that is scaled among its multiples
+            (proven where P <= 2M, otherwise the non-collapsing projection: see
+            :func:`~lightning_lip.projection.joint_caps`); ``"log_clip"`` clips each layer at the same fraction of its
+            norm; ``"per_layer"`` clips each at the same norm; ``"scaling"`` multiplies each by the same factor.
+        metric: Of ``"joint"``: ``"relative"`` (``w_l = 1 / sigma_l^2``) or ``"euclidean"``.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer, r, to start with; a block grows when more than r - 2 are clipped.
+        n_iterations: Iterations of the blocks a step.
+        example_input: An input of the model, whose graph is traced: the bound is then the whole network's. None takes
+            a LightningModule's ``example_input_array``; without either it is the product over the selected layers,
+            which bounds the network only if it is the chain of these layers and activations of constant 1.
+        exact_every_n_steps: Make every n-th step an exact one; 0 leaves that to the caller.
+        seed: Seed of the private generator of the blocks, the same on every rank.
+
+    Raises:
+        TypeError: If the model is no module.
+        ValueError: If an argument is out of range or a selection matches nothing.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or a selected trainable weight cannot
+            be written (it is parametrised, say).
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import LipschitzProjector
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> projector = LipschitzProjector(model, target=0.1)
+        >>> projector.exact().bound <= 0.1
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float,
+        *,
+        method: Method = "joint",
+        metric: Metric = "relative",
+        layers: Selection | None = None,
+        exclude: Selection | None = None,
+        block_size: int = 16,
+        n_iterations: int = 1,
+        example_input: Any = None,
+        exact_every_n_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        check_model(model, "LipschitzProjector")
+        check_method(method, metric)
+        for argument, value, least in (
+            ("block_size", block_size, 1),
+            ("n_iterations", n_iterations, 1),
+            ("exact_every_n_steps", exact_every_n_steps, 0),
+            ("seed", seed, 0),
+        ):
+            check_integer(argument, value, least)
+        self._target = check_target(target)
+        self._method, self._metric = method, metric
+        self._n_iterations = n_iterations
+        self._exact_every_n_steps = exact_every_n_steps
+        refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
+        self._network, self._selected = trace_selected(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = (
+            find_operators(model, layers, exclude) if self._network is None else self._network.operators
+        )
+        self._layers, self._reasons = projected_layers(
+            self.operators, self._selected, clip=method != "scaling", block_size=block_size, seed=seed
+        )
+        self._clipped = [layer for layer in self._layers if isinstance(layer, ClippedLayer)]
+        clipped = {layer.operators[0] for layer in self._clipped}
+        self._others = [i for i in range(len(self.operators)) if i not in clipped]
+        self._other_norms = SpectralNorms(
+            [self.operators[i] for i in self._others], n_iterations=n_iterations, seed=seed
+        )
+        # How far the certified norm of an operator that is no matrix lies above its estimate, in logarithms.
+        self._slack = dict.fromkeys(self._others, 0.0)
+        self._n_steps = 0
+        self._movable()
+
+    @property
+    def target(self) -> float:
+        """M."""
+        return self._target
+
+    @target.setter
+    def target(self, target: float) -> None:
+        self._target = check_target(target)
+
+    @property
+    def bound_kind(self) -> str:
+        """What is held: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        return "product" if self._network is None else "bound"
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def step(self) -> Projection:
+        """Project after a step of training, by *estimated* norms; weights within the target stay bit for bit.
+
+        Each call iterates the blocks. Where the estimate exceeds twice the target, the singular values are exact.
+
+        Raises:
+            ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
+            UnsupportedLayerError: If a layer that was unfrozen cannot be written.
+            RuntimeError: If the input size of a convolution is not known yet, or a weight was replaced by another
+                parameter.
+        """
+        self._n_steps += 1
+        if self._exact_every_n_steps and self._n_steps % self._exact_every_n_steps == 0:
+            return self.exact()
+        triplets = {layer: layer.ritz(self._n_iterations) for layer in self._clipped}
+        log_norms = self._estimated_log_norms(triplets)
+        log_bound = self._log_bound(log_norms)
+        movable = self._movable()
+        # Frozen layers cannot be lowered by the margin.
+        aim = math.log(self._target) - (STEP_MARGIN if movable else 0.0)
+        if log_bound <= aim + REACHED:
+            return self._result(None, log_norms, log_bound, certified=False)
+        if log_bound - aim > math.log(2):
+            triplets = {layer: layer.svd() for layer in self._clipped if layer in movable}
+            for clipped, found in triplets.items():
+                clipped.keep(found)
+        allocation = self._allocation(movable, triplets, log_norms)
+        caps = allocation.caps(aim, self._method, self._metric)
+        while small := [
+            layer
+            for layer, cap in zip(allocation.layers, caps.caps, strict=True)
+            if isinstance(layer, ClippedLayer) and layer.needs_more(triplets[layer], cap)
+        ]:
+            triplets |= {layer: layer.grown() for layer in small}
+            allocation = self._allocation(movable, triplets, log_norms)
+            caps = allocation.caps(aim, self._method, self._metric)
+        for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
+            if isinstance(layer, ClippedLayer):
+                layer.clip_(triplets[layer], cap)
+            else:
+                layer.scale_(layer.original(), cap / allocation.norm(layer))
+        log_norms = allocation.log_norms(np.log(caps.caps))
+        return self._result(caps, log_norms, self._log_bound(log_norms), certified=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    @without_autocast()
+    def exact(self) -> Projection:
+        """Project by full singular value decompositions, so that the *certified upper bound* is at most the target.
+
+        The certificates are those of :func:`~lightning_lip.certificates.certify` for the weights as they are stored,
+        rounded to their dtype. Weights whose bound is certified already stay bit for bit.
+
+        Raises:
+            ValueError: If a weight holds NaN or an infinity, or the target cannot be reached.
+            UnsupportedLayerError: If a layer that was unfrozen cannot be written.
+            RuntimeError: If the rounding of the weights' dtype keeps them above the target, or a weight was replaced by
+                another parameter.
+        """
+        self._measure_slack()
+        norms = self._certified_norms()
+        log_bound = self._certified_log_bound(norms)
+        # Rounded down, for the roundings of this logarithm and of the bound's exponential.
+        log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf) - 2.0**-50
+        if log_bound <= log_target:
+            return self._result(None, logarithms(norms), log_bound, certified=True)
+        movable = self._movable()
+        triplets = {layer: layer.svd() for layer in movable if isinstance(layer, ClippedLayer)}
+        originals = {layer: layer.original() for layer in movable if not isinstance(layer, ClippedLayer)}
+        allocation = self._allocation(movable, triplets, logarithms(norms))
+        eps = max((torch.finfo(layer.parameter.dtype).eps for layer in movable), default=0.0)
+        margin = CERTIFICATE_SLACK + eps / 8 * sum(op.multiplicity for op in self.operators)
+        for _ in range(N_ATTEMPTS):
+            caps = allocation.caps(log_target - margin, self._method, self._metric)
+            for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
+                if isinstance(layer, ClippedLayer):
+                    layer.clip_(triplets[layer], cap)
+                else:
+                    layer.scale_(originals[layer], cap / allocation.norm(layer))
+            norms = self._certified_norms()
+            log_bound = self._certified_log_bound(norms)
+            if log_bound <= log_target:
+                for layer, found in triplets.items():
+                    layer.keep(found)
+                return self._result(caps, logarithms(norms), log_bound, certified=True)
+            margin += margin + log_bound - log_target
+        raise RuntimeError(
+            f"The certified {self.bound_kind} stays at {exp_up(log_bound):.6g}, above the target "
+            f"{self._target:.6g}, after {N_ATTEMPTS} attempts: the weights' dtype rounds too coarsely."
+        )
+
+    def _movable(self) -> list[ProjectedLayer]:
+        """Return the layers that may be written now.
+
+        Raises:
+            RuntimeError: If a layer has another parameter than when the projector was made.
+            UnsupportedLayerError: If a selected layer is trainable but cannot be written.
+        """
+        replaced = [
+            layer.name
+            for layer in self._layers
+            if all(layer.parameter is not p for p in self.operators[layer.operators[0]].parameters)
+        ]
+        if replaced:
+            raise RuntimeError(
+                f"The weights of {replaced} are other parameters than when this projector was made: make a new one."
+            )
+        refused = {
+            op.name: reason
+            for op, reason in ((self.operators[i], reason) for i, reason in self._reasons.items())
+            if any(p.requires_grad and (self._selected is None or id(p) in self._selected) for p in op.parameters)
+        }
+        if refused:
+            raise UnsupportedLayerError(
+                "These selected layers cannot be projected:\n  - "
+                + "\n  - ".join(f"{name}: {reason}" for name, reason in refused.items())
+                # A layer fused with the normalisation behind it has both names.
+                + f"\nLeave them out with exclude={'+'.join(refused).split('+')!r}, or freeze them."
+            )
+        return [layer for layer in self._layers if layer.parameter.requires_grad]
+
+    def _allocation(
+        self, movable: Sequence[ProjectedLayer], triplets: Mapping[ClippedLayer, Triplets], log_norms: FloatArray
+    ) -> Allocation:
+        """Return how to divide the budget among the layers that may be written, zero layers left out.
+
+        Raises:
+            ValueError: If there is no such layer.
+        """
+        log_norms = log_norms.copy()
+        spectra, frobenius = [], []
+        layers = []
+        for layer in movable:
+            first = layer.operators[0]
+            if isinstance(layer, ClippedLayer):
+                spectrum = triplets[layer].sigma.double().cpu().numpy()
+                log_norms[first] = logarithms(spectrum[:1])[0]
+                weight_norm = None
+            else:
+                spectrum = np.exp(log_norms[first : first + 1])
+                weight_norm = float(torch.linalg.vector_norm(self.operators[first].weight().detach().double()))
+            if spectrum[0] > 0:  # a zero layer stays
+                layers.append(layer)
+                spectra.append(spectrum)
+                frobenius.append(weight_norm)
+        if not layers:
+            bound = exp_up(self._log_bound(log_norms))
+            raise ValueError(
+                f"The {self.bound_kind} is {bound:.6g}, above the target {self._target:.6g}, and no selected layer is "
+                f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
+            )
+        multiplicities = [op.multiplicity for op in self.operators]
+        return Allocation(layers, spectra, frobenius, log_norms, multiplicities, self._network)
+
+    def _estimated_log_norms(self, triplets: Mapping[ClippedLayer, Triplets]) -> FloatArray:
+        """Return the operators' estimated log norms, shape (L,)."""
+        log_norms = np.empty(len(self.operators))
+        for layer, found in triplets.items():
+            log_norms[layer.operators[0]] = logarithms([float(found.sigma[0])])[0]
+        if self._others:
+            estimates = logarithms(self._other_norms.step().sigma.tolist())
+            log_norms[self._others] = estimates + [self._slack[i] for i in self._others]
+        return self._checked(log_norms)
+
+    def _checked(self, log_norms: FloatArray) -> FloatArray:
+        bad = [op.name for op, log in zip(self.operators, log_norms, strict=True) if not log < math.inf]
+        if bad:
+            raise ValueError(f"The weights of {bad} hold NaN or an infinity: there is nothing to project.")
+        return log_norms
+
+    def _measure_slack(self) -> None:
+        """Note how far the certificates of operators that are no matrices lie above their estimates."""
+        others = [self.operators[i] for i in self._others]
+        if not others or any(isinstance(op, RecordedConvolution) and op.spatial is None for op in others):
+            return
+        estimates = logarithms(self._other_norms.current().sigma.tolist())
+        for index, op, estimate in zip(self._others, others, estimates, strict=True):
+            slack = logarithms([self._certified_norm(op)])[0] - estimate
+            self._slack[index] = float(slack) if math.isfinite(slack) else 0.0
+
+    def _certified_norm(self, op: LinearOperator) -> float:
+        try:
+            return certified_norm(op)
+        except ValueError as error:
+            raise ValueError(f"Layer {op.name!r}: {error}") from None
+
+    def _certified_norms(self) -> list[float]:
+        return [self._certified_norm(op) for op in self.operators]
+
+    def _certified_log_bound(self, norms: Sequence[float]) -> float:
+        if self._network is not None:
+            return log_bound_up(self._network, norms)[0]
+        logs = [log_up(norm) for norm, op in zip(norms, self.operators, strict=True) for _ in range(op.multiplicity)]
+        return -math.inf if -math.inf in logs else sum_up(logs)
+
+    def _log_bound(self, log_norms: FloatArray) -> float:
+        if self._network is None:
+            return float(log_norms @ [op.multiplicity for op in self.operators])
+        return float(self._network.log_bound(torch.from_numpy(log_norms)))
+
+    def _result(self, caps: Caps | None, log_norms: FloatArray, log_bound: float, *, certified: bool) -> Projection:
+        norms = dict(zip((op.name for op in self.operators), np.exp(log_norms).tolist(), strict=True))
+        if caps is None:
+            return Projection(False, certified, log_bound, norms, 0.0, True)
+        nearest = caps.exact and self._method == "joint"
+        return Projection(True, certified, log_bound, norms, math.sqrt(caps.squared_distance), nearest)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return blocks and counters, as plain tensors and numbers: loadable with ``weights_only=True``."""
+        blocks = {layer.name: layer.block.clone() for layer in self._clipped if layer.block is not None}
+        slack = {self.operators[i].name: slack for i, slack in self._slack.items()}
+        return {"n_steps": self._n_steps, "blocks": blocks, "others": self._other_norms.state_dict(), "slack": slack}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; the block of a layer that does not fit starts afresh.
+
+        Raises:
+            TypeError: If it is no mapping.
+            ValueError: If it is no such state.
+        """
+        check_state(state, ("n_steps", "blocks", "others", "slack"), "LipschitzProjector")
+        self._n_steps = state["n_steps"]
+        for layer in self._clipped:
+            layer.load(state["blocks"].get(layer.name))
+        self._other_norms.load_state_dict(state["others"])
+        self._slack = {i: state["slack"].get(self.operators[i].name, 0.0) for i in self._others}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse to copy what belongs to one model.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "A LipschitzProjector cannot be copied or pickled: construct one for the copied model, and carry the "
+            "blocks over with state_dict() and load_state_dict()."
+        )
+
+
+def project(model: nn.Module, target: float, **arguments: Any) -> Projection:
+    """Project a model's weights once, exactly, onto the budget: its *certified upper bound* is then at most `target`.
+
+    Args:
+        model: The model. Its weights are written in place.
+        target: M, positive.
+        **arguments: Of :class:`LipschitzProjector`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip import project
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        >>> project(model, 0.1, example_input=torch.zeros(1, 4)).bound <= 0.1
+        True
+    """
+    return LipschitzProjector(model, target, **arguments).exact()
+
+
+def check_method(method: str, metric: str) -> None:
+    """Check the choice of a projection.
+
+    Raises:
+        ValueError: If one of them is unknown.
+    """
+    for argument, value, known in (("method", method, get_args(Method)), ("metric", metric, get_args(Metric))):
+        if value not in known:
+            raise ValueError(f"Expected `{argument}` to be one of {known}, got {value!r}.")

@@ -1,0 +1,59 @@
+"""bench/studies/callbacks.py: the cost of a callback in a Trainer's step, on a few steps."""
+
+import csv
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def step(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from lightning_lip.bench.studies import callbacks as step
+
+    yield step
+    for name in [name for name in sys.modules if name == "bench" or name.startswith("bench.")]:
+        del sys.modules[name]
+
+
+class Counts(pl.Callback):
+    """Counts the steps that it is there for."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("tensorboard", [False, True])
+def test_the_callback_comes_and_goes(step, tensorboard, monkeypatch):
+    monkeypatch.setattr(step, "BLOCK", 5)
+    there, always = Counts(), Counts()
+    comparison = step.Comparison("", lambda: there, lambda: [always], tensorboard=tensorboard)
+    times = step.measure(comparison, blocks=4)
+    assert len(times[False]) == len(times[True]) == 4
+    assert all(time > 0 for values in times.values() for time in values)
+    assert always.batches == list(range(5 * 12))
+    # With, without, without, with: blocks of five steps.
+    assert there.batches == [i for i in range(5 * 12) if i // 5 % 4 in (0, 3)]
+
+
+def test_command_writes_a_row_for_each_comparison(step, tmp_path, monkeypatch, capsys):
+    fake = {False: [100.0, 110.0, 120.0], True: [105.0, 121.0, 126.0]}
+    monkeypatch.setattr(step, "_in_a_process", lambda name, blocks: fake)
+    step.main(["--quick", "--output", str(tmp_path)])
+    lines = [line for line in (tmp_path / "callbacks.csv").read_text().splitlines() if not line.startswith("#")]
+    rows = list(csv.DictReader(lines))
+    assert [row["callback"] for row in rows] == list(step.COMPARISONS)
+    assert {(row["processes"], row["blocks"], row["ratio_p50"]) for row in rows} == {("2", "6", "1.0500")}
+    assert "1.05" in capsys.readouterr().out
+
+
+def test_failure_of_a_process_is_told(step):
+    with pytest.raises(RuntimeError, match="invalid choice"):
+        step._in_a_process("no such comparison", 1)

@@ -1,0 +1,96 @@
+"""The GPU kernels on a GPU; skipped where there is none. No machine that built this project had one."""
+
+import importlib.util
+import math
+
+import pytest
+import torch
+
+from lightning_lip.kernels import reference
+from lightning_lip.kernels.gpu.iteration import GpuIteration
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton"),
+]
+
+SHAPES = [(1, 1), (1, 17), (20, 13), (20, 20), (257, 1000), (1024, 1024), (64, 4096)]
+OPTIONS = {"n_iterations": 1, "code": 1, "target_log": 0.0, "scale": 0.1, "multiplicities": [1] * len(SHAPES)}
+
+
+def layers(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(shape, generator=generator) / math.sqrt(max(shape))).to("cuda", dtype) for shape in SHAPES]
+
+
+def blocks(weights, size):
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(min(w.shape), min(size, *w.shape), generator=generator) for w in weights]
+    return [torch.linalg.qr(x).Q.mT.contiguous().cuda() for x in drawn]
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_reference(dtype, size):
+    weights = layers(dtype)
+    start = blocks(weights, size)
+    got = GpuIteration(weights, start).power_step(weights, 2)
+    want = reference.power_step([w.double() for w in weights], [v.double() for v in start], 2)
+    torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=2e-6, atol=0)
+    for rows in got.vectors:
+        assert (rows @ rows.mT - torch.eye(len(rows), device="cuda")).abs().max() <= 1e-5
+
+
+def test_nothing_waits_for_the_gpu():
+    weights = layers()
+    iteration = GpuIteration(weights, blocks(weights, 8))
+    grads = [torch.zeros_like(w) for w in weights]
+    iteration.penalise_(weights, grads, **OPTIONS)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # New gradients too: their addresses are copied without waiting.
+        iteration.penalise_(weights, [torch.zeros_like(w) for w in weights], **OPTIONS)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_repeats_bit_for_bit():
+    weights = layers()
+    runs = []
+    for _ in range(2):
+        iteration = GpuIteration(weights, blocks(weights, 8))
+        grads = [torch.zeros_like(w) for w in weights]
+        for _ in range(5):
+            iteration.penalise_(weights, grads, **OPTIONS)
+        runs.append([*iteration.vectors, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_cuda_graph_replays_the_step():
+    weights = layers()
+    eager, graphed = (GpuIteration(weights, blocks(weights, 8)) for _ in range(2))
+    grads = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graphed.penalise_(weights, grads[1], **OPTIONS)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graphed.penalise_(weights, grads[1], **OPTIONS)
+    for _ in range(3):
+        graph.replay()
+    for _ in range(4):
+        eager.penalise_(weights, grads[0], **OPTIONS)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_capture_refuses_new_gradients():
+    weights = layers()
+    iteration = GpuIteration(weights, blocks(weights, 2))
+    iteration.penalise_(weights, [torch.zeros_like(w) for w in weights], **OPTIONS)
+    graph = torch.cuda.CUDAGraph()
+    fresh = [torch.zeros_like(w) for w in weights]
+    with pytest.raises(RuntimeError, match="set_to_none=False"), torch.cuda.graph(graph):
+        iteration.penalise_(weights, fresh, **OPTIONS)

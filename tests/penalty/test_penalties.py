@@ -1,0 +1,187 @@
+"""Penalties against their closed forms in float64, value and slope, in every branch."""
+
+import math
+from functools import partial
+from typing import get_args
+
+import pytest
+import torch
+
+from lightning_lip.penalty.penalties import (
+    PRODUCT_CAP,
+    PenaltyName,
+    get_penalty,
+    hinge_log,
+    layer_sum,
+    layer_sum_squares,
+    log,
+    product,
+    softplus_log,
+)
+
+FLOAT64 = {"rel": 1e-12, "abs": 1e-300}
+# F.softplus returns its argument beyond 20, where log(1 + e^-20) = 2e-9 is missing.
+SOFTPLUS = {"rel": 2e-9}
+NAMES = get_args(PenaltyName)
+
+
+def closed_form(name, sigma, target):
+    """Return the value and d value / d sigma_l, in Python floats."""
+    s = sum(math.log(x) for x in sigma)
+    if name == "product":
+        value, slope = math.prod(sigma), math.prod(sigma)
+    elif name == "softplus_log":
+        p = math.prod(sigma) / target
+        value, slope = math.log1p(p), p / (1 + p)
+    elif name == "hinge_log":
+        over = max(0.0, s - math.log(target))
+        value, slope = over**2, 2 * over
+    elif name == "log":
+        value, slope = s, 1.0
+    elif name == "layer_sum":
+        return sum(sigma), [1.0 for _ in sigma]
+    else:
+        return sum(x * x for x in sigma), [2 * x for x in sigma]
+    return value, [slope / x for x in sigma]
+
+
+def evaluate(penalty, sigma, dtype=torch.float64):
+    sigma = torch.tensor(sigma, dtype=dtype, requires_grad=True)
+    log_sigma = sigma.log()
+    value = penalty(log_sigma, log_sigma.sum())
+    assert value.shape == ()
+    assert value.dtype == dtype
+    (slope,) = torch.autograd.grad(value, sigma)
+    return value.item(), slope.tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", [0.5, 1.0, 7.0])
+@pytest.mark.parametrize("sigma", [[0.3], [2.0, 0.7, 1.9], [1e-3, 1e-4], [40.0, 30.0, 9.0], [1.0, 1.0]], ids=str)
+def test_value_and_slope_are_the_closed_form(name, target, sigma):
+    value, slope = evaluate(get_penalty(name, target), sigma)
+    expected_value, expected_slope = closed_form(name, sigma, target)
+    # S - log M cancels where the product is about M: absolute, not relative.
+    assert value == pytest.approx(expected_value, rel=1e-12, abs=1e-14)
+    assert slope == pytest.approx(expected_slope, rel=1e-12, abs=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_many_large_layers_do_not_overflow(name, dtype):
+    # 3^120 = 1.8e57 does not fit fp32.
+    value, slope = evaluate(get_penalty(name), [3.0] * 120, dtype)
+    assert math.isfinite(value)
+    assert all(math.isfinite(x) and x > 0 for x in slope)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_small_layers_do_not_underflow_to_nan(name):
+    value, slope = evaluate(get_penalty(name), [0.01] * 120, torch.float32)
+    assert math.isfinite(value)
+    assert all(math.isfinite(x) for x in slope)
+
+
+def slope_in_log_bound(penalty, s):
+    s = torch.tensor(s, dtype=torch.float64, requires_grad=True)
+    value = penalty(s[None], s)
+    (slope,) = torch.autograd.grad(value, s)
+    return value.item(), slope.item()
+
+
+@pytest.mark.parametrize("distance", [-1.0, -1e-9, 0.0, 1e-9, 1.0, 50.0, 1e4])
+def test_product_is_continued_linearly_beyond_its_cap(distance):
+    value, slope = slope_in_log_bound(product, PRODUCT_CAP + distance)
+    cap = math.exp(PRODUCT_CAP)
+    if distance <= 0:
+        assert value == pytest.approx(math.exp(PRODUCT_CAP + distance), **FLOAT64)
+        assert slope == pytest.approx(math.exp(PRODUCT_CAP + distance), **FLOAT64)
+    else:
+        assert value == pytest.approx(cap * (1 + distance), **FLOAT64)
+        assert slope == pytest.approx(cap, **FLOAT64)
+
+
+def test_softplus_log_has_a_slope_of_at_most_one():
+    value, slope = slope_in_log_bound(softplus_log, 1e4)
+    assert value == 1e4
+    assert slope == 1.0
+    value, slope = slope_in_log_bound(partial(softplus_log, target=math.e), 25.0)
+    assert value == pytest.approx(24 + math.exp(-24), **SOFTPLUS)
+    assert slope == pytest.approx(1, **SOFTPLUS)
+
+
+@pytest.mark.parametrize("s", [-50.0, 0.0, math.log(2.0)])
+def test_hinge_log_is_nothing_up_to_its_target(s):
+    assert slope_in_log_bound(partial(hinge_log, target=2.0), s) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "slope"),
+    [
+        ("product", 0.0, [0.0, 0.0]),
+        ("softplus_log", 0.0, [0.0, 0.0]),
+        ("hinge_log", 0.0, [0.0, 0.0]),
+        ("log", -math.inf, [1.0, 1.0]),
+        ("layer_sum", 2.5, [0.5, 2.0]),
+        ("layer_sum_squares", 4.25, [0.5, 8.0]),
+    ],
+)
+def test_a_zero_layer_gives_the_others_a_finite_right_slope(name, value, slope):
+    log_sigma = torch.tensor([-math.inf, math.log(0.5), math.log(2.0)], dtype=torch.float64, requires_grad=True)
+    got = get_penalty(name)(log_sigma, log_sigma.sum())
+    (grad,) = torch.autograd.grad(got, log_sigma)
+    assert got.item() == pytest.approx(value, **FLOAT64)
+    # In log sigma; the sums' slopes are sigma and 2 sigma^2, those of functions of S are alike in all layers.
+    assert grad[1:].tolist() == pytest.approx(slope, **FLOAT64)
+    assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_is_not_hidden_and_makes_no_slope_up(name):
+    log_sigma = torch.tensor([math.nan, 0.0], requires_grad=True)
+    value = get_penalty(name)(log_sigma, log_sigma.sum())
+    assert value.isnan()
+    # NaN, zero, or for uncoupled penalties the other layer's own slope; not the slope of some branch.
+    slope = torch.autograd.grad(value, log_sigma)[0][1].item()
+    assert math.isnan(slope) or slope in (0.0, {"log": 1.0, "layer_sum": 1.0, "layer_sum_squares": 2.0}.get(name, 0.0))
+
+
+def test_names_and_functions():
+    functions = {
+        "product": product,
+        "log": log,
+        "layer_sum": layer_sum,
+        "layer_sum_squares": layer_sum_squares,
+    }
+    for name, function in functions.items():
+        assert get_penalty(name) is function
+    for name, function in {"softplus_log": softplus_log, "hinge_log": hinge_log}.items():
+        bound = get_penalty(name, 3)
+        assert bound.func is function
+        assert bound.keywords == {"target": 3.0}
+    assert set(NAMES) == {*functions, "softplus_log", "hinge_log"}
+
+
+def test_a_callable_is_returned_as_it_is():
+    def own(log_sigma, log_bound):
+        return log_bound
+
+    assert get_penalty(own) is own
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"Unknown penalty 'prod': expected one of 'product', .*'layer_sum_squares'"):
+        get_penalty("prod")
+
+
+@pytest.mark.parametrize("penalty", [None, 3, ["product"]])
+def test_neither_name_nor_callable(penalty):
+    with pytest.raises(TypeError, match=f"a name or a callable, got {type(penalty).__name__}"):
+        get_penalty(penalty)
+
+
+@pytest.mark.parametrize("target", [0.0, -1.0, math.nan, math.inf, "1", None])
+@pytest.mark.parametrize("name", ["hinge_log", "product"])
+def test_target_must_be_positive_and_finite(name, target):
+    with pytest.raises(ValueError, match="`target` to be a positive finite number, got"):
+        get_penalty(name, target)
