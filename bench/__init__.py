@@ -1,7 +1,4 @@
-"""What the penalty costs in whole training steps, as `lightning-lip bench` measures it.
-
-Importing this package imports neither torch nor Lightning.
-"""
+"""What the penalty costs, and what it gives for that."""
 
 from lightning_lip.bench.command import bench
 

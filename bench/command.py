@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_lip.reporting.extras import extra
 from lightning_lip.errors import UsageError
+from lightning_lip.reporting.extras import extra
 
 MODELS = ("paper", "mnist", "resnet18", "vit", "gpt2")
 QUICK_MODELS = ("paper", "mnist")

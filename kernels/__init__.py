@@ -1,9 +1,10 @@
 """Kernels: the iteration of a list of weights and the rank-one update of their gradients, in three implementations.
 
-:mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification; :mod:`~lightning_lip.kernels.cpu.iteration`
-(Numba) and :mod:`~lightning_lip.kernels.gpu.iteration` (Triton) do the same in one pass over the weights and one call for all
-layers. Where an operator's maps are PyTorch's own, :mod:`~lightning_lip.kernels.cpu.rows` does the rest of a step on
-the CPU. Kernels know tensors and pointers, never modules.
+:mod:`~lightning_lip.kernels.reference` (PyTorch, any device) is the specification;
+:mod:`~lightning_lip.kernels.cpu.iteration` (Numba) and :mod:`~lightning_lip.kernels.gpu.iteration` (Triton) do the same
+in one pass over the weights and one call for all layers. Where an operator's maps are PyTorch's own,
+:mod:`~lightning_lip.kernels.cpu.rows` does the rest of a step on the CPU. Kernels know tensors and pointers, never
+modules.
 """
 
 from __future__ import annotations

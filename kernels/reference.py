@@ -19,14 +19,14 @@ Gram matrix is formed of rows divided by their largest magnitude: squares in fp3
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
 from lightning_lip.kernels.tensors import without_autocast
 
 

@@ -10,12 +10,12 @@ from lightning_lip.callbacks import (
 )
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
 from lightning_lip.constants.modules import register_constant
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
-from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector, Projection, project
 from lightning_lip.rebalancing.rescaling import Rebalanced, rebalance
-from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 __all__ = [
     "Certificate",

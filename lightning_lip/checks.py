@@ -8,9 +8,6 @@ from numbers import Real
 
 from torch import nn
 
-import math
-from numbers import Real
-
 SHOWN_KEYS = 5
 """Keys of a wrong state in the message: a whole model's would fill the screen."""
 

@@ -7,13 +7,11 @@ from typing import Any
 
 from jsonargparse import CLI, ArgumentParser  # type: ignore[attr-defined]
 
-from lightning_lip.errors import BoundError
 from lightning_lip.audit.command import audit
 from lightning_lip.bench.command import bench
-from lightning_lip.errors import AuditError
+from lightning_lip.errors import AuditError, BoundError, UsageError
 from lightning_lip.paper.command import reproduce
 from lightning_lip.reporting.extras import MissingExtraError
-from lightning_lip.errors import UsageError
 
 COMMANDS = {"audit": audit, "bench": bench, "reproduce": reproduce}
 DESCRIPTION = "See, penalise, bound and certify the Lipschitz constant of a network while it trains."

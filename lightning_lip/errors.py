@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 
-
-
 class UnsupportedLayerError(ValueError):
     """A selected module has weights whose linear operator is not known."""
 

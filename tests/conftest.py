@@ -1,5 +1,6 @@
 """Test-wide settings: the installed package is what is tested, seeded, on one thread, in a folder of its own."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -13,6 +14,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The checkout goes last: `kernels/` is imported as `lightning_lip.kernels`, never as a top-level package.
 sys.path.sort(key=lambda entry: Path(entry or ".").resolve() == ROOT)
 # What a test draws without a seed of its own is the same in every run; another number shakes the whole suite.
+_spec = importlib.util.spec_from_file_location(
+    "support",
+    ROOT / "tests" / "support" / "__init__.py",
+    submodule_search_locations=[str(ROOT / "tests" / "support")],
+)
+sys.modules["support"] = importlib.util.module_from_spec(_spec)
 SEED = int(os.environ.get("LIGHTNING_LIP_TEST_SEED", "0"))
 # What tests set for good, Lightning's `seed_everything` first, and what would change the text that is printed.
 SET_BY_TESTS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")

@@ -4,10 +4,9 @@ from importlib.metadata import entry_points
 import pytest
 
 from lightning_lip import cli
-from lightning_lip.errors import BoundError
 from lightning_lip.audit.command import audit
 from lightning_lip.bench import bench
-from lightning_lip.errors import AuditError
+from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.paper import command, reproduce
 from lightning_lip.reporting import extras
 

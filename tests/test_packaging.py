@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = {ROOT / "lightning_lip": "lightning_lip", ROOT / "kernels": "lightning_lip/kernels"}
+SOURCES = {
+    ROOT / "lightning_lip": "lightning_lip",
+    ROOT / "kernels": "lightning_lip/kernels",
+    ROOT / "bench": "lightning_lip/bench",
+}
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o")
 
 
@@ -52,7 +56,12 @@ def source_files():
     found = {}
     for folder, package in SOURCES.items():
         for path in folder.rglob("*"):
-            is_ignored = "__pycache__" in path.parts or path.suffix in {".pyc", ".so", ".o"}
+            # The results of the benchmarks are data of the checkout, not of the package.
+            is_ignored = {"__pycache__", "results"} & set(path.relative_to(folder).parts[:-1]) or path.suffix in {
+                ".pyc",
+                ".so",
+                ".o",
+            }
             if path.is_file() and not is_ignored:
                 found[f"{package}/{path.relative_to(folder).as_posix()}"] = path
     return found
@@ -67,7 +76,9 @@ def packages():
 
 
 def test_the_list_of_packages_is_not_empty():
-    assert {"lightning_lip", "lightning_lip.callbacks", "lightning_lip.kernels"} <= set(packages())
+    assert {"lightning_lip", "lightning_lip.callbacks", "lightning_lip.kernels", "lightning_lip.bench"} <= set(
+        packages()
+    )
 
 
 def test_every_source_file_of_the_checkout_is_in_the_wheel(wheel):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lightning_lip.bench.steps.measure import floor_seconds
 from lightning_lip.bench.contenders.models import BenchModel, mlp
 from lightning_lip.bench.contenders.peers import Task, penalty
+from lightning_lip.bench.steps.measure import floor_seconds
 from lightning_lip.bench.steps.training import fit
 
 BATCH_SIZE = 256

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.bench.contenders.layers import Layer, exact_norm, input_shapes
-from lightning_lip.bench.steps.memory import Memory, memory_of
 from lightning_lip.bench.contenders.models import BenchModel
 from lightning_lip.bench.contenders.peers import EVERY, PEERS, Contender, Peer, Task, plain
+from lightning_lip.bench.steps.memory import Memory, memory_of
 from lightning_lip.bench.steps.training import Batch, fit, synchronise
 
 BLOCK_SECONDS = 0.1
@@ -209,8 +209,8 @@ def in_turn(
 
     Args:
         contenders: By name; `"plain"` is one of them.
-        first: By name, what :func:`~lightning_lip.bench.steps.training.fit` returned for a step that has been made already,
-            to size the blocks by.
+        first: By name, what :func:`~lightning_lip.bench.steps.training.fit` returned for a step that has been made
+            already, to size the blocks by.
         batch: The batch of every step.
         seconds: Time for all rounds, about.
     """

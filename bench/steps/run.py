@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lightning_lip.bench.contenders.models import MODELS
 from lightning_lip.bench.steps import report
 from lightning_lip.bench.steps.figures import write_figures
 from lightning_lip.bench.steps.growth import DEPTH_OF_WIDTHS, DEPTHS, WIDTH_OF_DEPTHS, WIDTHS, growth
 from lightning_lip.bench.steps.measure import measure
-from lightning_lip.bench.contenders.models import MODELS
 from lightning_lip.bench.steps.tables import document, write_csv_files, write_json
 from lightning_lip.errors import UsageError
 

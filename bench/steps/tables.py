@@ -34,8 +34,8 @@ def document(
     - `versions`: of Python and the packages; null for one that is not installed.
     - `machine`: the processor, its cores, torch's threads, the device and the GPU's name.
     - `options`: whether the run was quick.
-    - `models`: one entry for each model, as :class:`~lightning_lip.bench.steps.measure.Result` documents it, its `rows` as
-      :class:`~lightning_lip.bench.steps.measure.Row` does.
+    - `models`: one entry for each model, as :class:`~lightning_lip.bench.steps.measure.Result` documents it, its `rows`
+      as :class:`~lightning_lip.bench.steps.measure.Row` does.
     - `growth`: one entry for each size, as :class:`~lightning_lip.bench.steps.growth.Point` documents it.
 
     `bench` adds `seconds` and `figures`.

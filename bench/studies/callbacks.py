@@ -1,10 +1,10 @@
 """What the callbacks add to a Trainer's step, on the paper's network.
 
-``python -m lightning_lip.bench.studies.callbacks [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50 with Adam on one thread.
-Trainings that are set up apart differ by several percent for no visible reason (where their memory lies, among others),
-which is as much as the callbacks take. So each comparison is *one* training, whose Trainer has the callback in its list
-for a block of steps and not for the next: model, data, optimiser, loggers and everything else are the same objects. It
-is repeated in fresh processes.
+``python -m lightning_lip.bench.studies.callbacks [--quick] [--output FOLDER]`` trains the MLP 13-20-20-20-1 at batch 50
+with Adam on one thread. Trainings that are set up apart differ by several percent for no visible reason (where their
+memory lies, among others), which is as much as the callbacks take. So each comparison is *one* training, whose Trainer
+has the callback in its list for a block of steps and not for the next: model, data, optimiser, loggers and everything
+else are the same objects. It is repeated in fresh processes.
 
 It writes ``step.csv``: microseconds of CPU time a step (of all threads of the process; what else runs on the machine
 hardly moves it) without and with the callback, and the ratio of neighbouring blocks, each as
@@ -36,10 +36,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
-from lightning_lip.bench.studies.kernels import machine
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
+from lightning_lip.bench.studies.kernels import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
 
 
@@ -157,7 +156,7 @@ def _in_a_process(name: str, blocks: int) -> dict[bool, list[float]]:
     """Return what :func:`measure` returns in a fresh process."""
     command = [sys.executable, "-m", "lightning_lip.bench.studies.callbacks", "--worker", name, "--blocks", str(blocks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
     without, with_it = json.loads(run.stdout.splitlines()[-1])
@@ -177,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 processes of 10 blocks instead of 8 of 40")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=COMPARISONS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

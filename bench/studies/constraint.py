@@ -1,9 +1,10 @@
 """Training within a budget: how closely it is kept, what it leaves of the accuracy, and what a projection costs.
 
-``python -m lightning_lip.bench.studies.constraint [--quick] [--output FOLDER]`` trains an MLP 64-128-128-128-10 on scikit-learn's digits with
-each optimiser, budget M and metric, calls ``LipschitzProjector.step()`` after every step, and writes
-``constraint.csv``: the accuracy on the held-out digits, the largest true ``P / M - 1`` (by float64 SVD, every 10th
-step), and the time of a projection beside that of a full fp32 SVD of all layers, taken in turn in the same run.
+``python -m lightning_lip.bench.studies.constraint [--quick] [--output FOLDER]`` trains an MLP 64-128-128-128-10 on
+scikit-learn's digits with each optimiser, budget M and metric, calls ``LipschitzProjector.step()`` after every step,
+and writes ``constraint.csv``: the accuracy on the held-out digits, the largest true ``P / M - 1`` (by float64 SVD,
+every 10th step), and the time of a projection beside that of a full fp32 SVD of all layers, taken in turn in the same
+run.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_lip import LipschitzProjector
 from lightning_lip.bench.studies.kernels import machine
 from lightning_lip.bench.studies.tracking import digits
-from lightning_lip import LipschitzProjector
 
 BATCH = 50
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print a table, write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one epoch instead of 10")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []

@@ -1,8 +1,8 @@
 """Time of one power step with its gradient, against what is used today and against the floor of memory traffic.
 
-``python -m lightning_lip.bench.studies.kernels [--quick] [--threads N] [--output FOLDER]`` writes ``kernels.csv`` and ``kernels.png``. All
-contenders of a model run in turn, so that whatever else the machine does falls on all of them; medians with p20 and
-p80 of one call, in microseconds.
+``python -m lightning_lip.bench.studies.kernels [--quick] [--threads N] [--output FOLDER]`` writes ``kernels.csv`` and
+``kernels.png``. All contenders of a model run in turn, so that whatever else the machine does falls on all of them;
+medians with p20 and p80 of one call, in microseconds.
 """
 
 from __future__ import annotations
@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=25.0, help="time for each model")
     parser.add_argument("--only", default="", help="measure only the models whose name contains this")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

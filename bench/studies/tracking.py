@@ -1,9 +1,9 @@
 """How closely sigma follows the weights while they train, by block size and iterations, with the cost beside it.
 
-``python -m lightning_lip.bench.studies.tracking [--quick] [--output FOLDER]`` trains an MLP 64-128-128-128-10 on scikit-learn's digits with
-each optimiser, penalty, block size r and number of iterations k, and compares, at every step and layer, the sigma of
-the gradient that ``add_grad_`` adds (``u^T W v`` of its direction ``u v^T``) with a float64 SVD. It writes
-``tracking.csv`` and prints the table that the default block size rests on.
+``python -m lightning_lip.bench.studies.tracking [--quick] [--output FOLDER]`` trains an MLP 64-128-128-128-10 on
+scikit-learn's digits with each optimiser, penalty, block size r and number of iterations k, and compares, at every step
+and layer, the sigma of the gradient that ``add_grad_`` adds (``u^T W v`` of its direction ``u v^T``) with a float64
+SVD. It writes ``tracking.csv`` and prints the table that the default block size rests on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_lip.bench.studies.kernels import machine
 from lightning_lip import LipschitzRegularizer
+from lightning_lip.bench.studies.kernels import machine
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two epochs a run")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(arguments)
     # Matrices of 128 x 128: threads would only wait for each other.
     torch.set_num_threads(1)

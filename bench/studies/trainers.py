@@ -1,9 +1,9 @@
 """The penalty on every Trainer: how far the weights end from one process in fp64 with the penalty in its loss.
 
-``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy, precision and feature of
-the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is relative to what the
-penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a tolerance of its own, or the
-error that refuses it; ``tests/test_trainers.py`` holds each to that.
+``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy,
+precision and feature of the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is
+relative to what the penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a
+tolerance of its own, or the error that refuses it; ``tests/test_trainers.py`` holds each to that.
 
 The reference shares no code with the plugin: a plain PyTorch loop in fp64 on whole batches, whose loss holds
 ``coefficient * prod_l ||W_l||_2`` by ``torch.linalg.matrix_norm``.
@@ -356,12 +356,8 @@ def _launch(processes: int, indices: list[int], folder: Path) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "lightning_lip.bench.studies.trainers", "--train", json.dumps(indices), "--output", str(folder)]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
 
@@ -401,7 +397,7 @@ def write(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     """Run the table, or some of its cases as one of several processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train is not None:

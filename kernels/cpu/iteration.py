@@ -1,6 +1,7 @@
 """The CPU backend: persistent blocks of all weights, iterated by one compiled call.
 
-The functions are in :mod:`lightning_lip.kernels.cpu.compiled.layers`; this module owns the buffers and the table of addresses.
+The functions are in :mod:`lightning_lip.kernels.cpu.compiled.layers`; this module owns the buffers and the table of
+addresses.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
 from lightning_lip.kernels.cpu import threads as cpu_threads
+from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
 from lightning_lip.kernels.cpu.compiled.layers import _run
+from lightning_lip.kernels.cpu.compiled.products import _band_width
 from lightning_lip.kernels.cpu.layout import (
     _BAND,
     _BAND_SIZE,
@@ -48,7 +50,6 @@ from lightning_lip.kernels.cpu.layout import (
     MAX_BLOCK_SIZE,
 )
 from lightning_lip.kernels.cpu.plan import plan
-from lightning_lip.kernels.cpu.compiled.products import _band_width
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
 
 _logger = logging.getLogger("lightning_lip")

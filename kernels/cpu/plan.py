@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_lip.kernels.cpu.layout import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE
 from lightning_lip.kernels.cpu.compiled.products import _band_width
+from lightning_lip.kernels.cpu.layout import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE
 
 _LINE = 16
 """Ranges begin at multiples of 16 fp32 numbers: threads share no cache line, and rows stay in their groups of eight."""

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_lip.kernels.cpu import threads as cpu_threads
-from lightning_lip.kernels.cpu.iteration import load_compiled
-from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 from lightning_lip.kernels.cpu.compiled.rows import (
     _CHUNK,
     _IMAGES,
@@ -34,6 +32,8 @@ from lightning_lip.kernels.cpu.compiled.rows import (
     _run,
     thread_address,
 )
+from lightning_lip.kernels.cpu.iteration import load_compiled
+from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 
 __all__ = ["MAX_BLOCK_SIZE", "CompiledRows"]
 

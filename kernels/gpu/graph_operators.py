@@ -1,8 +1,8 @@
 """The GPU backend as custom operators, which torch.compile takes whole instead of breaking its graph at an address.
 
-They run the methods of a :class:`lightning_lip.kernels.gpu.iteration.GpuIteration`, found by its handle. The buffers that outlive
-a call are arguments too, so that the compiler knows that they change. The schemas are written out, because torch 2.6
-does not infer them from ``list[Tensor]``.
+They run the methods of a :class:`lightning_lip.kernels.gpu.iteration.GpuIteration`, found by its handle. The buffers
+that outlive a call are arguments too, so that the compiler knows that they change. The schemas are written out, because
+torch 2.6 does not infer them from ``list[Tensor]``.
 """
 
 from __future__ import annotations

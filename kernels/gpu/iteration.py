@@ -1,10 +1,10 @@
 """The GPU backend: persistent blocks of all weights of one device and dtype, iterated by Triton kernels.
 
 The kernels are in :mod:`lightning_lip.kernels.gpu.kernels`, the tables they read in
-:mod:`lightning_lip.kernels.gpu.tables`, what torch.compile sees in :mod:`lightning_lip.kernels.gpu.graph_operators`; this
-module owns the buffers and launches. An iteration is five launches for all layers together (four at R = 1; one more
-where some weights can be read 128 bits at a time and others cannot), the penalty's derivative one, the rank-one update
-one for each dtype and alignment of gradients.
+:mod:`lightning_lip.kernels.gpu.tables`, what torch.compile sees in :mod:`lightning_lip.kernels.gpu.graph_operators`;
+this module owns the buffers and launches. An iteration is five launches for all layers together (four at R = 1; one
+more where some weights can be read 128 bits at a time and others cannot), the penalty's derivative one, the rank-one
+update one for each dtype and alignment of gradients.
 
 Nothing waits for the GPU, no sum depends on the order of execution (results repeat bit for bit on one GPU), nothing is
 tuned at run time. What has been proven without a GPU, and how, is in tests/test_gpu_*.py; no speed has been measured.

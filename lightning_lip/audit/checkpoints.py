@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from lightning_lip.errors import AuditError
 
 RECORDED_KEY = "lightning_lip_module"

@@ -15,13 +15,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from lightning_lip.audit.checkpoints import load_network, read_tensors
 from lightning_lip.audit.report import print_report, rounded_up, write_json
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
-from lightning_lip.errors import AuditError
-from lightning_lip.audit.checkpoints import load_network, read_tensors
-from lightning_lip.models.modules import eval_mode
+from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.models.inputs import call_arguments
-from lightning_lip.errors import BoundError
+from lightning_lip.models.modules import eval_mode
 
 SCHEMA = 1
 PACKAGES = ("lightning-lip", "torch", "lightning")

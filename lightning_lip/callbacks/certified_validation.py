@@ -16,8 +16,8 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.certificates.interval import Certificate, certify
-from lightning_lip.checks import check_integer, check_numbers
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
+from lightning_lip.checks import check_integer, check_numbers
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_lip.projection.allocation import Method
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import (
@@ -23,12 +22,12 @@ from lightning_lip.callbacks.lightning.trainer import (
     log_to_trainer,
     own_state,
 )
-from lightning_lip.checks import check_integer, check_name, check_state
+from lightning_lip.checks import check_integer, check_name, check_state, check_target
 from lightning_lip.models.optimizer_steps import optimizer_steps
-from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
-from lightning_lip.checks import check_target
 from lightning_lip.operators.recorded import stop_recording
 from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.projection.allocation import Method
+from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
 from lightning_lip.projection.spectra import Metric
 
 

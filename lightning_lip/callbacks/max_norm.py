@@ -15,8 +15,8 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.trainer import refuse_strategy
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.operators.selection import find_operators
 from lightning_lip.models.sharding import refuse_sharded
+from lightning_lip.operators.selection import find_operators
 
 
 class MaxNorm(BaseCallback):

@@ -11,9 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.lightning.base import SelectingCallback
-from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
-from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_logging_step,
@@ -27,13 +26,14 @@ from lightning_lip.callbacks.lightning.trainer import (
     own_state,
     tensorboard_writers,
 )
-from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
+from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
+from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
 from lightning_lip.checks import check_integer, check_name, check_state
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 MAX_HISTORY = 512
 """Steps that the figures show: with more, every other one is dropped and the spacing doubles."""

@@ -28,10 +28,10 @@ from lightning_lip.callbacks.lightning.trainer import (
     own_state,
 )
 from lightning_lip.checks import check_coefficient, check_integer, check_name, check_state
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 
 @dataclass

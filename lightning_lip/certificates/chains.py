@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lip.rigorous.chain import Slopes
 from lightning_lip.constants.modules import (
     GELU,
     GELU_TANH,
@@ -26,6 +25,7 @@ from lightning_lip.constants.modules import (
     elu,
 )
 from lightning_lip.graph.tracing import TracedModel
+from lightning_lip.rigorous.chain import Slopes
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,22 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_lip.certificates.chains import chain_of
+from lightning_lip.certificates.jacobians import largest_jacobian_norm
+from lightning_lip.checks import check_model
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound, log_bound_up
 from lightning_lip.graph.program import log_up
-from lightning_lip.rigorous.chain import chain_cost, combettes_pesquet, eclipse_fast
-from lightning_lip.certificates.chains import chain_of
-from lightning_lip.checks import check_model
-from lightning_lip.rigorous.operators import certified_norm
-from lightning_lip.certificates.jacobians import largest_jacobian_norm
+from lightning_lip.graph.tracing import trace
 from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.rigorous.matrix import certified_matrix_norm
-from lightning_lip.operators.base import LinearOperator, operator_of
-from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.rigorous.rounding import exp_up, multiply_up
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
-from lightning_lip.graph.tracing import trace
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.known import operator_of
+from lightning_lip.rigorous.chain import chain_cost, combettes_pesquet, eclipse_fast
+from lightning_lip.rigorous.matrix import certified_matrix_norm
+from lightning_lip.rigorous.operators import certified_norm
+from lightning_lip.rigorous.rounding import exp_up, multiply_up
 
 __all__ = ["Certificate", "Method", "Part", "Uncertified", "certified_matrix_norm", "certify"]
 

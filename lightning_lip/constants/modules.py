@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_lip.rigorous.evaluation import evaluated
+from lightning_lip.constants.pooling import average_pool_constant, lp_pool_constant, max_pool_constant
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import keeps_forward
-from lightning_lip.constants.pooling import average_pool_constant, lp_pool_constant, max_pool_constant
+from lightning_lip.rigorous.evaluation import evaluated
 from lightning_lip.rigorous.rounding import divide_up, multiply_up, sqrt_up, sum_up, up
 
 ConstantRule = Callable[[Any], float]

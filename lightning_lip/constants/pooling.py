@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lip.rigorous.matrix import certified_matrix_norm
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.rigorous.matrix import certified_matrix_norm
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, divide_up, multiply_up, sqrt_up, up
 
 LARGEST_DENSE_SIZE = 512

@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lightning_lip.graph.rules  # noqa: F401  (it registers every rule)
-from lightning_lip.graph.program import BoundProgram, log_up
-from lightning_lip.operators.base import LinearOperator
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 from lightning_lip.graph.builder import (
     RULES,
     Builder,
@@ -26,11 +23,11 @@ from lightning_lip.graph.builder import (
     Refusal,
     Refused,
     RefusedError,
-    rule,
 )
-from lightning_lip.graph.rules.linear import scale
-from lightning_lip.graph.rules.pointwise import recognised_product
+from lightning_lip.graph.program import BoundProgram, log_up
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 
 __all__ = ["GraphNode", "NetworkBound", "log_bound_up"]
 

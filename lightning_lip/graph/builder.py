@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
+from lightning_lip.graph.tracing import TracedModel, module_path
+from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import sqrt_up
-from lightning_lip.models.inputs import BATCH
-from lightning_lip.graph.tracing import TracedModel, module_path
 
 
 @dataclass(frozen=True)

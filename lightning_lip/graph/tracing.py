@@ -8,7 +8,6 @@ input's values. ``torch.fx`` would stop at any Python control flow and hides wha
 from __future__ import annotations
 
 import contextlib
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,12 +20,9 @@ from torch.utils import _pytree as pytree
 from lightning_lip.checks import check_model
 from lightning_lip.constants.modules import registered_rule
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.modules import eval_mode, keeps_forward
-from lightning_lip.models.modules import buffers_kept, is_wrapper, walk
-from lightning_lip.models.inputs import call_arguments
+from lightning_lip.models.inputs import batch_of_two, call_arguments, check_example, floating_dtype
+from lightning_lip.models.modules import buffers_kept, eval_mode, is_wrapper, keeps_forward, walk
 from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.models.inputs import _batch_of_two, _check_example, _floating_dtype
-
 
 WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
 """Modules whose graph hides what they are (a quotient, a difference, a power), so that they are traced as one node."""
@@ -60,7 +56,7 @@ class TracedModel:
         inputs: Names of the placeholders of the model's inputs, in order.
         outputs: Names of the nodes that the model returns; the graph's other results are changed buffers.
         modules: The modules traced as one node, by index.
-        names: The modules' names by id, as :func:`lightning_lip.operators.base.find_operators` gives them.
+        names: The modules' names by id, as :func:`lightning_lip.operators.selection.find_operators` gives them.
     """
 
     model: nn.Module
@@ -94,7 +90,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
-    args, kwargs = call_arguments(_batch_of_two(example_input, _floating_dtype(model)))
+    args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
     modules: list[nn.Module] = []
     with (
         eval_mode(model),
@@ -116,7 +112,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         except UnsupportedLayerError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            _check_example(model, args, kwargs)
+            check_example(model, args, kwargs)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
                 "is not known (control flow that depends on the input's values has none in general). Trace the part "

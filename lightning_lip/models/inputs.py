@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import inspect
 from collections.abc import Mapping
+
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -25,7 +23,7 @@ BATCH = 2
 """Samples in the traced batch: two, so that an operation that mixes samples shows."""
 
 
-def _check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+def check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
     """Check that the forward pass runs on the example, where it could not be traced on it.
 
     Raises:
@@ -49,12 +47,12 @@ def _described(value: object) -> str:
     return f"{kind} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else kind
 
 
-def _floating_dtype(model: nn.Module) -> torch.dtype | None:
+def floating_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype of the model's first floating-point parameter, or None if there is none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def _batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
+def batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
     """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
     tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
     if not tensors:

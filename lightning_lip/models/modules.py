@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from torch import nn
-
-import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy

@@ -1,10 +1,11 @@
-"""Models whose weights are dealt out to ranks: refused where whole weights are needed, put back after a forward pass."""
+"""Models whose weights are dealt out to ranks: refused where whole weights are needed, resharded after a forward."""
 
 from __future__ import annotations
 
 from torch import nn
-from lightning_lip.kernels.tensors import is_sharded
+
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.kernels.tensors import is_sharded
 
 
 def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:

@@ -20,11 +20,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, orthonormalise, ritz_rotation
-from lightning_lip.kernels.tensors import is_sharded, without_autocast
-from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.operators.base import iterates_on_codomain
 
 if TYPE_CHECKING:
@@ -174,7 +173,9 @@ class ShardedIteration(ReferenceIteration):
     @torch.no_grad()
     @without_autocast()
     def upper(self, weights: Sequence[Tensor]) -> Tensor:
-        """Return upper bounds of the spectral norms; see :meth:`lightning_lip.norms.spectral_norms.SpectralNorms.upper`.
+        """Return upper bounds of the spectral norms.
+
+        See :meth:`lightning_lip.norms.spectral_norms.SpectralNorms.upper`.
 
         Returns:
             Shape (L,), fp64.
@@ -279,5 +280,3 @@ def _summed(parts: Sequence[Tensor], groups: Sequence[tuple[ProcessGroup, ...]])
         for i, part in zip(indices, torch.split(flat, [parts[i].numel() for i in indices]), strict=True):
             summed[i] = part.view(parts[i].shape)
     return summed
-
-

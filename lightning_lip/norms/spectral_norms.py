@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_integer
-from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
 from lightning_lip.kernels.reference import iterate
-from lightning_lip.operators.base import LinearOperator, iterates_on_codomain
+from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
 from lightning_lip.norms.sharded import ShardedIteration
+from lightning_lip.operators.base import LinearOperator, iterates_on_codomain
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -26,8 +26,8 @@ class SpectralNorms:
 
     The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
     plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
-    dtype in one call, and sharded ones through :class:`~lightning_lip.norms.sharded.ShardedIteration`, for which every rank
-    must make each call; other operators through their own ``apply`` and ``adjoint``.
+    dtype in one call, and sharded ones through :class:`~lightning_lip.norms.sharded.ShardedIteration`, for which every
+    rank must make each call; other operators through their own ``apply`` and ``adjoint``.
 
     Args:
         operators: The L operators.

@@ -5,21 +5,15 @@ What a layer cannot be is as important as what it is: a selected module whose op
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import singledispatch
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lightning_lip.kernels.tensors import is_sharded
-from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.modules import eval_mode, is_lora, keeps_forward
+from lightning_lip.models.modules import eval_mode
 
 
 class LinearOperator(ABC):
@@ -229,98 +223,6 @@ class ParametrizedMatrixOperator(MatrixOperator):
         return weight
 
 
-@singledispatch
-def operator_of(module: nn.Module, name: str) -> LinearOperator:
-    """Return the linear operator of a module that has weights.
-
-    Args:
-        module: The module.
-        name: Its name in the model.
-
-    Raises:
-        UnsupportedLayerError: If the operator is not known; the message is the reason.
-    """
-    if callable(getattr(module, "weight", None)):
-        raise UnsupportedLayerError("its weight is quantised")
-    if is_lora(module):
-        raise UnsupportedLayerError("a LoRA layer is W + s B A, not its factors: merge the adapter first")
-    own = [key for key, _ in module.named_parameters(recurse=False)]
-    raise UnsupportedLayerError(f"what it computes from its parameters {own} is not known")
-
-
-@operator_of.register
-def _(module: nn.Linear, name: str) -> LinearOperator:
-    if not keeps_forward(module, nn.Linear):
-        raise UnsupportedLayerError("it has a forward of its own, so it is not known to compute x W^T + b")
-    if parametrize.is_parametrized(module, "weight"):
-        computed = ParametrizedMatrixOperator(name, module)
-        if any(is_sharded(p) for p in computed.parameters):
-            raise UnsupportedLayerError(
-                "its parametrised weight is computed from DTensors (FSDP2, tensor parallel): keep it whole with "
-                "fully_shard(..., ignored_params=...)"
-            )
-        return computed
-    weight = check_weight(module)
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise UnsupportedLayerError(
-            f"its weight has shape {tuple(weight.shape)} instead of (out_features, in_features), as FSDP1's shards do"
-        )
-    return MatrixOperator(name, module)
-
-
-def check_weight(module: nn.Module) -> nn.Parameter:
-    """Return a layer's own weight, if it is a tensor that can be worked with.
-
-    Raises:
-        UnsupportedLayerError: If it is computed by a hook, lazy, on the meta device, sparse or not floating; or
-            sharded and no matrix.
-    """
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise UnsupportedLayerError(
-            "its weight is computed by a forward pre-hook (pruning, or the old weight_norm or spectral_norm): use "
-            "torch.nn.utils.parametrizations, or make the pruning permanent with torch.nn.utils.prune.remove"
-        )
-    if is_lazy(weight):
-        raise UnsupportedLayerError("its lazy weight has no shape yet: run one forward pass first")
-    if weight.is_meta:
-        raise UnsupportedLayerError("its weight is on the meta device: materialise the model first")
-    if is_sharded(weight):
-        _check_sharding(weight)
-    kind = type(weight.data).__name__
-    is_plain = (type(weight.data) is Tensor or is_sharded(weight)) and weight.layout == torch.strided
-    if not is_plain or not weight.is_floating_point() or weight.element_size() < 2:
-        raise UnsupportedLayerError(
-            f"its weight is a {kind} of {weight.dtype}, {weight.layout}, not a dense fp64, fp32, fp16 or bf16 tensor"
-        )
-    return weight
-
-
-def _check_sharding(weight: Tensor) -> None:
-    """Refuse the DTensors whose singular vectors cannot be had from the shards and one whole side.
-
-    Raises:
-        UnsupportedLayerError: Saying what to do instead.
-    """
-    if weight.dim() != 2:
-        raise UnsupportedLayerError(
-            f"its weight of shape {tuple(weight.shape)} is a DTensor (FSDP2, tensor parallel), which is supported for "
-            "linear layers only: keep it whole with fully_shard(..., ignored_params=...)"
-        )
-    placements = weight.placements  # type: ignore[attr-defined]
-    if any(placement.is_partial() for placement in placements):
-        raise UnsupportedLayerError(
-            f"its weight is a DTensor placed {placements}, a sum that is still due: redistribute it first"
-        )
-    sharded = [placement for placement in placements if not placement.is_replicate()]
-    columns = [placement for placement in sharded if placement.dim == 1]
-    if len(columns) < len(sharded) and [type(p).__name__ for p in columns] not in ([], ["Shard"]):
-        raise UnsupportedLayerError(
-            f"its weight is a DTensor placed {placements}: of two sharded sides, the second may be so along one mesh "
-            "dimension only. Shard it along one side"
-        )
-
-
 def iterates_on_codomain(weight: Tensor) -> bool:
     """Whether the singular vectors that an iteration keeps of a matrix (m, n) are left ones.
 
@@ -328,36 +230,3 @@ def iterates_on_codomain(weight: Tensor) -> bool:
     """
     sharded = {placement.dim for placement in getattr(weight, "placements", ()) if not placement.is_replicate()}
     return sharded == {1} if sharded else weight.shape[0] < weight.shape[1]
-
-
-def _refuse(reason: str) -> Callable[[nn.Module, str], LinearOperator]:
-    def refuse(module: nn.Module, name: str) -> LinearOperator:
-        raise UnsupportedLayerError(reason)
-
-    return refuse
-
-
-for _types, _reason in (
-    (
-        (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm),
-        "a normalisation is bounded in its place in the graph only: pass example_input=",
-    ),
-    ((nn.modules.conv._ConvNd,), "a convolution needs the size of its input: pass example_input="),
-    ((nn.MultiheadAttention,), "dot-product attention has no finite Lipschitz constant"),
-    ((nn.Embedding, nn.EmbeddingBag), "an embedding is a look-up, not a linear map: start at its output"),
-    ((nn.Bilinear,), "a product of two inputs has no finite Lipschitz constant"),
-    ((nn.RNNBase, nn.RNNCellBase), "recurrent layers are not supported"),
-):
-    for _type in _types:
-        operator_of.register(_type)(_refuse(_reason))
-
-
-def carries_weight(module: nn.Module) -> bool:
-    """Whether a module must have an operator: it owns parameters, or its type is known to scale its input."""
-    return (
-        any(p is not None for p in module._parameters.values())
-        or parametrize.is_parametrized(module)
-        or operator_of.dispatch(type(module)) is not operator_of.dispatch(object)
-        or callable(getattr(module, "weight", None))
-        or is_lora(module)
-    )

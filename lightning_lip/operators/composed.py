@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.operators.base import LinearOperator, MatrixOperator
+from lightning_lip.operators.convolution import ConvolutionOperator
 
 
 class ParameterMatrixOperator(MatrixOperator):
@@ -125,7 +125,6 @@ class DiagonalOperator(LinearOperator):
     def spectral_norm(self) -> Tensor:
         """Return ``max|s|``, *exact* up to the rounding of s, shape (), differentiable in the parameters."""
         return self.weight().abs().max()
-
 
 
 class ScaledOperator(LinearOperator):

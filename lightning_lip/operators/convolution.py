@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.paddings import PaddingMode, check_padding, pad, pad_adjoint, padding_pairs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

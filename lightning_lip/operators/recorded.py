@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.convolution import ConvolutionOperator, check_convolution
-from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator, check_weight
+from lightning_lip.operators.known import check_weight
 
 
 class _Recorder:

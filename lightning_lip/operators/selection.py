@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from lightning_lip.operators.base import LinearOperator, carries_weight, operator_of
-from lightning_lip.models.modules import is_lora
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.operators.recorded import RecordedConvolution
 from lightning_lip.models.modules import Found, walk
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.known import carries_weight, operator_of
+from lightning_lip.operators.recorded import RecordedConvolution
 
 Selection = str | nn.Module | Sequence[str | nn.Module]
 """Module names, glob patterns (``*`` also crosses dots) or submodules; a container stands for all that is in it."""
@@ -198,5 +194,3 @@ def refuse_replaced(model: nn.Module, operators: Iterable[LinearOperator], owner
             "were selected, when training started. Change layers before training or between two calls of "
             "trainer.fit, which select anew, or leave those that will go out with `exclude`."
         )
-
-

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning_lip.errors import UsageError
 from lightning_lip.paper.budgets.settings import BudgetPlan
-from lightning_lip.reporting.extras import require_extras
 from lightning_lip.paper.regimes.settings import (
     CRITERIA,
     EPOCHS,
@@ -18,7 +18,7 @@ from lightning_lip.paper.regimes.settings import (
     Plan,
     Setting,
 )
-from lightning_lip.errors import UsageError
+from lightning_lip.reporting.extras import require_extras
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
 TUNING_SEEDS = {"default": 20, "quick": 3, "full": 20}
@@ -61,8 +61,8 @@ def reproduce(
         workers: The number of processes, by default one for each core; 1 trains in the command's own process.
 
     Returns:
-        The contents of results.json, documented at `lightning_lip.paper.regimes.results.results`, or with `budget` those of
-        budget.json, documented at `lightning_lip.paper.budgets.results.budget_results`.
+        The contents of results.json, documented at `lightning_lip.paper.regimes.results.results`, or with `budget`
+        those of budget.json, documented at `lightning_lip.paper.budgets.results.budget_results`.
 
     Raises:
         UsageError: If the options make no experiment.

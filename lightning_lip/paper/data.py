@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from lightning_lip.reporting.extras import extra
 from lightning_lip.paper.regimes.settings import SCALINGS
+from lightning_lip.reporting.extras import extra
 
 Array = npt.NDArray[np.float64]
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.penalty import compiled as penalty_operator
 from lightning_lip.checks import check_coefficient, check_model, check_state
-from lightning_lip.operators.composed import DiagonalOperator
+from lightning_lip.graph.selected import trace_selected
 from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.operators.base import LinearOperator
 from lightning_lip.models.optimizer_steps import optimizer_steps
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
-from lightning_lip.operators.selection import Selection, find_operators
 from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
-from lightning_lip.graph.selected import partial_norm, trace_selected
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.composed import DiagonalOperator
+from lightning_lip.operators.selection import Selection, find_operators
+from lightning_lip.penalty import compiled as penalty_operator
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 
 
 class LipschitzRegularizer:
@@ -423,3 +423,30 @@ def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
 def _double(sigma: Tensor) -> Tensor:
     """Return sigma in fp64, where the device has it: L scalars cost nothing, and S keeps its digits."""
     return sigma if sigma.device.type == "mps" else sigma.double()
+
+
+def partial_norm(op: LinearOperator, chosen: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """Return an operator's :meth:`~.LinearOperator.norm`, shape (), differentiable in some of its parameters only."""
+    return _PartialNorm.apply(op, tuple(chosen), left, right, *chosen)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _PartialNorm(torch.autograd.Function):
+    """The norm of an operator, with a gradient for some of its parameters only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: LinearOperator, chosen: tuple[Tensor, ...], left: Tensor, right: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        ctx.op, ctx.chosen = op, chosen
+        ctx.save_for_backward(left, right)
+        return op.norm(left, right).detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        needed = [p for p in ctx.chosen if p.requires_grad]
+        with torch.enable_grad(), without_autocast():
+            pulled = torch.autograd.grad(ctx.op.norm(left, right), needed, allow_unused=True) if needed else ()
+        by_id = {id(p): g for p, g in zip(needed, pulled, strict=True)}
+        found = (by_id.get(id(p)) for p in ctx.chosen)
+        return (None, None, None, None, *(None if g is None else grads[0].to(g) * g for g in found))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.projection.caps import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
 from lightning_lip.projection.clipping import FloatArray
 from lightning_lip.projection.layers import ProjectedLayer
-from lightning_lip.projection.caps import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
-from lightning_lip.rigorous.rounding import exp_up
 from lightning_lip.projection.spectra import Metric
+from lightning_lip.rigorous.rounding import exp_up
 
 Method = Literal["joint", "log_clip", "per_layer", "scaling"]
 """How the budget is spent among the layers; see :class:`~lightning_lip.LipschitzProjector`."""

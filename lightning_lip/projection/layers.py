@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.tensors import compute_dtype
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""

@@ -5,32 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from lightning_lip.projection.allocation import Allocation, Method, logarithms
+from lightning_lip.checks import check_integer, check_model, check_state, check_target
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import log_bound_up
 from lightning_lip.graph.program import log_up
-from lightning_lip.checks import check_integer, check_model, check_state
-from lightning_lip.projection.clipping import FloatArray
-from lightning_lip.rigorous.operators import certified_norm
-from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.operators.base import LinearOperator
-from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
-from lightning_lip.projection.caps import Caps
-from lightning_lip.operators.recorded import RecordedConvolution
-from lightning_lip.rigorous.rounding import exp_up, sum_up
-from lightning_lip.operators.selection import Selection, find_operators
-from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.projection.spectra import Metric
-from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.graph.selected import trace_selected
-from lightning_lip.checks import check_target
+from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.sharding import refuse_sharded
+from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.recorded import RecordedConvolution
+from lightning_lip.operators.selection import Selection, find_operators
+from lightning_lip.projection.allocation import Allocation, Method, logarithms
+from lightning_lip.projection.caps import Caps
+from lightning_lip.projection.clipping import FloatArray
+from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
+from lightning_lip.projection.spectra import Metric
+from lightning_lip.rigorous.operators import certified_norm
+from lightning_lip.rigorous.rounding import exp_up, sum_up
 
 STEP_MARGIN = 1e-4
 """A step aims this far (relative) below the target, for what the estimated norms miss."""

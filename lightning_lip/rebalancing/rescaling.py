@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.rigorous.chain import product_bound
 from lightning_lip.checks import check_model
-from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.rebalancing.least_product import evened, least_product
-from lightning_lip.rigorous.matrix import certified_matrix_norm
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder
-from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.graph.tracing import TracedModel, trace
+from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.sharding import refuse_sharded
+from lightning_lip.rebalancing.least_product import evened, least_product
+from lightning_lip.rigorous.chain import product_bound
+from lightning_lip.rigorous.matrix import certified_matrix_norm
 
 __all__ = ["Rebalanced", "RebalancedLayer", "rebalance"]
 

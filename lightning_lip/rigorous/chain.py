@@ -3,8 +3,8 @@
 The network is ``W_n R_{n-1} W_{n-1} ... R_1 W_1``; biases, added to any of them, change nothing. Both bounds here are
 *certified upper bounds* for the weights as they are stored, in exact arithmetic: each matrix product carries a bound
 of its rounding error, each inequality between matrices is proven by a Cholesky factorisation (see
-:mod:`lightning_lip.rigorous.matrix` for what that assumes), and scalars are rounded up. Matrices are scaled by powers of
-two, so that deep chains and extreme weights do not overflow.
+:mod:`lightning_lip.rigorous.matrix` for what that assumes), and scalars are rounded up. Matrices are scaled by powers
+of two, so that deep chains and extreme weights do not overflow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A certified upper bound of the largest eigenvalue of many small Hermitian matrices, by batched Cholesky factors.
 
-The same argument and assumptions as in :mod:`lightning_lip.rigorous.matrix`, for complex matrices, and for the largest of
-all of them: one level is tried on a whole batch, and only matrices that fail raise it.
+The same argument and assumptions as in :mod:`lightning_lip.rigorous.matrix`, for complex matrices, and for the largest
+of all of them: one level is tried on a whole batch, and only matrices that fail raise it.
 """
 
 from __future__ import annotations

@@ -16,12 +16,12 @@ from rich.console import Console
 from torch import nn
 
 from lightning_lip import cli
-from lightning_lip.audit.command import AuditError, audit, document, example_input, load_inputs
-from lightning_lip.errors import BoundError
-from lightning_lip.audit.report import interval, print_report, rounded_up, write_json
-from lightning_lip.graph.bound import GraphNode
-from lightning_lip.certificates.interval import Certificate, Part, Uncertified, certify
 from lightning_lip.audit.checkpoints import HYPER_PARAMETERS, RECORDED_KEY, load_network
+from lightning_lip.audit.command import AuditError, audit, document, example_input, load_inputs
+from lightning_lip.audit.report import interval, print_report, rounded_up, write_json
+from lightning_lip.certificates.interval import Certificate, Part, Uncertified, certify
+from lightning_lip.errors import BoundError
+from lightning_lip.graph.bound import GraphNode
 from lightning_lip.paper import PaperRegressor
 from lightning_lip.paper.regimes.settings import Run
 

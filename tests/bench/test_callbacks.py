@@ -1,23 +1,11 @@
 """bench/studies/callbacks.py: the cost of a callback in a Trainer's step, on a few steps."""
 
 import csv
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def step(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from lightning_lip.bench.studies import callbacks as step
-
-    yield step
-    for name in [name for name in sys.modules if name == "bench" or name.startswith("bench.")]:
-        del sys.modules[name]
+from lightning_lip.bench.studies import callbacks as step
 
 
 class Counts(pl.Callback):
@@ -31,7 +19,7 @@ class Counts(pl.Callback):
 
 
 @pytest.mark.parametrize("tensorboard", [False, True])
-def test_the_callback_comes_and_goes(step, tensorboard, monkeypatch):
+def test_the_callback_comes_and_goes(tensorboard, monkeypatch):
     monkeypatch.setattr(step, "BLOCK", 5)
     there, always = Counts(), Counts()
     comparison = step.Comparison("", lambda: there, lambda: [always], tensorboard=tensorboard)
@@ -43,7 +31,7 @@ def test_the_callback_comes_and_goes(step, tensorboard, monkeypatch):
     assert there.batches == [i for i in range(5 * 12) if i // 5 % 4 in (0, 3)]
 
 
-def test_command_writes_a_row_for_each_comparison(step, tmp_path, monkeypatch, capsys):
+def test_command_writes_a_row_for_each_comparison(tmp_path, monkeypatch, capsys):
     fake = {False: [100.0, 110.0, 120.0], True: [105.0, 121.0, 126.0]}
     monkeypatch.setattr(step, "_in_a_process", lambda name, blocks: fake)
     step.main(["--quick", "--output", str(tmp_path)])
@@ -54,6 +42,6 @@ def test_command_writes_a_row_for_each_comparison(step, tmp_path, monkeypatch, c
     assert "1.05" in capsys.readouterr().out
 
 
-def test_failure_of_a_process_is_told(step):
+def test_failure_of_a_process_is_told():
     with pytest.raises(RuntimeError, match="invalid choice"):
         step._in_a_process("no such comparison", 1)

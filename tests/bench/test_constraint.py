@@ -1,19 +1,12 @@
-"""bench/studies/constraint.py: its table, and that the excess in it tells a budget that is kept from one that is not."""
+"""The study of the constraint: its table, and that its excess tells a budget that is kept from one that is not."""
 
 import csv
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_lip import LipschitzProjector
-
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # last: `kernels/` must not be found at the top level
-
-from bench import constraint  # noqa: E402
+from lightning_lip.bench.studies import constraint
 
 
 def row_of(*arguments):

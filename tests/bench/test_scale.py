@@ -3,19 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from lightning_lip import LipschitzRegularizer
-
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # last: `kernels/` must not be found at the top level
-
-from lightning_lip.bench.studies.scale import MODELS, Layer, traffic  # noqa: E402
+from lightning_lip.bench.studies.scale import MODELS, Layer, traffic
 
 SHAPES = [(48, 20, "columns"), (24, 48, "rows"), (5, 24, "columns")]
 """(out, in, how tensor parallelism deals it out); 5 rows are dealt out unevenly over 2 and 4 ranks of FSDP2."""

@@ -15,11 +15,12 @@ from torch import nn
 from lightning_lip import LipschitzRegularizer, cli
 from lightning_lip import bench as package
 from lightning_lip.bench import command
-from lightning_lip.bench.steps import figures, measure, report, run, training as steps
 from lightning_lip.bench.contenders import peers
 from lightning_lip.bench.contenders.layers import adjoint, apply, exact_norm, input_shapes
-from lightning_lip.bench.steps.memory import Memory, memory_of
 from lightning_lip.bench.contenders.models import MODELS, BenchModel, TransformerBlock, gpt2_blocks, mlp, resnet18
+from lightning_lip.bench.steps import figures, measure, report, run
+from lightning_lip.bench.steps import training as steps
+from lightning_lip.bench.steps.memory import Memory, memory_of
 from lightning_lip.errors import UsageError
 
 CPU = torch.device("cpu")

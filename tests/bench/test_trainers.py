@@ -1,16 +1,11 @@
 """Every row of the table of trainers: the distance within its tolerance, or the error that it names."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))  # last: `kernels/` must not be found at the top level
-
-from lightning_lip.bench.studies.trainers import CASES, reference, run  # noqa: E402
+from lightning_lip.bench.studies.trainers import CASES, reference, run
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are started as on Linux"),

@@ -12,8 +12,8 @@ from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty, NoisyValidation
-from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.monitor import MAX_HISTORY, _Source
+from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]
 

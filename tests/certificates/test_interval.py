@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lip.certificates import interval as certificates
-from lightning_lip.constants import modules as constants
-from lightning_lip.rigorous import matrix as matrix_norms
-from lightning_lip.graph.bound import NetworkBound, log_bound_up
 from lightning_lip.certificates.interval import Certificate, Uncertified, certified_matrix_norm, certify
+from lightning_lip.constants import modules as constants
+from lightning_lip.graph.bound import NetworkBound, log_bound_up
+from lightning_lip.rigorous import matrix as matrix_norms
 from lightning_lip.rigorous.chain import combettes_pesquet, eclipse_fast
 
 # Of a bound of a few operators: certificates 1e-11 each, and the program's rounding terms.

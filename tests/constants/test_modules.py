@@ -6,7 +6,6 @@ from torch import nn
 
 from lightning_lip.constants import modules as constants
 from lightning_lip.constants.modules import lipschitz_constant, register_constant
-from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.constants.pooling import (
     adaptive_average_pool_constant,
     adaptive_max_pool_constant,
@@ -16,6 +15,7 @@ from lightning_lip.constants.pooling import (
     per_dimension,
     sized_average_pool_constant,
 )
+from lightning_lip.errors import UnsupportedLayerError
 
 # Slopes are sampled in fp64 on a grid of step 5e-4: a maximum of a smooth slope is met within 1e-6.
 GRID = torch.linspace(-40, 40, 160001, dtype=torch.float64)

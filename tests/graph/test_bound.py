@@ -5,14 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_lip.certificates.interval import certify
 from lightning_lip.constants import modules as constants
+from lightning_lip.constants.modules import register_constant
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph import tracing
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.program import log_up
-from lightning_lip.certificates.interval import certify
-from lightning_lip.constants.modules import register_constant
-from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator, certified_norm
-from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
+from lightning_lip.rigorous.operators import certified_norm
 
 
 class Lambda(nn.Module):

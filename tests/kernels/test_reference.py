@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from lightning_lip.kernels.tensors import compute_dtype
 from lightning_lip.kernels.reference import (
     gram_matrix,
     iterate,
@@ -14,6 +13,7 @@ from lightning_lip.kernels.reference import (
     rank_one_update_,
     rayleigh_ritz,
 )
+from lightning_lip.kernels.tensors import compute_dtype
 
 # Relative to the true spectral norm.
 CONVERGED = 1e-5  # what the issue asks for; reached only where (sigma_{r+1} / sigma_1)^(2k) < 1e-6

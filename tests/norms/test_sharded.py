@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from lightning_lip import LipschitzRegularizer, MaxNorm, project, rebalance
-from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.graph.bound import NetworkBound
 
 SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (260, 256)]
 """(m, n): over two ranks and more, shards are uneven and empty; two share a stack; the last is iterated by itself."""

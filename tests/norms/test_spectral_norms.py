@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_lip.kernels.reference import power_step
-from lightning_lip.operators.selection import find_operators
 from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.operators.selection import find_operators
 
 
 def net(dtype=torch.float32, seed=0):

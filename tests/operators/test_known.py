@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.operators.base import MatrixOperator, ParametrizedMatrixOperator
-from lightning_lip.models.modules import eval_mode
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.modules import eval_mode
+from lightning_lip.operators.base import MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.selection import find_operators
 
 

@@ -11,16 +11,24 @@ from rich.console import Console
 from torch import nn
 
 from lightning_lip import cli
-from lightning_lip.projection import caps as projection
 from lightning_lip.certificates.interval import certified_matrix_norm
+from lightning_lip.errors import UsageError
+from lightning_lip.paper import command
 from lightning_lip.paper.budgets import (
     experiment as budget,
+)
+from lightning_lip.paper.budgets import (
     figures as budget_figures,
+)
+from lightning_lip.paper.budgets import (
     report as budget_report,
+)
+from lightning_lip.paper.budgets import (
     statistics as budget_statistics,
+)
+from lightning_lip.paper.budgets import (
     training as budget_training,
 )
-from lightning_lip.paper import command
 from lightning_lip.paper.budgets.settings import (
     ALLOCATIONS,
     BUDGETS,
@@ -40,7 +48,7 @@ from lightning_lip.paper.budgets.settings import (
 from lightning_lip.paper.budgets.tuning import choose_coefficients, tuning_tasks
 from lightning_lip.paper.data import DataError, load_boston, load_diabetes, split
 from lightning_lip.paper.regimes.settings import METRICS, NOISE_LEVELS, TUNING_SEED, validation_key
-from lightning_lip.errors import UsageError
+from lightning_lip.projection import caps as projection
 
 RELU, TANH = Case("boston", "relu"), Case("boston", "tanh")
 SHAPES = ((20, 13), (20, 20), (20, 20), (1, 20))

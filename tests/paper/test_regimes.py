@@ -18,12 +18,10 @@ import torch
 from rich.console import Console
 
 import lightning_lip
+from lightning_lip.errors import UsageError
 from lightning_lip.paper import PaperRegressor, command
-from lightning_lip.paper.regimes import claims, experiment, figures, report, settings, tuning
 from lightning_lip.paper.data import DataError, Dataset, checked, load_boston, split
-from lightning_lip.reporting.extras import MissingExtraError, extra
-from lightning_lip.reporting.processes import RunError, map_tasks
-from lightning_lip.reporting.progress import progress
+from lightning_lip.paper.regimes import claims, experiment, figures, report, settings, tuning
 from lightning_lip.paper.regimes.settings import (
     LAMBDAS,
     METRICS,
@@ -37,7 +35,7 @@ from lightning_lip.paper.regimes.settings import (
     table_of,
     validation_key,
 )
-from lightning_lip.errors import UsageError
+from lightning_lip.paper.regimes.training import artefacts_of, train
 from lightning_lip.paper.statistics import (
     Comparison,
     Interval,
@@ -50,7 +48,9 @@ from lightning_lip.paper.statistics import (
     sign_test,
     wilcoxon,
 )
-from lightning_lip.paper.regimes.training import artefacts_of, train
+from lightning_lip.reporting.extras import MissingExtraError, extra
+from lightning_lip.reporting.processes import RunError, map_tasks
+from lightning_lip.reporting.progress import progress
 
 FIRST_HEAVY, LAST_HEAVY = (3.0, 2.0, 2.0, 1.0), (2.0, 2.0, 3.0, 1.0)
 

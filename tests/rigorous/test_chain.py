@@ -5,9 +5,9 @@ from fractions import Fraction
 import pytest
 import torch
 
+from lightning_lip.constants.modules import GELU, SILU
 from lightning_lip.rigorous import chain as chain_bounds
 from lightning_lip.rigorous.chain import chain_cost, combettes_pesquet, eclipse_fast, product_bound
-from lightning_lip.constants.modules import GELU, SILU
 from lightning_lip.rigorous.matrix import certified_matrix_norm
 
 RELU = (0.0, 1.0)

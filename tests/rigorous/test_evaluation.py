@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
 
 from lightning_lip import project
-from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.certificates.interval import certify
 from lightning_lip.constants.modules import lipschitz_constant
+from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.operators.known import operator_of
 from lightning_lip.rigorous.evaluation import evaluated
-from lightning_lip.operators.composed import certified_norm
-from lightning_lip.operators.base import operator_of
+from lightning_lip.rigorous.operators import certified_norm
 
 # Certificates err by 1e-11, the evaluation by 1e-12; the models' dtypes by 1e-7 to 1e-2.
 TIGHT = 1e-10

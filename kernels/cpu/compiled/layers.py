@@ -31,14 +31,24 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
+from lightning_lip.kernels.cpu.compiled.products import _band_width, _form_images, _form_products, _update
+from lightning_lip.kernels.cpu.compiled.registers import (
+    _I64,
+    _compiled,
+    _f32,
+    _f64,
+    _fetch_add,
+    _i64,
+    _start_threads,
+    sources_checksum,
+)
+from lightning_lip.kernels.cpu.compiled.ritz import _finish
 from lightning_lip.kernels.cpu.layout import (
     _ADDRESSES,
     _ADVANCE,
@@ -73,9 +83,6 @@ from lightning_lip.kernels.cpu.layout import (
     FORM_IMAGES,
     UPDATE,
 )
-from lightning_lip.kernels.cpu.compiled.products import _band_width, _form_images, _form_products, _update
-from lightning_lip.kernels.cpu.compiled.registers import _I64, _compiled, _f32, _f64, _fetch_add, _i64, _start_threads
-from lightning_lip.kernels.cpu.compiled.ritz import _finish
 from lightning_lip.kernels.reference import PENALTY_CODES, PRODUCT_CAP
 
 PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CODES.values()
@@ -160,7 +167,7 @@ def _iterate(header: _I64) -> None:
 
 @_compiled
 def _weigh(header: _I64, code: int, target_log: float, factor: float) -> None:
-    """Write ``c = factor d penalty / d sigma`` and the value, for the penalties of :mod:`lightning_lip.penalty.penalties`."""
+    """Write ``c = factor d penalty / d sigma`` and the value of one of :mod:`lightning_lip.penalty.penalties`."""
     n_layers = header[_LAYERS]
     sigma = _f64(header[_SIGMA], n_layers)
     coefficients = _f32(header[_COEFFICIENTS], n_layers)
@@ -238,13 +245,7 @@ def _entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
     return numba.njit(nogil=True, cache=True, error_model="numpy")(run), thread
 
 
-def _checksum() -> int:
-    """Return a checksum of the sources of everything that is compiled."""
-    names = ("compiled", "layout", "products", "registers", "ritz")
-    return zlib.crc32(b"".join(Path(__file__).with_name(f"cpu_{name}.py").read_bytes() for name in names))
-
-
-_run, _thread = _entries(_checksum())
+_run, _thread = _entries(sources_checksum())
 
 
 @functools.cache

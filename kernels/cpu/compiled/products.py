@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightning_lip.kernels.cpu.compiled.registers import (
+    _F32,
+    _I64,
+    _axpys1,
+    _axpys8,
+    _compiled,
+    _dots1,
+    _dots8,
+    _f32,
+    _i64,
+    _rank_one,
+    _u16,
+    _u32,
+)
 from lightning_lip.kernels.cpu.layout import (
     _ADDRESSES,
     _BAND_ELEMENTS,
@@ -26,20 +40,6 @@ from lightning_lip.kernels.cpu.layout import (
     _WEIGHT_ALONG,
     _WEIGHT_BF16,
     _WEIGHT_LD,
-)
-from lightning_lip.kernels.cpu.compiled.registers import (
-    _F32,
-    _I64,
-    _axpys1,
-    _axpys8,
-    _compiled,
-    _dots1,
-    _dots8,
-    _f32,
-    _i64,
-    _rank_one,
-    _u16,
-    _u32,
 )
 
 

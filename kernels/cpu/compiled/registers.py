@@ -6,7 +6,9 @@ named ``_build_*``; to compiled code each is a function of addresses, counts and
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -23,6 +25,12 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _F32 = NDArray[np.float32]
 _F64 = NDArray[np.float64]
 _I64 = NDArray[np.int64]
+
+
+def sources_checksum() -> int:
+    """Return a checksum of the sources of everything that is compiled: a part of the keys of Numba's cache."""
+    here = Path(__file__).parent
+    return zlib.crc32(b"".join(path.read_bytes() for path in [here.parent / "layout.py", *sorted(here.glob("*.py"))]))
 
 
 def _compiled(function: _F) -> _F:

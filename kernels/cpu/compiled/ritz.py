@@ -7,6 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from lightning_lip.kernels.cpu.compiled.products import _add_forward, _copy
+from lightning_lip.kernels.cpu.compiled.registers import (
+    _F32,
+    _F64,
+    _I64,
+    _column_dots,
+    _combine,
+    _compiled,
+    _f32,
+    _f64,
+    _gram,
+    _i64,
+    _reflect,
+    _reflect_back,
+    _rotate,
+    _u32,
+)
 from lightning_lip.kernels.cpu.layout import (
     _ADVANCE,
     _HIGH,
@@ -29,23 +46,6 @@ from lightning_lip.kernels.cpu.layout import (
     _TABLE,
     _VECTORS,
     MAX_BLOCK_SIZE,
-)
-from lightning_lip.kernels.cpu.compiled.products import _add_forward, _copy
-from lightning_lip.kernels.cpu.compiled.registers import (
-    _F32,
-    _F64,
-    _I64,
-    _column_dots,
-    _combine,
-    _compiled,
-    _f32,
-    _f64,
-    _gram,
-    _i64,
-    _reflect,
-    _reflect_back,
-    _rotate,
-    _u32,
 )
 
 _NEGLIGIBLE = 5e-9

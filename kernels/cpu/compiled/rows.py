@@ -7,26 +7,23 @@ some arithmetic with matrices of r x r in fp64.
 
 Deltas from the specification:
 
-1. ``Z`` is formed of the images as they come and rotated afterwards, as in :mod:`lightning_lip.kernels.cpu.compiled.layers`.
-2. The basis comes from the Cholesky factor of the Gram matrix, of the rotated rows. Where rounding would show in it,
-   because rows are nearly dependent or cancel each other, there is a second pass (Yamamoto et al. 2015, "Roundoff error
-   analysis of the CholeskyQR2 algorithm"); where that would not help, and for rows that are zero, not finite or of
-   squares out of range, the reference serves.
+1. ``Z`` is formed of the images as they come and rotated afterwards, as in
+:mod:`lightning_lip.kernels.cpu.compiled.layers`. 2. The basis comes from the Cholesky factor of the Gram matrix, of the
+   rotated rows. Where rounding would show in it, because rows are nearly dependent or cancel each other, there is a
+   second pass (Yamamoto et al. 2015, "Roundoff error analysis of the CholeskyQR2 algorithm"); where that would not
+   help, and for rows that are zero, not finite or of squares out of range, the reference serves.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 
-from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 from lightning_lip.kernels.cpu.compiled.registers import (
     _F64,
     _I64,
@@ -38,8 +35,10 @@ from lightning_lip.kernels.cpu.compiled.registers import (
     _mix_rows,
     _row_dots,
     _start_threads,
+    sources_checksum,
 )
 from lightning_lip.kernels.cpu.compiled.ritz import _ritz
+from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 
 _LANES = MAX_BLOCK_SIZE
 _CHUNK = 1 << 13
@@ -323,10 +322,7 @@ def _entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
     return numba.njit(nogil=True, cache=True, error_model="numpy")(run), thread
 
 
-_sources = ("layout", "products", "registers", "ritz", "rows_compiled")
-_run, _thread = _entries(
-    zlib.crc32(b"".join(Path(__file__).with_name(f"cpu_{name}.py").read_bytes() for name in _sources))
-)
+_run, _thread = _entries(sources_checksum())
 
 
 @functools.cache

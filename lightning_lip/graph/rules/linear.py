@@ -11,19 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.constants.modules import batch_norm_scale, leaky_relu
-from lightning_lip.operators.convolution import ConvolutionOperator
-from lightning_lip.rigorous.evaluation import evaluated
-from lightning_lip.operators.composed import (
-    ComputedMatrixOperator,
-    DiagonalOperator,
-    ParameterMatrixOperator,
-    ScaledOperator,
-)
-from lightning_lip.operators.base import LinearOperator, operator_of
-from lightning_lip.models.modules import keeps_forward
-from lightning_lip.operators.paddings import padding_pairs
 from lightning_lip.constants.pooling import per_dimension
-from lightning_lip.rigorous.rounding import divide_up
 from lightning_lip.graph.builder import (
     Builder,
     Dependent,
@@ -35,6 +23,19 @@ from lightning_lip.graph.builder import (
     shape_of,
 )
 from lightning_lip.graph.tracing import module_path, module_paths
+from lightning_lip.models.modules import keeps_forward
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.composed import (
+    ComputedMatrixOperator,
+    DiagonalOperator,
+    ParameterMatrixOperator,
+    ScaledOperator,
+)
+from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.known import operator_of
+from lightning_lip.operators.paddings import padding_pairs
+from lightning_lip.rigorous.evaluation import evaluated
+from lightning_lip.rigorous.rounding import divide_up
 
 BATCH_NORMS = {"batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm"}
 

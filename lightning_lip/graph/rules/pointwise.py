@@ -10,7 +10,6 @@ import torch
 
 from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.rigorous.rounding import sqrt_up
 from lightning_lip.graph.builder import (
     Builder,
     Dependent,
@@ -24,6 +23,7 @@ from lightning_lip.graph.builder import (
     size_along,
 )
 from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
+from lightning_lip.rigorous.rounding import sqrt_up
 
 # The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
 _PRODUCTS = {torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor}

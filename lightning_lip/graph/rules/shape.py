@@ -15,9 +15,9 @@ from lightning_lip.constants.pooling import (
     sized_average_pool_constant,
     upsample_constant,
 )
-from lightning_lip.rigorous.rounding import sqrt_up
 from lightning_lip.graph.builder import Builder, Dependent, Independent, RefusedError, only_input, rule, shape_of
 from lightning_lip.models.inputs import BATCH
+from lightning_lip.rigorous.rounding import sqrt_up
 
 SAME = (
     "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "to", "_to_copy", "type_as",

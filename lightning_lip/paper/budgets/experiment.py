@@ -17,10 +17,10 @@ from lightning_lip.paper.budgets.training import train_penalties, train_seed
 from lightning_lip.paper.budgets.tuning import BudgetTuning, choose_coefficients, tuning_tasks
 from lightning_lip.paper.data import NOTE, load_boston, load_diabetes
 from lightning_lip.paper.regimes.figures import save_figures
-from lightning_lip.reporting.processes import map_tasks
-from lightning_lip.reporting.progress import progress
 from lightning_lip.paper.regimes.report import make_console
 from lightning_lip.paper.regimes.results import write
+from lightning_lip.reporting.processes import map_tasks
+from lightning_lip.reporting.progress import progress
 
 Result = TypeVar("Result")
 

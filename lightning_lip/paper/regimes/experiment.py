@@ -10,12 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_lip.paper.data import NOTE, Dataset, load_boston
 from lightning_lip.paper.regimes import report
 from lightning_lip.paper.regimes.claims import judge
-from lightning_lip.paper.data import NOTE, Dataset, load_boston
 from lightning_lip.paper.regimes.figures import write_figures
-from lightning_lip.reporting.processes import map_tasks
-from lightning_lip.reporting.progress import progress
 from lightning_lip.paper.regimes.results import results, write
 from lightning_lip.paper.regimes.settings import (
     LAMBDAS,
@@ -31,6 +29,8 @@ from lightning_lip.paper.regimes.settings import (
 )
 from lightning_lip.paper.regimes.training import artefacts_of, train
 from lightning_lip.paper.regimes.tuning import Tuning, choose, tuning_runs
+from lightning_lip.reporting.processes import map_tasks
+from lightning_lip.reporting.progress import progress
 
 
 def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lip.reporting.extras import extra
 from lightning_lip.paper.regimes.settings import (
     GRID,
     LABELS,
@@ -24,8 +23,9 @@ from lightning_lip.paper.regimes.settings import (
     Table,
     validation_key,
 )
-from lightning_lip.paper.statistics import interval
 from lightning_lip.paper.regimes.tuning import Sweep, Tuning, sweeps_of
+from lightning_lip.paper.statistics import interval
+from lightning_lip.reporting.extras import extra
 
 COLOURS = {"none": "#000000", "layer": "#E69F00", "product": "#0072B2", "maxnorm": "#CC79A7"}
 LINES = {"none": "-", "layer": "--", "product": "-", "maxnorm": ":"}

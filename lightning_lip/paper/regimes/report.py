@@ -22,8 +22,8 @@ from lightning_lip.paper.regimes.settings import (
     Table,
     validation_key,
 )
-from lightning_lip.paper.statistics import ALPHA, Comparison, compare, holm, interval
 from lightning_lip.paper.regimes.tuning import Tuning
+from lightning_lip.paper.statistics import ALPHA, Comparison, compare, holm, interval
 
 METRIC_LABELS = {"train_mae": "train"} | {validation_key(level): f"eta {level:g}" for level in NOISE_LEVELS}
 PAIRS = (("product", "layer"), ("product", "none"), ("layer", "none"), ("maxnorm", "none"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lip.paper.regimes.claims import comparisons, epochs_ratios, judge
 from lightning_lip.paper.data import NOTE
+from lightning_lip.paper.regimes.claims import comparisons, epochs_ratios, judge
 from lightning_lip.paper.regimes.settings import (
     BATCH_SIZE,
     MAX_NORM,
@@ -26,8 +26,8 @@ from lightning_lip.paper.regimes.settings import (
     Setting,
     Table,
 )
-from lightning_lip.paper.statistics import interval
 from lightning_lip.paper.regimes.tuning import Tuning
+from lightning_lip.paper.statistics import interval
 
 SCHEMA = 1
 PACKAGES = ("lightning-lip", "torch", "lightning", "torchmetrics", "numpy", "scipy", "mlxtend", "matplotlib")

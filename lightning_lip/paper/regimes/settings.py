@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
 from lightning_lip.errors import UsageError
 
 NOISE_LEVELS = (0.0, 0.2, 0.4, 0.6)

@@ -17,8 +17,8 @@ from typing_extensions import override
 from lightning_lip.callbacks import LipschitzMonitor, LipschitzPenalty, MaxNorm, NoisyValidation
 from lightning_lip.paper.data import Array, Dataset, Split, split
 from lightning_lip.paper.model import PaperRegressor
-from lightning_lip.reporting.quiet import quiet
 from lightning_lip.paper.regimes.settings import BATCH_SIZE, MAX_NORM, NOISE_LEVELS, Record, Run, validation_key
+from lightning_lip.reporting.quiet import quiet
 
 Batch = tuple[Tensor, Tensor]
 

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra `paper`
 if not shutil.which("chromium") or not shutil.which("chromedriver"):
     pytest.skip("needs Chromium and its driver: apt-get install chromium chromium-driver", allow_module_level=True)
 
-_spec = importlib.util.spec_from_file_location("pictures", Path(__file__).parent.parent / "docs" / "pictures.py")
+_spec = importlib.util.spec_from_file_location("pictures", Path(__file__).parents[3] / "docs" / "pictures.py")
 pictures = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(pictures)
 

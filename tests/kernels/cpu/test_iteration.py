@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_lip.kernels.cpu import iteration as cpu, layout as cpu_layout, threads as cpu_threads
-from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
 from lightning_lip.kernels import reference
+from lightning_lip.kernels.cpu import iteration as cpu
+from lightning_lip.kernels.cpu import layout as cpu_layout
+from lightning_lip.kernels.cpu import threads as cpu_threads
+from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
+from lightning_lip.kernels.cpu.compiled import registers
 from lightning_lip.kernels.cpu.iteration import CpuIteration
 from lightning_lip.penalty.penalties import get_penalty
 
@@ -762,7 +765,7 @@ def test_compiled_code_is_cached_between_processes():
 
 def test_a_change_of_any_source_makes_another_key():
     # Numba's cache takes the variables of closures into its key, and only of the file of the function its time.
-    assert cpu_compiled._run.py_func.__closure__[0].cell_contents == cpu_compiled._checksum()
+    assert cpu_compiled._run.py_func.__closure__[0].cell_contents == registers.sources_checksum()
     index = cpu_compiled._run._cache
     signature = cpu_compiled._run.signatures[0]
     codegen = cpu_compiled._run.targetctx.codegen()

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
+from lightning_lip.kernels.cpu.compiled.products import _band_width
 from lightning_lip.kernels.cpu.layout import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE
 from lightning_lip.kernels.cpu.plan import plan
-from lightning_lip.kernels.cpu.compiled.products import _band_width
 
 # Shorter side, longer side, lanes: tiny ones, some that share a group, and some that are larger than one.
 SIDES = [(1, 1, 1), (13, 20, 8), (20, 20, 16), (1, 300, 1), (100, 900, 8), (64, 64, 8), (200, 700, 8), (5, 5, 1)]

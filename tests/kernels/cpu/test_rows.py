@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.kernels import compiled_rows
-from lightning_lip.kernels.cpu import rows as cpu_rows, threads as cpu_threads
+from lightning_lip.kernels.cpu import rows as cpu_rows
+from lightning_lip.kernels.cpu import threads as cpu_threads
 from lightning_lip.kernels.cpu.compiled import rows as cpu_rows_compiled
-from lightning_lip.operators.base import LinearOperator
 from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolution import ConvolutionOperator
 
 # What is compared     bound   why
 SIGMA = 1e-6  #        relative, of a step from the same block: sums of 512 products in fp32, the rest in fp64

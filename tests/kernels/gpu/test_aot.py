@@ -5,27 +5,17 @@ Limits: nothing spilled, no stack, no atomics, at most 32 KiB of shared memory, 
 that make one read of the weights enough (kernels/gpu_tables.py); one group of 256 threads then fills a multiprocessor.
 """
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.3")
 
-if "gpu_tools" not in sys.modules:
-    folder = Path(__file__).parent / "gpu_tools"
-    spec = importlib.util.spec_from_file_location(
-        "gpu_tools", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["gpu_tools"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["gpu_tools"])
-aot = importlib.import_module("gpu_tools.aot")
-planted = importlib.import_module("gpu_tools.planted")
+from support.gpu import aot, planted
 
-from lightning_lip.kernels.gpu import iteration as gpu, tables as gpu_tables  # noqa: E402
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.kernels.gpu import tables as gpu_tables
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled ahead of time under the interpreter", allow_module_level=True)

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of the interpreter
 
-CASES = Path(__file__).parent / "gpu_tools" / "interpreter_cases.py"
+CASES = Path(__file__).with_name("interpreter_cases.py")
 NAMES = [
     node.name
     for node in ast.parse(CASES.read_text()).body

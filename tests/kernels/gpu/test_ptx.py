@@ -1,31 +1,21 @@
 """Tier 3 of the proof without a GPU: Triton's PTX, run on host memory, with the bytes it asks for.
 
 The executor also holds every launch to: no misaligned or out-of-bounds access, no race within a program or between
-programs, no divergent barrier (tests/gpu_tools/ptx.py).
+programs, no divergent barrier (tests/support/gpu/ptx.py).
 """
 
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.3")
 
-if "gpu_tools" not in sys.modules:
-    folder = Path(__file__).parent / "gpu_tools"
-    spec = importlib.util.spec_from_file_location(
-        "gpu_tools", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules["gpu_tools"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["gpu_tools"])
-launch = importlib.import_module("gpu_tools.launch")
-ptx = importlib.import_module("gpu_tools.ptx")
+from support.gpu import launch, ptx
 
-from lightning_lip.kernels.gpu import iteration as gpu, tables as gpu_tables
-from lightning_lip.kernels import reference  # noqa: E402
+from lightning_lip.kernels import reference
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.kernels.gpu import tables as gpu_tables
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled ahead of time under the interpreter", allow_module_level=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lightning_lip.kernels.gpu import iteration as gpu, kernels as gpu_kernels
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.kernels.gpu import kernels as gpu_kernels
 
 from . import aot, planted, ptx
 

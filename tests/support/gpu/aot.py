@@ -14,7 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lightning_lip.kernels.gpu import iteration as gpu, kernels as gpu_kernels, tables as gpu_tables
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.kernels.gpu import kernels as gpu_kernels
+from lightning_lip.kernels.gpu import tables as gpu_tables
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {

@@ -1,24 +1,20 @@
-"""The kernels and GpuIteration under Triton's interpreter; run by tests/test_gpu_interpreter.py in its own process.
+"""The kernels and GpuIteration under Triton's interpreter; run by tests/kernels/gpu/test_interpreter.py in its own
+process.
 
 With TRITON_INTERPRET=1 the kernels run in NumPy on CPU tensors. It is set before Triton is imported, and then nothing
 can be compiled ahead of time: hence the process.
 """
 
 import gc
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from support.gpu import planted
 
-from lightning_lip.penalty import penalties
-from lightning_lip.kernels.gpu import iteration as gpu
 from lightning_lip.kernels import reference
-
-spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
-planted = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(planted)
+from lightning_lip.kernels.gpu import iteration as gpu
+from lightning_lip.penalty import penalties
 
 # Relative to the largest entry. fp32 sums over at most a few thousand products, taken twice: 2e-6 holds sigma, its
 # vectors are as exact as the gap allows (the matrices here have ratios of at most 0.9 in sigma).

@@ -9,8 +9,14 @@ from types import SimpleNamespace
 
 from lightning_lip.kernels.gpu import (
     kernels as gpu_kernels,
+)
+from lightning_lip.kernels.gpu import (
     rayleigh_ritz as gpu_rayleigh_ritz,
+)
+from lightning_lip.kernels.gpu import (
     sweep as gpu_sweep,
+)
+from lightning_lip.kernels.gpu import (
     update as gpu_update,
 )
 

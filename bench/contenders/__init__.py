@@ -1,0 +1,1 @@
+"""What is trained: models, their layers as maps, peers."""

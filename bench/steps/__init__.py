@@ -1,0 +1,1 @@
+"""Whole training steps, in turn (`lightning-lip bench`)."""

@@ -1,0 +1,1 @@
+"""One question a module: `python -m lightning_lip.bench.studies.kernels`."""

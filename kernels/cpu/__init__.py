@@ -1,0 +1,1 @@
+"""Numba: who owns buffers, threads and tables."""

@@ -1,0 +1,1 @@
+"""Triton: who owns buffers and tables, and what is compiled."""

@@ -1,0 +1,1 @@
+"""What a callback asks of a Trainer, for either package."""

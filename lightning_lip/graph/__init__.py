@@ -1,0 +1,1 @@
+"""A network's bound as a function of its norms."""

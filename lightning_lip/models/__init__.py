@@ -1,0 +1,1 @@
+"""The user's network: walked, called, and left as it was."""

@@ -1,0 +1,1 @@
+"""Norms estimated from below, by blocks of vectors that persist from step to step."""

@@ -1,0 +1,1 @@
+"""Ways to share one certified budget."""

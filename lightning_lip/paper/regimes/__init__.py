@@ -1,0 +1,1 @@
+"""The four regimes of the paper's Table 1."""

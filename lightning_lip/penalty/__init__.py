@@ -1,0 +1,1 @@
+"""From norms to a scalar, and its gradient back to the weights."""

@@ -1,0 +1,1 @@
+"""What tests share; registered as the package `support` by conftest.py."""
