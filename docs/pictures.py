@@ -2,7 +2,7 @@
 
     python docs/pictures.py docs/pictures
 
-Needs Chromium with its driver, and the packages of the extra `docs`. `tests/test_tensorboard_browser.py` opens the same
+Needs Chromium with its driver, and the packages of the extra `docs`. `tests/callbacks/tensorboard/test_browser.py` opens the same
 pages and checks what they show.
 """
 

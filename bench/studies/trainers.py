@@ -3,7 +3,7 @@
 ``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy,
 precision and feature of the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is
 relative to what the penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a
-tolerance of its own, or the error that refuses it; ``tests/test_trainers.py`` holds each to that.
+tolerance of its own, or the error that refuses it; ``tests/bench/test_trainers.py`` holds each to that.
 
 The reference shares no code with the plugin: a plain PyTorch loop in fp64 on whole batches, whose loss holds
 ``coefficient * prod_l ||W_l||_2`` by ``torch.linalg.matrix_norm``.

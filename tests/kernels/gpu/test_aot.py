@@ -2,7 +2,7 @@
 
 Limits: nothing spilled, no stack, no atomics, at most 32 KiB of shared memory, weights and gradients loaded and stored
 128 bits at a time, at most 128 registers a thread. The sweep alone may have 255: 128 of them hold the sums and the tile
-that make one read of the weights enough (kernels/gpu_tables.py); one group of 256 threads then fills a multiprocessor.
+that make one read of the weights enough (kernels/gpu/tables.py); one group of 256 threads then fills a multiprocessor.
 """
 
 import os
