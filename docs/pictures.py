@@ -2,8 +2,8 @@
 
     python docs/pictures.py docs/pictures
 
-Needs Chromium with its driver, and the packages of the extra `docs`. `tests/callbacks/tensorboard/test_browser.py` opens the same
-pages and checks what they show.
+Needs Chromium with its driver, and the packages of the extra `docs`. `tests/callbacks/tensorboard/test_browser.py`
+opens the same pages and checks what they show.
 """
 
 from __future__ import annotations

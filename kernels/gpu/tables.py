@@ -100,8 +100,8 @@ def block_class(block_sizes: Sequence[int]) -> int:
 def choose_tile(p: int, block: int, itemsize: int, orientation: int) -> Tile:
     """Return the tile for a short side of `p`.
 
-    The exceptions for single widths are where a compiler spilled; tests/kernels/gpu/test_aot.py compiles every tile for every
-    target (LIGHTNING_LIP_FULL_GATE=1).
+    The exceptions for single widths are where a compiler spilled; tests/kernels/gpu/test_aot.py compiles every tile for
+    every target (LIGHTNING_LIP_FULL_GATE=1).
 
     Args:
         p: The shorter side.
