@@ -4,15 +4,25 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A requirement to install first, where another build of torch than pip's default is wanted: make test TORCH=torch==2.13.0
 TORCH ?=
+# A file of pip constraints: make test-short VENV=.venv-oldest CONSTRAINTS=build/oldest.txt
+CONSTRAINTS ?=
 ARGS ?=
+# The core, the callbacks and the kernels: what `.ci/run` runs with other versions as well.
+SHORT := $(addprefix tests/test_,$(addsuffix .py, \
+	backends checks operators penalties regularizer spectral_norms traced_regularizer \
+	certified_validation constraint lightning_cli loggers max_norm mixin monitor noisy_validation penalty resume \
+	cpu_kernel cpu_plan cpu_rows gpu_aot gpu_interpreter gpu_ptx gpu_tables reference))
 
-.PHONY: reproduce test lint format docs pictures bench bench-kernels clean
+.PHONY: reproduce test test-short lint format docs pictures bench bench-kernels clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/lightning-lip reproduce $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+
+test-short: $(VENV)/.installed
+	$(BIN)/pytest -n auto --dist loadfile $(SHORT) $(ARGS)
 
 # Types are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
@@ -43,12 +53,14 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m bench.step $(ARGS)
 	$(BIN)/python -m bench.constraint $(ARGS)
 
+# Without --quiet, so that the downloads show their progress.
 $(VENV)/.installed: pyproject.toml
+	@test -e $@ || echo "Setting up $(VENV): pip downloads torch and the rest, up to 6 GB; 2 to 15 minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet -e ".[paper,bench,dev,docs]"
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) -e ".[paper,bench,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
