@@ -28,7 +28,7 @@ test-short: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	rm -rf build/typed && $(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
 
 format: $(VENV)/.installed
