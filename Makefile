@@ -4,21 +4,32 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # A requirement to install first, where another build of torch than pip's default is wanted: make test TORCH=torch==2.13.0
 TORCH ?=
+# A file of pip constraints: make test-short VENV=.venv-oldest CONSTRAINTS=build/oldest.txt
+CONSTRAINTS ?=
 ARGS ?=
+# The core, the callbacks and the kernels: what `.ci/run` runs with other versions as well.
+SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spectral_norms.py operators/test_known.py \
+	penalty $(addprefix callbacks/test_,$(addsuffix .py,certified_validation constraint lightning_cli loggers max_norm \
+	monitor noisy_validation penalty resume)))
 
-.PHONY: reproduce test lint format docs pictures bench bench-kernels clean
+.PHONY: reproduce test test-short lint format docs pictures bench bench-kernels clean
 
 reproduce: $(VENV)/.installed
+	@echo "The paper's experiment on its real data: about 2 minutes."
 	$(BIN)/lightning-lip reproduce $(ARGS)
 
 test: $(VENV)/.installed
+	@echo "The whole test suite: about 10 minutes on two cores."
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
+
+test-short: $(VENV)/.installed
+	$(BIN)/pytest -n auto --dist loadfile $(SHORT) $(ARGS)
 
 # Types are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	rm -rf build/typed && $(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
 
 format: $(VENV)/.installed
@@ -43,12 +54,14 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
 
+# Without --quiet, so that the downloads show their progress.
 $(VENV)/.installed: pyproject.toml
+	@test -e $@ || echo "Setting up $(VENV): pip downloads torch and the rest, up to 6 GB; 2 to 15 minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet -e ".[paper,bench,dev,docs]"
+	$(if $(TORCH),$(BIN)/python -m pip install $(TORCH))
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) -e ".[paper,bench,dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
