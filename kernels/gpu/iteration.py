@@ -7,8 +7,6 @@ penalty's derivative one, the rank-one update one for each dtype and alignment o
 
 Nothing waits for the GPU, no sum depends on the order of execution (results repeat bit for bit on one GPU), nothing is
 tuned at run time. What has been proven without a GPU, and how, is in tests/kernels/gpu; no speed has been measured.
-
-torch.compile leaves the three methods that launch to Python: a graph would hold addresses.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +42,8 @@ from lightning_lip.kernels.reference import PowerStep
 
 __all__ = ["GpuIteration", "Traffic", "predicted_traffic"]
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 OLDEST_TRITON = (3, 3)
 """The kernels keep tiles in tuples, which Triton knows since then."""
 
@@ -61,6 +61,12 @@ def interpreted() -> bool:
 def columns_at_a_time(block: int) -> int:
     """Return the columns of Z that a program keeps r x r products of: R * R * columns numbers in fp64."""
     return min(256 // block, 2048 // (block * block))
+
+
+def _uncompiled(method: _F) -> _F:
+    """Have torch.compile call a method in Python instead of tracing it: a graph would hold addresses."""
+    disable: Any = torch.compiler.disable  # it has no types
+    return cast(_F, disable(method))
 
 
 def capturing(device: torch.device) -> bool:
@@ -135,7 +141,7 @@ class GpuIteration:
             for offset, layer, size in zip(plan.short_offsets, plan.layers, self._block_sizes, strict=True)
         ]
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
         """Advance the blocks; the same as :func:`lightning_lip.kernels.reference.power_step`.
@@ -145,7 +151,7 @@ class GpuIteration:
         self._iterate(weights, n_iterations)
         return PowerStep(self._sigma, self._sides(left=True), self._sides(left=False), self.vectors)
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
         """Add ``c_l u_l v_l^T`` of the last step to each gradient in place; None is skipped.
@@ -160,7 +166,7 @@ class GpuIteration:
         self._factors.copy_(coefficients)
         self._update(grads)
 
-    @torch.compiler.disable
+    @_uncompiled
     @torch.no_grad()
     def penalise_(
         self,
