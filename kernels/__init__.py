@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.reference import PENALTY_CODES, PowerStep, ReferenceIteration, penalty_slope, power_step
+from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
+from lightning_lip.kernels.penalties import PENALTY_CODES
+from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, penalty_slope, power_step
 from lightning_lip.kernels.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -145,8 +147,10 @@ def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = Non
     forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced == "reference" or vectors.device.type != "cpu" or vectors.dtype != torch.float32:
         return None
+    if len(vectors) > MAX_BLOCK_SIZE:
+        return None
     rows = importlib.import_module("lightning_lip.kernels.cpu.rows")
-    return rows.CompiledRows(len(vectors), q, p) if len(vectors) <= rows.MAX_BLOCK_SIZE else None
+    return rows.CompiledRows(len(vectors), q, p)  # type: ignore[no-any-return]
 
 
 def iterations_for(

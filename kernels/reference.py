@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lip.kernels.penalties import PENALTY_CODES, built_in
 from lightning_lip.kernels.tensors import without_autocast
 
 
@@ -215,55 +216,31 @@ def rank_one_update_(
         grad.add_(torch.where(coefficient == 0, torch.zeros_like(update), update))
 
 
-PENALTY_CODES = {
-    "product": 0,
-    "softplus_log": 1,
-    "hinge_log": 2,
-    "log": 3,
-    "layer_sum": 4,
-    "layer_sum_squares": 5,
-}
-"""The penalties whose derivative the kernels evaluate themselves."""
-
-PRODUCT_CAP = 30.0
-"""The product penalty is linear in S above this value."""
-
-
+@torch.inference_mode(False)
 @torch.no_grad()
-def penalty_slope(code: int, sigma: Tensor, multiplicities: Tensor, log_target: float) -> tuple[Tensor, Tensor]:
-    """Return a built-in penalty on the plain product, and its derivative in each spectral norm, in closed form.
+def penalty_slope(code: int, sigma: Tensor, multiplicities: Sequence[int], log_target: float) -> tuple[Tensor, Tensor]:
+    """Return a built-in penalty on the plain product, and its derivative in each spectral norm.
 
-    ``lightning_lip.penalty.penalties`` is the specification; this is what the kernels evaluate beside their iteration.
+    Autograd differentiates :mod:`lightning_lip.kernels.penalties` in the L logarithms.
 
     Args:
-        code: One of the values of :data:`PENALTY_CODES`.
+        code: One of the values of :data:`~lightning_lip.kernels.penalties.PENALTY_CODES`.
         sigma: Spectral norms, shape (L,).
-        multiplicities: How often each layer counts, k, shape (L,); S = sum k log sigma.
+        multiplicities: How often each layer counts, k, length L; S = sum k log sigma.
         log_target: log M.
 
     Returns:
         The penalty, shape (), and its slopes, shape (L,), in the dtype of `sigma`. A layer that is exactly zero has no
         slope; slopes that are not finite count as zero.
     """
+    penalty = built_in(list(PENALTY_CODES)[code], math.exp(log_target))
+    uses = [layer for layer, count in enumerate(multiplicities) for _ in range(int(count))]
     log_sigma = sigma.log()
-    log_bound = (multiplicities * log_sigma).sum()
-    if code in (4, 5):
-        power = code - 3
-        value = (multiplicities * sigma.pow(power)).sum()
-        slope = multiplicities * power * sigma.pow(power - 1)
-    else:
-        excess = log_bound - log_target
-        if code == 0:
-            below = log_bound.clamp(max=PRODUCT_CAP).exp()
-            value, factor = below + math.exp(PRODUCT_CAP) * (log_bound - PRODUCT_CAP).clamp(min=0.0), below
-        elif code == 1:
-            value, factor = torch.nn.functional.softplus(excess), torch.sigmoid(excess)
-        elif code == 2:
-            value, factor = excess.clamp(min=0.0).square(), 2 * excess.clamp(min=0.0)
-        else:
-            value, factor = log_bound, torch.ones_like(log_bound)
-        slope = multiplicities * factor / sigma
-    return value, torch.where(slope.isfinite() & (sigma > 0), slope, torch.zeros_like(slope))
+    with torch.enable_grad():
+        repeated = log_sigma.requires_grad_()[torch.tensor(uses, device=sigma.device)]
+        value = penalty(repeated, repeated.sum())
+    slope = torch.autograd.grad(value, log_sigma)[0] / sigma
+    return value.detach(), torch.where(slope.isfinite() & (sigma > 0), slope, torch.zeros_like(slope))
 
 
 class ReferenceIteration:
@@ -314,8 +291,7 @@ class ReferenceIteration:
         """
         sigma = self.power_step(weights, n_iterations).sigma
         exact = sigma if sigma.device.type == "mps" else sigma.double()
-        counts = torch.tensor(multiplicities, device=sigma.device, dtype=exact.dtype)
-        value, slope = penalty_slope(code, exact, counts, target_log)
+        value, slope = penalty_slope(code, exact, multiplicities, target_log)
         coefficients = (slope * scale).to(sigma.dtype)
         self.rank_one_update_(grads, torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients)))
         return (value * scale).to(sigma.dtype)

@@ -7,52 +7,23 @@ addresses.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import struct
-import threading
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_lip.kernels.cpu import threads as cpu_threads
-from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
-from lightning_lip.kernels.cpu.compiled.layers import _run
-from lightning_lip.kernels.cpu.compiled.products import _band_width
-from lightning_lip.kernels.cpu.layout import (
-    _BAND,
-    _BAND_SIZE,
-    _COEFFICIENTS_GIVEN,
-    _GRAD_ALONG,
-    _GRAD_LD,
-    _IMAGES,
-    _MULTIPLICITY,
-    _N_FIELDS,
-    _N_HEADER,
-    _N_PHASES,
-    _NO_UPDATE,
-    _POOL,
-    _PRODUCTS,
-    _R,
-    _SHORT,
-    _SMALL,
-    _SMALL_SIZE,
-    _TASKS,
-    _THREADS,
-    _VALUE,
-    _WEIGHT_ALONG,
-    _WEIGHT_LD,
-    MAX_BLOCK_SIZE,
-)
+from lightning_lip.kernels.cpu import layout as at
+from lightning_lip.kernels.cpu import threads
+from lightning_lip.kernels.cpu.compiled import layers
+from lightning_lip.kernels.cpu.compiled.products import band_width
+from lightning_lip.kernels.cpu.loading import load_compiled
 from lightning_lip.kernels.cpu.plan import plan
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
-
-_logger = logging.getLogger("lightning_lip")
 
 _BF16 = {torch.float32: 0, torch.bfloat16: 1}
 _ALIGNMENT = 16  # fp32 elements: a cache line
@@ -115,16 +86,16 @@ class CpuIteration:
             return "they take dense matrices with at least one element"
         if _layout(weight.shape, weight.stride()) is None:
             return f"neither of its dimensions is contiguous (strides {weight.stride()})"
-        if min(block_size, *weight.shape) > MAX_BLOCK_SIZE:
-            return f"they take at most {MAX_BLOCK_SIZE} vectors a layer, not {block_size}"
+        if min(block_size, *weight.shape) > at.MAX_BLOCK_SIZE:
+            return f"they take at most {at.MAX_BLOCK_SIZE} vectors a layer, not {block_size}"
         return None
 
     def _build(self, shapes: list[tuple[int, int]], vectors: Sequence[Tensor]) -> None:
         """Allocate the buffers and the table, and copy the blocks."""
         n_layers = len(shapes)
         self._shapes = shapes
-        self._table = np.zeros((n_layers, _N_FIELDS), np.int64)
-        self._table[:, _MULTIPLICITY] = 1
+        self._table = np.zeros((n_layers, at.N_FIELDS), np.int64)
+        self._table[:, at.MULTIPLICITY] = 1
         self._multiplicities: Sequence[int] = []
         self._weight_addresses = [0] * n_layers
         self._weight_strides: list[tuple[int, ...]] = [()] * n_layers
@@ -157,44 +128,44 @@ class CpuIteration:
         self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses.data, 0)
         for index, ((p, q, lanes), block) in enumerate(zip(sides, vectors, strict=True)):
             v, long, short = (view.data_ptr() for view in views[3 * index : 3 * index + 3])
-            self._table[index, _R : _SHORT + 1] = [len(block), lanes, p, q, v, 0, 0, long, short]
+            self._table[index, at.R : at.SHORT + 1] = [len(block), lanes, p, q, v, 0, 0, long, short]
 
         arrays = [self._table.ctypes.data, self._addresses.ctypes.data]
         buffers = (self._sigma, self._coefficients, self._scales, self._value)
-        self._header = np.zeros(_N_HEADER, np.int64)
-        self._header[: _VALUE + 1] = [n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)]
+        self._header = np.zeros(at.N_HEADER, np.int64)
+        self._header[: at.VALUE + 1] = [n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)]
         self._header_address: int = self._header.ctypes.data
         self._has_bf16 = False
         self._threads_for: tuple[int, int] | None = None
         self._take_threads(1)
-        load_compiled("run", lambda: cast(Any, _run).compile("void(int64, int64, int64, float64, float64)"))
+        load_compiled("run", lambda: layers.run.compile("void(int64, int64, int64, float64, float64)"))
 
     def _take_threads(self, n_threads: int) -> None:
         """Provide for so many threads: their tasks, scratch for each, and the pool that they come from."""
-        pool = cpu_threads.pool_address() if n_threads > 1 else 0
-        n_threads = n_threads if pool else 1
-        if pool:
-            load_compiled("threads", cpu_compiled.thread_address)
-        thread = cpu_compiled.thread_address() if pool else 0
-        self._header[_POOL : _THREADS + 1] = [pool, thread, n_threads]
+        pool, thread, n_threads = threads.team(n_threads, "threads", layers.thread)
+        self._header[at.POOL : at.THREADS + 1] = [pool, thread, n_threads]
         work = plan(self._sides, n_threads * GROUP if pool else 0, PART)
         self._tasks, self._phases = np.array(work.tasks, np.int64), np.array(work.phases, np.int64)
-        self._header[_TASKS : _N_PHASES + 1] = [self._tasks.ctypes.data, self._phases.ctypes.data, len(work.phases) - 1]
+        self._header[at.TASKS : at.N_PHASES + 1] = [
+            self._tasks.ctypes.data,
+            self._phases.ctypes.data,
+            len(work.phases) - 1,
+        ]
         self._scratch = _parts([work.scratch])[0]
-        self._table[:, _PRODUCTS : _IMAGES + 1] = self._scratch.data_ptr() + 4 * np.array(work.offsets)
-        self._small = torch.empty(n_threads * _SMALL_SIZE, dtype=torch.float64, device="cpu")
-        self._header[_SMALL] = self._small.data_ptr()
+        self._table[:, at.PRODUCTS : at.IMAGES + 1] = self._scratch.data_ptr() + 4 * np.array(work.offsets)
+        self._small = torch.empty(n_threads * at.SMALL_SIZE, dtype=torch.float64, device="cpu")
+        self._header[at.SMALL] = self._small.data_ptr()
         self._take_band()
 
     def _take_band(self) -> None:
         """Provide the fp32 copies that bf16 needs, for each thread."""
         size = max(_band_size(min(shape), max(shape)) for shape in self._shapes) if self._has_bf16 else 0
-        self._band = torch.empty(int(self._header[_THREADS]) * size, dtype=torch.float32, device="cpu")
-        self._header[_BAND : _BAND_SIZE + 1] = [self._band.data_ptr(), size]
+        self._band = torch.empty(int(self._header[at.THREADS]) * size, dtype=torch.float32, device="cpu")
+        self._header[at.BAND : at.BAND_SIZE + 1] = [self._band.data_ptr(), size]
 
     def _note_threads(self) -> None:
         """Provide for torch's present number of threads."""
-        threads_for = torch.get_num_threads(), cpu_threads.n_forks
+        threads_for = torch.get_num_threads(), threads.n_forks
         if threads_for != self._threads_for:
             self._take_threads(threads_for[0])
             self._threads_for = threads_for
@@ -202,7 +173,7 @@ class CpuIteration:
     def _run(self, n_iterations: int, code: int) -> None:
         if self._is_parallel:
             self._note_threads()
-        _run(self._header_address, n_iterations, code, 0.0, 0.0)
+        layers.run(self._header_address, n_iterations, code, 0.0, 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -236,7 +207,7 @@ class CpuIteration:
         """
         self._take_weights(weights)
         self._write_addresses(*self._weight_addresses, *[0] * len(weights))
-        self._run(n_iterations, _NO_UPDATE)
+        self._run(n_iterations, at.NO_UPDATE)
         return self.last_step
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -248,7 +219,7 @@ class CpuIteration:
         """
         self._take_grads(grads)
         self._coefficients.copy_(coefficients)
-        self._run(-1, _COEFFICIENTS_GIVEN)
+        self._run(-1, at.COEFFICIENTS_GIVEN)
         self._update_with_torch(grads)
         increment_version([grad for grad in grads if grad is not None])
 
@@ -280,11 +251,11 @@ class CpuIteration:
         self._take_weights(weights)
         self._take_grads(grads)
         if multiplicities != self._multiplicities:
-            self._table[:, _MULTIPLICITY] = multiplicities
+            self._table[:, at.MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
         if self._is_parallel:
             self._note_threads()
-        _run(self._header_address, n_iterations, code, target_log, scale)
+        layers.run(self._header_address, n_iterations, code, target_log, scale)
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.
@@ -312,7 +283,7 @@ class CpuIteration:
                     f"Expected weight {index} to have shape {(m, n)} as at construction, got {tuple(weight.shape)}: "
                     "construct a new iteration."
                 )
-            self._table[index, _WEIGHT_LD : _WEIGHT_ALONG + 1] = self._entry(weight)
+            self._table[index, at.WEIGHT_LD : at.WEIGHT_ALONG + 1] = self._entry(weight)
             # An address and strides identify the weight as long as no other tensor can be given the address.
             self._aliases[index] = weight.detach()
             self._weight_addresses[index], self._weight_strides[index] = layout
@@ -347,7 +318,7 @@ class CpuIteration:
             if _is_for_torch(grad):
                 self._torch_grads.append(index)
             else:
-                self._table[index, _GRAD_LD : _GRAD_ALONG + 1] = self._entry(grad)
+                self._table[index, at.GRAD_LD : at.GRAD_ALONG + 1] = self._entry(grad)
             self._grad_layouts[index] = layout
         self._some_are_none = None in self._grad_layouts
 
@@ -398,7 +369,7 @@ def _entry(matrix: Tensor) -> tuple[int, int, int]:
 
 def _band_size(p: int, q: int) -> int:
     """Return the elements that the fp32 copies of a bf16 weight or gradient need at a time."""
-    return max(8 * p, p * _band_width(p), q)
+    return max(8 * p, p * band_width(p), q)
 
 
 def _lanes(r: int) -> int:
@@ -412,20 +383,3 @@ def _parts(sizes: Sequence[int]) -> list[Tensor]:
     # NaN, so that an element that was never written shows.
     arena = torch.full((starts[-1],), math.nan, dtype=torch.float32, device="cpu")
     return [arena[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
-
-
-_loaded: set[str] = set()
-_loading = threading.Lock()
-
-
-def load_compiled(name: str, load: Callable[[], object]) -> None:
-    """Compile a function or load it from the cache, before its first use; say so if that took long."""
-    with _loading:
-        if name in _loaded:
-            return
-        start = time.perf_counter()
-        load()
-        seconds = time.perf_counter() - start
-        _loaded.add(name)
-    if seconds > 1:
-        _logger.info("Compiled CPU kernels in %.1f s; cached for the next process.", seconds)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_lip.kernels.cpu.compiled.products import _band_width
-from lightning_lip.kernels.cpu.layout import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE
+from lightning_lip.kernels.cpu import layout as at
+from lightning_lip.kernels.cpu.compiled.products import band_width
 
 _LINE = 16
 """Ranges begin at multiples of 16 fp32 numbers: threads share no cache line, and rows stay in their groups of eight."""
@@ -48,28 +48,28 @@ def plan(sides: Sequence[tuple[int, int, int]], group: int, part: int) -> Plan:
     offsets: list[tuple[int, int]] = []
     scratch = 0
     for layers in _groups(sides, group):
-        at = 0
+        place = 0
         for layer in layers:
             p, q, lanes = sides[layer]
-            offsets.append((at, at + _ceil(lanes * p)))
-            at += _ceil(lanes * p) + _ceil(lanes * q)
-        scratch = max(scratch, at)
+            offsets.append((place, place + _ceil(lanes * p)))
+            place += _ceil(lanes * p) + _ceil(lanes * q)
+        scratch = max(scratch, place)
         steps = {layer: _step(sides[layer], group) for layer in layers}
         # One round, unless it is a layer alone that is larger than a group.
         for begin in range(0, max(sides[layer][1] for layer in layers), max(steps.values())):
             ranges = {layer: (begin, min(begin + steps[layer], sides[layer][1])) for layer in layers}
-            for what in (FORM_IMAGES, FORM_PRODUCTS):
+            for what in (at.FORM_IMAGES, at.FORM_PRODUCTS):
                 for layer, (i, end) in ranges.items():
                     p = sides[layer][0]
-                    if what == FORM_IMAGES:
+                    if what == at.FORM_IMAGES:
                         tasks += [(what, layer, a, b, 0, 0) for a, b in _parts(i, end, part // p)]
                     else:
                         tasks += [(what, layer, i, end, a, b) for a, b in _parts(0, p, part // (end - i))]
                 phases.append(len(tasks))
-        tasks += [(FINISH, layer, 0, 0, 0, 0) for layer in layers]
+        tasks += [(at.FINISH, layer, 0, 0, 0, 0) for layer in layers]
         phases.append(len(tasks))
     for layer, (p, q, _) in enumerate(sides):
-        tasks += [(UPDATE, layer, a, b, 0, 0) for a, b in _parts(0, q, part // p)]
+        tasks += [(at.UPDATE, layer, a, b, 0, 0) for a, b in _parts(0, q, part // p)]
     return Plan(tasks, [*phases, len(tasks)], offsets, scratch)
 
 
@@ -89,7 +89,7 @@ def _groups(sides: Sequence[tuple[int, int, int]], group: int) -> list[list[int]
 def _step(sides: tuple[int, int, int], group: int) -> int:
     """Return the rows of T that one round forms: whole bands, whatever the layout."""
     p, q, _ = sides
-    band = _band_width(p)
+    band = band_width(p)
     return q if p * q <= group else max(band, group // p // band * band)
 
 

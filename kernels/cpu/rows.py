@@ -6,36 +6,15 @@ The functions are in :mod:`lightning_lip.kernels.cpu.compiled.rows`; this module
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from lightning_lip.kernels.cpu import threads as cpu_threads
-from lightning_lip.kernels.cpu.compiled.rows import (
-    _CHUNK,
-    _IMAGES,
-    _LANES,
-    _LEFT,
-    _N_HEADER,
-    _P,
-    _POOL,
-    _Q,
-    _R,
-    _SIGMA,
-    _STRIP,
-    _STRIPS,
-    _THREAD,
-    _THREADS,
-    _run,
-    thread_address,
-)
-from lightning_lip.kernels.cpu.iteration import load_compiled
-from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
-
-__all__ = ["MAX_BLOCK_SIZE", "CompiledRows"]
+from lightning_lip.kernels.cpu import threads
+from lightning_lip.kernels.cpu.compiled import rows as compiled
+from lightning_lip.kernels.cpu.loading import load_compiled
 
 PARALLEL = 1 << 16
 """Elements of T and Z together from which on several threads serve."""
@@ -53,12 +32,12 @@ class CompiledRows:
     def __init__(self, r: int, q: int, p: int) -> None:
         self._shape = r, q, p
         self._is_parallel = r * (q + p) >= PARALLEL
-        self._header = np.zeros(_N_HEADER, np.int64)
+        self._header = np.zeros(compiled.N_HEADER, np.int64)
         self._header_address: int = self._header.ctypes.data
-        self._header[[_R, _Q, _P]] = r, q, p
-        self._n_tasks = -(-q // _CHUNK) - (-p // _CHUNK)
+        self._header[[compiled.R, compiled.Q, compiled.P]] = r, q, p
+        self._n_tasks = -(-q // compiled.CHUNK) - (-p // compiled.CHUNK)
         self._threads_for: tuple[int, int] | None = None
-        load_compiled("rows", lambda: cast(Any, _run).compile("boolean(int64)"))
+        load_compiled("rows", lambda: compiled.run.compile("boolean(int64)"))
 
     def __reduce__(self) -> tuple[type[CompiledRows], tuple[int, int, int]]:
         """Make copies anew: a copied header would hold addresses of the original."""
@@ -67,22 +46,15 @@ class CompiledRows:
     def _note_threads(self) -> None:
         """Provide for torch's present number of threads."""
         n_threads = torch.get_num_threads() if self._is_parallel else 1
-        threads_for = n_threads, cpu_threads.n_forks
+        threads_for = n_threads, threads.n_forks
         if threads_for == self._threads_for:
             return
         self._threads_for = threads_for
-        pool = cpu_threads.pool_address() if n_threads > 1 else 0
-        n_threads = n_threads if pool else 1
-        if pool:
-            load_compiled("threads for rows", thread_address)
-        self._header[[_POOL, _THREAD, _THREADS]] = pool, thread_address() if pool else 0, n_threads
+        team = threads.team(n_threads, "threads for rows", compiled.thread)
+        self._header[[compiled.POOL, compiled.THREAD, compiled.THREADS]] = team
         # In fp64 numbers: sigma, Gram matrices, what mixes rows, and the strips of each thread.
-        sizes = (
-            8,
-            (self._n_tasks + 3) * _LANES**2,
-            (_LANES + 1) * _LANES // 2,
-            n_threads * self._shape[0] * _STRIP // 2,
-        )
+        gram_matrices, mix = (self._n_tasks + 3) * compiled.LANES**2, (compiled.LANES + 1) * compiled.LANES // 2
+        sizes = (8, gram_matrices, mix, team[2] * self._shape[0] * compiled.STRIP // 2)
         starts = [8 * start for start in accumulate(sizes, initial=0)]
         self._offsets, self._scratch_size = np.array(starts[:-1]), sum(sizes)
 
@@ -111,9 +83,9 @@ class CompiledRows:
         left = images.new_empty(q)
         # Of this call only: kept by every layer it would be as much as many layers' vectors.
         scratch = torch.empty(self._scratch_size, dtype=torch.float64, device="cpu")
-        self._header[_IMAGES : _LEFT + 1] = images.data_ptr(), products.data_ptr(), left.data_ptr()
-        self._header[_SIGMA : _STRIPS + 1] = self._offsets + scratch.data_ptr()
-        if not _run(self._header_address):
+        self._header[compiled.IMAGES : compiled.LEFT + 1] = images.data_ptr(), products.data_ptr(), left.data_ptr()
+        self._header[compiled.SIGMA : compiled.STRIPS + 1] = self._offsets + scratch.data_ptr()
+        if not compiled.run(self._header_address):
             return None
         increment_version([products])
         return scratch[0].float(), left

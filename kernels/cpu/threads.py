@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numba
 import torch
+
+from lightning_lip.kernels.cpu.loading import load_compiled
 
 n_forks = 0
 """How many forks lie between this process and the one that imported this module."""
@@ -43,3 +48,28 @@ def _find() -> int:
             continue
         return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
+
+
+def team(n_threads: int, name: str, function: Callable[[int], None]) -> tuple[int, int, int]:
+    """Return what compiled code needs to run a function in a team of threads.
+
+    Args:
+        n_threads: The threads wanted.
+        name: The function's name among those that are compiled or loaded once.
+        function: What each thread runs with the address of a header.
+
+    Returns:
+        The address of ``GOMP_parallel``, that of the function, and the number of threads; (0, 0, 1) without a pool.
+    """
+    pool = pool_address() if n_threads > 1 else 0
+    if not pool:
+        return 0, 0, 1
+    load_compiled(name, lambda: _address_of(function))
+    return pool, _address_of(function), n_threads
+
+
+@functools.cache
+def _address_of(function: Callable[[int], None]) -> int:
+    compiled: Any = numba.cfunc("void(int64)", cache=True, error_model="numpy")
+    address: int = compiled(function).address
+    return address

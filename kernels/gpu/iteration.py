@@ -1,13 +1,12 @@
 """The GPU backend: persistent blocks of all weights of one device and dtype, iterated by Triton kernels.
 
 The kernels are in :mod:`lightning_lip.kernels.gpu.kernels`, the tables they read in
-:mod:`lightning_lip.kernels.gpu.tables`, what torch.compile sees in :mod:`lightning_lip.kernels.gpu.graph_operators`;
-this module owns the buffers and launches. An iteration is five launches for all layers together (four at R = 1; one
-more where some weights can be read 128 bits at a time and others cannot), the penalty's derivative one, the rank-one
-update one for each dtype and alignment of gradients.
+:mod:`lightning_lip.kernels.gpu.tables`; this module owns the buffers and launches. An iteration is five launches for
+all layers together (four at R = 1; one more where some weights can be read 128 bits at a time and others cannot), the
+penalty's derivative one, the rank-one update one for each dtype and alignment of gradients.
 
 Nothing waits for the GPU, no sum depends on the order of execution (results repeat bit for bit on one GPU), nothing is
-tuned at run time. What has been proven without a GPU, and how, is in tests/test_gpu_*.py; no speed has been measured.
+tuned at run time. What has been proven without a GPU, and how, is in tests/kernels/gpu; no speed has been measured.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.gpu import graph_operators as gpu_operators
 from lightning_lip.kernels.gpu.tables import (
     DEFAULT_PROCESSORS,
     LONG_TASK,
@@ -39,9 +37,12 @@ from lightning_lip.kernels.gpu.tables import (
     predicted_traffic,
     round_up,
 )
+from lightning_lip.kernels.penalties import PENALTY_CODES
 from lightning_lip.kernels.reference import PowerStep
 
 __all__ = ["GpuIteration", "Traffic", "predicted_traffic"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 OLDEST_TRITON = (3, 3)
 """The kernels keep tiles in tuples, which Triton knows since then."""
@@ -60,6 +61,12 @@ def interpreted() -> bool:
 def columns_at_a_time(block: int) -> int:
     """Return the columns of Z that a program keeps r x r products of: R * R * columns numbers in fp64."""
     return min(256 // block, 2048 // (block * block))
+
+
+def _uncompiled(method: _F) -> _F:
+    """Have torch.compile call a method in Python instead of tracing it: a graph would hold addresses."""
+    disable: Any = torch.compiler.disable  # it has no types
+    return cast(_F, disable(method))
 
 
 def capturing(device: torch.device) -> bool:
@@ -106,7 +113,6 @@ class GpuIteration:
         self._gradient_plans: dict[Any, tuple[GradientPlan, Tensor, Tensor]] = {}
         self._gradient_key: Any = None
         self._multiplicities: tuple[int, ...] | None = None
-        self._handle = gpu_operators.register(self)
 
     @staticmethod
     def why_not(weight: Tensor, block_size: int) -> str | None:
@@ -135,19 +141,17 @@ class GpuIteration:
             for offset, layer, size in zip(plan.short_offsets, plan.layers, self._block_sizes, strict=True)
         ]
 
+    @_uncompiled
     @torch.no_grad()
     def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
         """Advance the blocks; the same as :func:`lightning_lip.kernels.reference.power_step`.
 
         The results are views of buffers that the next step overwrites.
         """
-        weights = [weight.detach() for weight in weights]
-        if torch.compiler.is_compiling():
-            torch.ops.lightning_lip.gpu_power_step(weights, self._state(), self._handle, n_iterations)
-        else:
-            self._iterate(weights, n_iterations)
+        self._iterate(weights, n_iterations)
         return PowerStep(self._sigma, self._sides(left=True), self._sides(left=False), self.vectors)
 
+    @_uncompiled
     @torch.no_grad()
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
         """Add ``c_l u_l v_l^T`` of the last step to each gradient in place; None is skipped.
@@ -159,15 +163,10 @@ class GpuIteration:
         Raises:
             RuntimeError: If addresses changed while a CUDA graph is being captured.
         """
-        if torch.compiler.is_compiling():
-            present = [index for index, grad in enumerate(grads) if grad is not None]
-            torch.ops.lightning_lip.gpu_rank_one_update_(
-                [grad for grad in grads if grad is not None], coefficients, self._state(), self._handle, present
-            )
-        else:
-            self._factors.copy_(coefficients)
-            self._update(grads)
+        self._factors.copy_(coefficients)
+        self._update(grads)
 
+    @_uncompiled
     @torch.no_grad()
     def penalise_(
         self,
@@ -185,7 +184,7 @@ class GpuIteration:
             weights: L weights.
             grads: L gradients or None.
             n_iterations: Iterations, each of which reads the weights once.
-            code: 0 product, 1 softplus_log, 2 hinge_log, 3 log, 4 layer_sum, 5 layer_sum_squares.
+            code: A value of :data:`lightning_lip.kernels.penalties.PENALTY_CODES`.
             target_log: log M.
             scale: The penalty's coefficient.
             multiplicities: How often each layer counts, length L.
@@ -197,18 +196,22 @@ class GpuIteration:
             ValueError: If `code` is not one of the six.
             RuntimeError: If addresses changed while a CUDA graph is being captured.
         """
-        if code not in range(6):
-            raise ValueError(f"Expected a penalty code from 0 to 5, got {code!r}.")
-        weights = [weight.detach() for weight in weights]
-        if torch.compiler.is_compiling():
-            present = [index for index, grad in enumerate(grads) if grad is not None]
-            given = [grad for grad in grads if grad is not None]
-            numbers = [float(target_log), float(scale)]
-            torch.ops.lightning_lip.gpu_penalise_(
-                weights, given, self._state(), self._handle, present, n_iterations, code, numbers, list(multiplicities)
-            )
-        else:
-            self._penalise(weights, grads, n_iterations, code, target_log, scale, multiplicities)
+        if code not in PENALTY_CODES.values():
+            raise ValueError(f"Expected a penalty code from 0 to {len(PENALTY_CODES) - 1}, got {code!r}.")
+        kernels = self._kernels()
+        if tuple(multiplicities) != self._multiplicities:
+            self._refuse_in_capture("multiplicities")
+            self._weights_of_layers.copy_(torch.tensor(multiplicities, dtype=torch.float64))
+            self._multiplicities = tuple(multiplicities)
+        self._iterate(weights, n_iterations)
+        target_high, target_low = two_floats(target_log)
+        scale_high, scale_low = two_floats(scale)
+        with self._on_device():
+            kernels.coefficients[(1,)](
+                self._scalars, self._weights_of_layers, self._factors, self._value, target_high, target_low,
+                scale_high, scale_low, len(self._shapes), CODE=code, BL=128, num_warps=WARPS,
+            )  # fmt: skip
+        self._update(grads)
         return self._value[0]
 
     def _plan_for(self, layers: list[Layer]) -> None:
@@ -235,10 +238,6 @@ class GpuIteration:
         self._rotations = torch.zeros(n_layers, block, block, dtype=torch.float64, device=self.device)
         self._scalars = torch.zeros(n_layers, 8, dtype=torch.float64, device=self.device)
         self._weights_of_layers = torch.ones(n_layers, dtype=torch.float64, device=self.device)
-
-    def _state(self) -> list[Tensor]:
-        """Return the buffers that outlive a call: what the custom operators declare to mutate."""
-        return [self._vectors, self._singular, self._sigma, self._value]
 
     def _offsets(self, left: bool) -> list[int]:
         """Return where each layer's left (or right) singular vector begins in `_singular`."""
@@ -301,9 +300,9 @@ class GpuIteration:
 
     def _kernels(self) -> Any:
         """Return the kernels; Triton is imported only when they are needed."""
-        from lightning_lip.kernels.gpu import kernels as gpu_kernels
+        from lightning_lip.kernels.gpu import kernels
 
-        return gpu_kernels
+        return kernels
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -347,31 +346,6 @@ class GpuIteration:
                 self._table, self._tasks, self._rows_y, self._scalars, self._grams, self._vectors,
                 num_warps=WARPS, **sizes,
             )  # fmt: skip
-
-    def _penalise(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
-        n_iterations: int,
-        code: int,
-        target_log: float,
-        scale: float,
-        multiplicities: Sequence[int],
-    ) -> None:
-        kernels = self._kernels()
-        if tuple(multiplicities) != self._multiplicities:
-            self._refuse_in_capture("multiplicities")
-            self._weights_of_layers.copy_(torch.tensor(multiplicities, dtype=torch.float64))
-            self._multiplicities = tuple(multiplicities)
-        self._iterate(weights, n_iterations)
-        target_high, target_low = two_floats(target_log)
-        scale_high, scale_low = two_floats(scale)
-        with self._on_device():
-            kernels.coefficients[(1,)](
-                self._scalars, self._weights_of_layers, self._factors, self._value, target_high, target_low,
-                scale_high, scale_low, len(self._shapes), CODE=code, BL=128, num_warps=WARPS,
-            )  # fmt: skip
-        self._update(grads)
 
     def _update(self, grads: Sequence[Tensor | None]) -> None:
         kernels = self._kernels()

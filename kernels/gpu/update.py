@@ -12,6 +12,14 @@ import triton
 import triton.language as tl
 
 from lightning_lip.kernels.gpu.columns import N_SCALARS, SIGMA, is_finite
+from lightning_lip.kernels.penalties import PENALTY_CODES, PRODUCT_CAP
+
+CAP: tl.constexpr = tl.constexpr(PRODUCT_CAP)
+PRODUCT: tl.constexpr = tl.constexpr(PENALTY_CODES["product"])
+SOFTPLUS_LOG: tl.constexpr = tl.constexpr(PENALTY_CODES["softplus_log"])
+HINGE_LOG: tl.constexpr = tl.constexpr(PENALTY_CODES["hinge_log"])
+LAYER_SUM: tl.constexpr = tl.constexpr(PENALTY_CODES["layer_sum"])
+LAYER_SUM_SQUARES: tl.constexpr = tl.constexpr(PENALTY_CODES["layer_sum_squares"])
 
 
 @triton.jit
@@ -28,7 +36,7 @@ def coefficients(
     CODE: tl.constexpr,
     BL: tl.constexpr,
 ):
-    """One program: a built-in penalty and its derivative in closed form (lightning_lip/penalties.py), in fp64."""
+    """One program: a built-in penalty and its derivative in closed form (kernels/penalties.py), in fp64."""
     target = tl.full([], 0.0, tl.float64) + target_high + target_low
     scale = tl.full([], 0.0, tl.float64) + scale_high + scale_low
     total = tl.zeros([BL], tl.float64)
@@ -37,27 +45,27 @@ def coefficients(
         mask = n < n_layers
         s = tl.load(scalars + n * N_SCALARS + SIGMA, mask=mask, other=1.0)
         k = tl.load(multiplicities + n, mask=mask, other=0.0)
-        if CODE == 4:
+        if CODE == LAYER_SUM:
             total += k * s
-        elif CODE == 5:
+        elif CODE == LAYER_SUM_SQUARES:
             total += k * s * s
         else:
             total += tl.where(mask, k * tl.log(s), 0.0)
     x = tl.sum(total, axis=0)
     slope = tl.full([], 1.0, tl.float64)
     f = x
-    if CODE == 0:
-        capped = tl.where(x > 30.0, 30.0, x)
+    if CODE == PRODUCT:
+        capped = tl.where(x > CAP, CAP, x)
         slope = tl.exp(capped)
         f = slope * (1.0 + (x - capped))
         f = tl.where(slope == 0, 0.0, f)
-    elif CODE == 1:
+    elif CODE == SOFTPLUS_LOG:
         x -= target
         e = tl.exp(-tl.abs(x))
         f = tl.where(x > 0, x, 0.0) + tl.log(1.0 + e)
         f = tl.where(x == x, f, x)
         slope = tl.where(x > 0, 1.0, e) / (1.0 + e)
-    elif CODE == 2:
+    elif CODE == HINGE_LOG:
         excess = x - target
         excess = tl.where(excess <= 0, 0.0, excess)
         f = excess * excess
@@ -68,9 +76,9 @@ def coefficients(
         mask = n < n_layers
         s = tl.load(scalars + n * N_SCALARS + SIGMA, mask=mask, other=1.0)
         k = tl.load(multiplicities + n, mask=mask, other=0.0)
-        if CODE == 4:
+        if CODE == LAYER_SUM:
             c = scale * k + 0.0 * s
-        elif CODE == 5:
+        elif CODE == LAYER_SUM_SQUARES:
             c = scale * k * 2.0 * s
         else:
             c = scale * k * slope / s

@@ -6,18 +6,15 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
+from support.truth import blocks
 from torch import nn
 
 from lightning_lip import LipschitzPenalty, LipschitzRegularizer, kernels
 from lightning_lip.kernels import PENALTY_CODES, choose_backend, iterations_for, penalty_slope
 from lightning_lip.kernels.cpu.iteration import CpuIteration
-from lightning_lip.kernels.reference import PRODUCT_CAP, ReferenceIteration
+from lightning_lip.kernels.penalties import PRODUCT_CAP
+from lightning_lip.kernels.reference import ReferenceIteration
 from lightning_lip.penalty.penalties import get_penalty
-
-
-def block(weight, r=2):
-    side = min(weight.shape)
-    return torch.eye(side, dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)[: min(r, side)]
 
 
 def test_the_device_chooses(monkeypatch):
@@ -66,7 +63,7 @@ def test_the_regulariser_checks_the_name_at_construction():
 def test_weights_of_one_kind_share_an_iteration(monkeypatch):
     monkeypatch.delenv("LIGHTNING_LIP_BACKEND", raising=False)
     weights = [torch.ones(3, 4), torch.ones(2, 2, dtype=torch.float64), torch.ones(5, 1), torch.ones(4, 4).bfloat16()]
-    groups = iterations_for(weights, [block(w) for w in weights])
+    groups = iterations_for(weights, blocks(weights, 2))
     assert [(indices, type(iteration)) for indices, iteration in groups] == [
         ([0, 2], CpuIteration),
         ([1], ReferenceIteration),
@@ -77,22 +74,53 @@ def test_weights_of_one_kind_share_an_iteration(monkeypatch):
 def test_reference_iteration_needs_a_step_first():
     weight = torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="take a power_step first"):
-        ReferenceIteration([weight], [block(weight)]).rank_one_update_([weight], torch.ones(1))
+        ReferenceIteration([weight], blocks([weight], 2)).rank_one_update_([weight], torch.ones(1))
 
 
-@pytest.mark.parametrize("log_bound", [-3.0, -0.5, 0.7, 5.0, PRODUCT_CAP - 1, PRODUCT_CAP + 3])
+@pytest.mark.parametrize("log_bound", [-3.0, -0.5, 0.7, 5.0, 25.0, PRODUCT_CAP - 1, PRODUCT_CAP + 3])
 @pytest.mark.parametrize("name", list(PENALTY_CODES))
-def test_closed_form_slopes_are_autograds(name, log_bound):
-    repeats = torch.tensor([1.0, 3.0, 1.0], dtype=torch.float64)
+def test_slopes_count_every_use_of_a_layer(name, log_bound):
+    uses = [1, 3, 1]
+    repeats = torch.tensor(uses, dtype=torch.float64)
     log_sigma = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
     log_sigma = (log_sigma + (log_bound - (repeats * log_sigma).sum()) / repeats.sum()).requires_grad_()
     repeated = log_sigma.repeat_interleave(repeats.long())
     value = get_penalty(name, target=2.0)(repeated, repeated.sum())
     (slope,) = torch.autograd.grad(value, log_sigma)
     sigma = log_sigma.detach().exp()
-    got, got_slope = penalty_slope(PENALTY_CODES[name], sigma, repeats, math.log(2.0))
-    torch.testing.assert_close(got, value.detach(), rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(got_slope, slope / sigma, rtol=1e-7, atol=1e-12)
+    got, got_slope = penalty_slope(PENALTY_CODES[name], sigma, uses, math.log(2.0))
+    assert not got.requires_grad
+    torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got_slope, slope / sigma, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "slopes"),
+    [
+        ("product", 0.0, [0.0, 0.0, 0.0]),
+        ("softplus_log", 0.0, [0.0, 0.0, 0.0]),
+        ("hinge_log", 0.0, [0.0, 0.0, 0.0]),
+        ("log", -math.inf, [0.0, 4.0, 0.5]),
+        ("layer_sum", 3.0, [0.0, 2.0, 1.0]),
+        ("layer_sum_squares", 4.5, [0.0, 2.0, 4.0]),
+    ],
+)
+def test_a_zero_layer_has_no_slope_and_leaves_the_others_theirs(name, value, slopes, inference):
+    with torch.inference_mode(inference):
+        sigma = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+        got, got_slopes = penalty_slope(PENALTY_CODES[name], sigma, [3, 2, 1], 0.0)
+    assert got.item() == pytest.approx(value, rel=1e-12)
+    assert got_slopes.tolist() == pytest.approx(slopes, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", list(PENALTY_CODES))
+def test_slopes_that_are_not_finite_count_as_zero(name):
+    sigma = torch.tensor([math.nan, 2.0], dtype=torch.float64)
+    value, slopes = penalty_slope(PENALTY_CODES[name], sigma, [1, 1], 0.0)
+    assert value.isnan()
+    own = {"log": 0.5, "layer_sum": 1.0, "layer_sum_squares": 4.0}.get(name, 0.0)
+    assert slopes.tolist() == pytest.approx([0.0, own], rel=1e-12)
 
 
 @pytest.mark.parametrize("penalty", ["product", "layer_sum"])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.truth import blocks, generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip.kernels.reference import (
     gram_matrix,
@@ -21,41 +22,14 @@ ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}  # how far an estimate fr
 ORTHONORMAL = {torch.float32: 5e-6, torch.float64: 1e-13}  # entries of V V^T - I
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def orthonormal_columns(rows, columns, seed):
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator(seed), dtype=torch.float64)).Q
-
-
-def matrix(m, n, spectrum, dtype=torch.float64, seed=0):
-    """Return an (m, n) matrix with the given singular values (those not given are zero)."""
-    spectrum = torch.as_tensor(spectrum, dtype=torch.float64)
-    k = len(spectrum)
-    u, v = orthonormal_columns(m, k, seed), orthonormal_columns(n, k, seed + 1)
-    return ((u * spectrum) @ v.T).to(dtype)
-
-
-def geometric(k, ratio, top=1.0):
-    """Return k singular values, of which the second lies `ratio` below the first, and so on."""
-    return [top * ratio**i for i in range(k)]
-
-
 def start(weight, block_size=8, seed=7):
-    side = min(weight.shape)
-    block = torch.randn(min(block_size, side), side, generator=generator(seed), dtype=torch.float64)
-    return torch.linalg.qr(block.T).Q.T.to(compute_dtype(weight.dtype))
-
-
-def true_norm(weight):
-    return torch.linalg.svdvals(weight.double())[0].item()
+    return blocks([weight], block_size, seed)[0]
 
 
 def check_step(weight, step, index=0):
     """Check what holds for every step on a finite weight that is not zero, converged or not."""
     dtype = compute_dtype(weight.dtype)
-    truth = true_norm(weight)
+    truth = largest_singular_value(weight).item()
     sigma, u, v = step.sigma[index], step.left[index].double(), step.right[index].double()
     assert sigma.dtype == dtype
     assert (u.shape, v.shape) == ((weight.shape[0],), (weight.shape[1],))
@@ -100,16 +74,16 @@ SPECTRA = {
 @pytest.mark.parametrize("case", SPECTRA)
 def test_converges_to_the_float64_svd(case, dtype):
     m, n, spectrum = SPECTRA[case]
-    weight = matrix(m, n, spectrum, dtype)
+    weight = matrix_of(m, n, spectrum).to(dtype)
     # The rounded weight's own spectrum: half precision spreads values that were equal, by up to 4e-3.
-    values = torch.linalg.svdvals(weight.double()) / true_norm(weight)
+    values = torch.linalg.svdvals(weight.double()) / largest_singular_value(weight).item()
     ratio = values[8].item() if len(values) > 8 else 0.0
     needed = 5 if ratio < 0.1 else math.ceil(math.log(1e-6) / (2 * math.log(min(ratio, 1 - 1e-9))))
     step = power_step([weight], [start(weight)], min(needed, 300))
     check_step(weight, step)
     # 300 iterations do not separate values so close, but leave nothing else: the estimate lies among them.
     spread = 1 - values[values > 0.98].min().item() if needed > 300 else 0.0
-    assert step.sigma.item() == pytest.approx(true_norm(weight), rel=CONVERGED + spread)
+    assert step.sigma.item() == pytest.approx(largest_singular_value(weight).item(), rel=CONVERGED + spread)
 
 
 @pytest.mark.parametrize("exponent", [-37, -30, -19, 19, 30, 37])
@@ -118,16 +92,16 @@ def test_converges_to_the_float64_svd(case, dtype):
 def test_scale_of_the_weights_does_not_matter(case, dtype, exponent):
     # Gram matrices of unscaled images overflow at 1e19 and vanish at 1e-19; those of Z = W^T T at 1e10.
     m, n, spectrum = SPECTRA[case]
-    weight = (matrix(m, n, spectrum) * 10.0**exponent).to(dtype)
+    weight = (matrix_of(m, n, spectrum) * 10.0**exponent).to(dtype)
     for n_iterations in (1, 10):
         check_step(weight, step := power_step([weight], [start(weight)], n_iterations))
-    assert step.sigma.item() == pytest.approx(true_norm(weight), rel=CONVERGED)
+    assert step.sigma.item() == pytest.approx(largest_singular_value(weight).item(), rel=CONVERGED)
     still = power_step([weight], step.vectors, 0)
-    assert still.sigma.item() == pytest.approx(true_norm(weight), rel=CONVERGED)
+    assert still.sigma.item() == pytest.approx(largest_singular_value(weight).item(), rel=CONVERGED)
 
 
 def test_float64_range():
-    weight = matrix(20, 10, geometric(10, 0.5)) * 1e200
+    weight = matrix_of(20, 10, geometric(10, 0.5)) * 1e200
     step = power_step([weight], [start(weight)], 10)
     check_step(weight, step)
     assert step.sigma.item() == pytest.approx(1e200, rel=1e-12)
@@ -137,14 +111,14 @@ def test_half_precision_is_accumulated_in_float32():
     # Iterated in bf16 the estimate is off by 2e-3 (MATH.md section 1).
     weight = torch.randn(300, 200, generator=generator()).to(torch.bfloat16)
     step = power_step([weight], [start(weight, block_size=200)], 5)
-    assert step.sigma.item() == pytest.approx(true_norm(weight), rel=1e-6)
+    assert step.sigma.item() == pytest.approx(largest_singular_value(weight).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 5, 8])
 def test_converges_at_the_promised_rate(block_size):
     # All wanted values alike and all others alike: the rate is sigma_{r+1} / sigma_1 and nothing else.
     ratio = 0.8
-    weight = matrix(60, 40, [1.0] * block_size + [ratio] * (40 - block_size))
+    weight = matrix_of(60, 40, [1.0] * block_size + [ratio] * (40 - block_size))
     block = start(weight, block_size)
     # tan^2 of the largest angle between the block and the top space bounds the error's constant.
     top = torch.linalg.svd(weight).Vh[:block_size]
@@ -158,7 +132,7 @@ def test_converges_at_the_promised_rate(block_size):
 
 
 def test_one_call_of_k_iterations_is_k_calls_of_one():
-    weight = matrix(40, 30, geometric(30, 0.95))
+    weight = matrix_of(40, 30, geometric(30, 0.95))
     block = start(weight)
     at_once = power_step([weight], [block], 5)
     step = power_step([weight], [block], 1)
@@ -170,7 +144,7 @@ def test_one_call_of_k_iterations_is_k_calls_of_one():
 
 
 def test_the_estimate_grows_from_step_to_step():
-    weight = matrix(64, 64, geometric(64, 0.99))
+    weight = matrix_of(64, 64, geometric(64, 0.99))
     block, values = start(weight, 4), []
     for _ in range(30):
         step = power_step([weight], [block], 1)
@@ -188,11 +162,12 @@ def test_a_full_block_is_exact_in_one_step(shape, dtype):
     for n_iterations in (0, 1):
         step = power_step([weight], [start(weight, block_size=6)], n_iterations)
         check_step(weight, step)
-        assert step.sigma.item() == pytest.approx(true_norm(weight), rel=ROUNDING[compute_dtype(dtype)])
+        truth = largest_singular_value(weight).item()
+        assert step.sigma.item() == pytest.approx(truth, rel=ROUNDING[compute_dtype(dtype)])
 
 
 def test_zero_iterations_leave_the_block_and_return_ritz_values():
-    weight = matrix(40, 30, geometric(30, 0.9))
+    weight = matrix_of(40, 30, geometric(30, 0.9))
     block = start(weight)
     before = block.clone()
     step = power_step([weight], [block], 0)
@@ -221,7 +196,7 @@ def test_zero_weight(shape, n_iterations):
 
 
 def test_a_block_comes_back_after_a_zero_weight():
-    weight = matrix(40, 30, geometric(30, 0.7), torch.float32)
+    weight = matrix_of(40, 30, geometric(30, 0.7)).float()
     step = power_step([torch.zeros(40, 30)], [start(weight)], 3)
     step = power_step([weight], step.vectors, 6)
     assert step.sigma.item() == pytest.approx(1, rel=CONVERGED)
@@ -318,7 +293,7 @@ def test_a_block_tracks_a_weight_that_is_pushed_down_at_its_top():
         for _ in range(150):
             step = power_step([weight], [block], 1)
             block = step.vectors[0]
-            found.append(1 - step.sigma.item() / true_norm(weight))
+            found.append(1 - step.sigma.item() / largest_singular_value(weight).item())
             weight = weight - 0.1 * torch.outer(step.left[0], step.right[0])
         return torch.tensor(found)
 

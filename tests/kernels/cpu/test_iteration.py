@@ -14,14 +14,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from support.truth import blocks, generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip.kernels import reference
 from lightning_lip.kernels.cpu import iteration as cpu
-from lightning_lip.kernels.cpu import layout as cpu_layout
-from lightning_lip.kernels.cpu import threads as cpu_threads
-from lightning_lip.kernels.cpu.compiled import layers as cpu_compiled
-from lightning_lip.kernels.cpu.compiled import registers
+from lightning_lip.kernels.cpu import layout as at
+from lightning_lip.kernels.cpu import loading
+from lightning_lip.kernels.cpu import threads as pool
+from lightning_lip.kernels.cpu.compiled import emitter, layers
 from lightning_lip.kernels.cpu.iteration import CpuIteration
+from lightning_lip.kernels.penalties import PENALTY_CODES
 from lightning_lip.penalty.penalties import get_penalty
 
 # What is compared            bound   why
@@ -41,25 +43,9 @@ BLOCK_SIZES = [1, 2, 3, 8, 16]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def matrix(m, n, seed=0, ratio=0.8, top=3.0):
     """Return a float64 matrix with singular values top, top ratio, ...: a gap after each of the first 40."""
-    k = min(m, n, 40)
-    u = torch.linalg.qr(torch.randn(m, k, generator=generator(seed), dtype=torch.float64)).Q
-    v = torch.linalg.qr(torch.randn(n, k, generator=generator(seed + 1), dtype=torch.float64)).Q
-    return (u * (top * ratio ** torch.arange(k, dtype=torch.float64))) @ v.T
-
-
-def blocks(weights, r, seed=0):
-    start = []
-    for w in weights:
-        p = min(w.shape)
-        random = torch.randn(p, min(r, p), generator=generator(seed), dtype=torch.float64)
-        start.append(torch.linalg.qr(random).Q.T.contiguous().float())
-    return start
+    return matrix_of(m, n, geometric(min(m, n, 40), ratio, top), seed)
 
 
 def laid_out(tensor, layout):
@@ -125,7 +111,7 @@ def test_sigma_converges_to_the_svd(r, dtype):
     iteration = CpuIteration(weights, blocks(weights, r))
     # (0.8^r)^(4k) < 1e-8 after k = 40 steps, at r = 1 too
     sigma = [iteration.power_step(weights).sigma for _ in range(40)][-1]
-    truth = torch.stack([torch.linalg.matrix_norm(w.double(), 2) for w in weights])
+    truth = torch.stack([largest_singular_value(w) for w in weights])
     torch.testing.assert_close(sigma.double(), truth, rtol=SIGMA, atol=0)
 
 
@@ -156,7 +142,7 @@ def test_extreme_scales(r, exponent, along):
     weight = weight if along == "rows" else weight.T.contiguous()
     iteration = CpuIteration([weight], blocks([weight], r))
     sigma = [iteration.power_step([weight]).sigma for _ in range(40)][-1]
-    truth = torch.linalg.matrix_norm(weight.double(), 2)
+    truth = largest_singular_value(weight)
     torch.testing.assert_close(sigma[0].double(), truth, rtol=SIGMA, atol=0)
     assert_orthonormal(iteration.vectors[0])
 
@@ -166,7 +152,7 @@ def test_scale_that_jumps_from_step_to_step(r):
     base = matrix(30, 20)
     start = blocks([base], r)
     iteration = CpuIteration([base.float()], start)
-    truth = torch.linalg.matrix_norm(base, 2)
+    truth = largest_singular_value(base)
     for _ in range(40):
         iteration.power_step([base.float()])
     for exponent in (30, -30, 0, -36, 36, 0):
@@ -201,7 +187,7 @@ def test_rank_deficient_blocks_stay_orthonormal(shape, rank, r):
     for _ in range(5):
         step = iteration.power_step([weight])
         assert_orthonormal(iteration.vectors[0])
-    truth = torch.linalg.matrix_norm(weight.double(), 2)
+    truth = largest_singular_value(weight)
     torch.testing.assert_close(step.sigma[0].double(), truth, rtol=SIGMA, atol=0)
 
 
@@ -222,7 +208,7 @@ def test_sparse_weights_whose_images_vanish(r):
 
 @pytest.mark.parametrize("r", [1, 2, 8])
 def test_repeated_top_singular_value(r):
-    weight = torch.linalg.qr(torch.randn(40, 24, generator=generator(), dtype=torch.float64)).Q.float() * 2
+    weight = orthonormal_columns(40, 24).float() * 2
     iteration = CpuIteration([weight], blocks([weight], r))
     step = iteration.power_step([weight])
     torch.testing.assert_close(step.sigma, torch.tensor([2.0]), rtol=SIGMA, atol=0)
@@ -243,7 +229,7 @@ def test_weights_that_are_not_finite(shape, r, bad, n_iterations, dtype):
     iteration = CpuIteration([weight, healthy], start)
     grads = [torch.zeros(shape), torch.zeros(10, 10)]
     options = {"n_iterations": n_iterations, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1]}
-    value = iteration.penalise_([weight, healthy], grads, code=cpu_compiled.LAYER_SUM, **options)
+    value = iteration.penalise_([weight, healthy], grads, code=layers.LAYER_SUM, **options)
     assert value.isnan()
     assert iteration.last_step.sigma[0].isnan()
     assert iteration.last_step.sigma[1] > 0
@@ -253,7 +239,7 @@ def test_weights_that_are_not_finite(shape, r, bad, n_iterations, dtype):
     assert grads[1].abs().max() > 0
     # One bad weight spoils the product for all.
     grads = [torch.zeros(shape), torch.zeros(10, 10)]
-    iteration.penalise_([weight, healthy], grads, code=cpu_compiled.PRODUCT, **options)
+    iteration.penalise_([weight, healthy], grads, code=layers.PRODUCT, **options)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
@@ -332,7 +318,7 @@ def test_expanded_gradient_is_refused_as_torch_does():
         iteration.rank_one_update_([torch.zeros(1, 4).expand(4, 4)], torch.ones(1))
 
 
-NAMES = list(reference.PENALTY_CODES)
+NAMES = list(PENALTY_CODES)
 
 
 # log P: far below, near and far above each target, and beyond the product's cap of 30
@@ -351,7 +337,7 @@ def test_penalties_against_autograd(name, log_scale):
     coefficients = slope / exact.sigma.double()
     grads = [torch.zeros_like(w) for w in weights]
     iteration = CpuIteration(weights, start)
-    code = reference.PENALTY_CODES[name]
+    code = PENALTY_CODES[name]
     arguments = {"n_iterations": 1, "code": code, "target_log": math.log(target), "scale": 0.7}
     got = iteration.penalise_(weights, grads, multiplicities=multiplicities, **arguments)
     assert got.shape == ()
@@ -367,7 +353,7 @@ def test_penalties_against_autograd(name, log_scale):
 def test_penalise_equals_the_reference_with_zero_and_skipped_layers(name):
     weights = [matrix(9, 7).float(), torch.zeros(3, 4), matrix(5, 6, 3).float(), matrix(4, 4, 5).float()]
     start = blocks(weights, 2)
-    arguments = {"n_iterations": 2, "code": reference.PENALTY_CODES[name], "target_log": 0.1, "scale": 2.0}
+    arguments = {"n_iterations": 2, "code": PENALTY_CODES[name], "target_log": 0.1, "scale": 2.0}
     grads = [torch.ones(9, 7), torch.ones(3, 4), None, torch.ones(4, 4)]
     expected = [None if g is None else g.clone() for g in grads]
     got = CpuIteration(weights, start).penalise_(weights, grads, multiplicities=[1, 1, 2, 1], **arguments)
@@ -387,7 +373,7 @@ def test_many_layers_do_not_overflow(name):
     weights = [torch.full((1, 1), 1e30)] * 60
     grads = [torch.zeros(1, 1) for _ in weights]
     iteration = CpuIteration(weights, [torch.ones(1, 1)] * 60)
-    arguments = {"n_iterations": 1, "code": reference.PENALTY_CODES[name], "target_log": 0.0, "scale": 1.0}
+    arguments = {"n_iterations": 1, "code": PENALTY_CODES[name], "target_log": 0.0, "scale": 1.0}
     value = iteration.penalise_(weights, grads, multiplicities=[1] * 60, **arguments)
     assert not value.isnan()
     assert all(g.isfinite().all() for g in grads)
@@ -398,7 +384,7 @@ def test_coefficients_that_overflow_count_as_zero():
     weight = torch.full((1, 1), 1e30)
     grads = [torch.zeros(1, 1)]
     iteration = CpuIteration([weight], [torch.ones(1, 1)])
-    arguments = {"n_iterations": 1, "code": cpu_compiled.LAYER_SUM_SQUARES, "target_log": 0.0, "scale": 1e10}
+    arguments = {"n_iterations": 1, "code": layers.LAYER_SUM_SQUARES, "target_log": 0.0, "scale": 1e10}
     value = iteration.penalise_([weight], grads, multiplicities=[1], **arguments)
     assert value.isinf()
     assert torch.equal(grads[0], torch.zeros(1, 1))
@@ -424,7 +410,7 @@ def test_sigma_of_earlier_steps_stays():
 def test_multiplicities_that_change_are_noticed():
     weights = [matrix(9, 7).float(), matrix(6, 7).float()]
     iteration = CpuIteration(weights, blocks(weights, 7))
-    options = {"n_iterations": 0, "code": cpu_compiled.LOG, "target_log": 0.0, "scale": 1.0}
+    options = {"n_iterations": 0, "code": layers.LOG, "target_log": 0.0, "scale": 1.0}
     grads = [None, None]
     log_sigma = iteration.power_step(weights, 0).sigma.log()
     counts = [1, 2]
@@ -564,8 +550,8 @@ class TestThreads:
         torch.set_num_threads(n_threads)
         iteration = CpuIteration(weights, blocks(weights, r))
         step = iteration.power_step(weights, n_iterations)
-        if cpu_threads.pool_address():
-            assert iteration._header[cpu_layout._THREADS] == n_threads
+        if pool.pool_address():
+            assert iteration._header[at.THREADS] == n_threads
         return step
 
     @pytest.mark.parametrize("n_iterations", [0, 1, 3])
@@ -592,7 +578,7 @@ class TestThreads:
         torch.set_num_threads(self.N_THREADS)
         iteration = CpuIteration(weights, blocks(weights, r))
         sigma = [iteration.power_step(weights).sigma for _ in range(40)][-1]
-        truth = torch.stack([torch.linalg.matrix_norm(weight.double(), 2) for weight in weights])
+        truth = torch.stack([largest_singular_value(weight) for weight in weights])
         torch.testing.assert_close(sigma.double(), truth, rtol=SIGMA, atol=0)
 
     @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -627,10 +613,10 @@ class TestThreads:
     def test_without_a_pool_one_thread_does_it_all(self, monkeypatch):
         weights = [matrix(40, 30).float()]
         expected = self.steps(weights, 4, self.N_THREADS, 2)
-        monkeypatch.setattr(cpu_threads, "pool_address", lambda: 0)
+        monkeypatch.setattr(pool, "pool_address", lambda: 0)
         iteration = CpuIteration(weights, blocks(weights, 4))
         assert torch.equal(iteration.power_step(weights, 2).sigma, expected.sigma)
-        assert iteration._header[cpu_layout._THREADS] == 1
+        assert iteration._header[at.THREADS] == 1
 
     def test_forked_process_has_no_pool(self):
         torch.set_num_threads(2)
@@ -642,7 +628,7 @@ class TestThreads:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="known of torch's builds for Linux only")
 def test_torch_has_a_pool():
-    assert cpu_threads.pool_address() != 0
+    assert pool.pool_address() != 0
 
 
 @pytest.mark.parametrize(
@@ -754,9 +740,10 @@ def test_runs_are_deterministic():
 
 def test_compiled_code_is_cached_between_processes():
     script = (
-        "import torch; from lightning_lip.kernels import cpu\n"
-        "cpu.CpuIteration([torch.ones(2, 2)], [torch.eye(2)])\n"
-        "print(sum(cpu._run.stats.cache_hits.values()), sum(cpu._run.stats.cache_misses.values()))"
+        "import torch; from lightning_lip.kernels.cpu.iteration import CpuIteration\n"
+        "from lightning_lip.kernels.cpu.compiled.layers import run\n"
+        "CpuIteration([torch.ones(2, 2)], [torch.eye(2)])\n"
+        "print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))"
     )
     CpuIteration([torch.ones(2, 2)], [torch.eye(2)])
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -765,18 +752,18 @@ def test_compiled_code_is_cached_between_processes():
 
 def test_a_change_of_any_source_makes_another_key():
     # Numba's cache takes the variables of closures into its key, and only of the file of the function its time.
-    assert cpu_compiled._run.py_func.__closure__[0].cell_contents == registers.sources_checksum()
-    index = cpu_compiled._run._cache
-    signature = cpu_compiled._run.signatures[0]
-    codegen = cpu_compiled._run.targetctx.codegen()
-    other = cpu_compiled._entries(1)[0]
+    assert layers.run.py_func.__closure__[0].cell_contents == emitter.sources_checksum()
+    index = layers.run._cache
+    signature = layers.run.signatures[0]
+    codegen = layers.run.targetctx.codegen()
+    other = layers.entries(1)[0]
     assert index._index_key(signature, codegen) != other._cache._index_key(signature, codegen)
 
 
 def test_slow_compilation_is_logged_once(monkeypatch, caplog):
     clock = iter([0.0, 2.5])
-    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(cpu, "_loaded", set())
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(loading, "_loaded", set())
     with caplog.at_level(logging.INFO, "lightning_lip"):
         for _ in range(3):
             CpuIteration([torch.ones(2, 2)], [torch.eye(2)])
@@ -784,6 +771,6 @@ def test_slow_compilation_is_logged_once(monkeypatch, caplog):
     # A fast load says nothing.
     caplog.clear()
     clock = iter([0.0, 0.5])
-    monkeypatch.setattr(cpu, "_loaded", set())
+    monkeypatch.setattr(loading, "_loaded", set())
     CpuIteration([torch.ones(2, 2)], [torch.eye(2)])
     assert not caplog.records

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from lightning_lip.kernels.cpu.compiled.products import _band_width
-from lightning_lip.kernels.cpu.layout import FINISH, FORM_IMAGES, FORM_PRODUCTS, UPDATE
+from lightning_lip.kernels.cpu import layout as at
+from lightning_lip.kernels.cpu.compiled.products import band_width
 from lightning_lip.kernels.cpu.plan import plan
 
 # Shorter side, longer side, lanes: tiny ones, some that share a group, and some that are larger than one.
@@ -25,14 +25,14 @@ def test_every_row_is_formed_once_and_in_order(group, part):
         phase = found.tasks[first:end]
         assert len({task[0] for task in phase}) == 1, "tasks of one phase run at the same time"
         for what, layer, a, b, c, d in phase:
-            if what == FORM_IMAGES:
+            if what == at.FORM_IMAGES:
                 assert layer not in finished
                 formed[layer].append((a, b))
-            elif what == FORM_PRODUCTS:
+            elif what == at.FORM_PRODUCTS:
                 assert formed[layer][-1][1] == b, "these rows of T are there"
                 added[layer].setdefault((a, b), []).append((c, d))
             else:
-                assert what == FINISH
+                assert what == at.FINISH
                 finished.append(layer)
     assert finished == list(range(len(SIDES)))
     for layer, (p, q, _) in enumerate(SIDES):
@@ -40,9 +40,9 @@ def test_every_row_is_formed_once_and_in_order(group, part):
         assert covers(list(added[layer]), q)
         assert all(covers(ranges, p) for ranges in added[layer].values())
         # Sums over a band, or over eight rows, are formed at once: a round begins where one does.
-        assert all(a % _band_width(p) == 0 and a % 8 == 0 for a, _ in added[layer])
+        assert all(a % band_width(p) == 0 and a % 8 == 0 for a, _ in added[layer])
     updates = found.tasks[found.phases[-2] :]
-    assert {task[0] for task in updates} == {UPDATE}
+    assert {task[0] for task in updates} == {at.UPDATE}
     for layer, (_, q, _) in enumerate(SIDES):
         assert covers([(a, b) for _, of, a, b, _, _ in updates if of == layer], q)
 
@@ -60,9 +60,9 @@ def test_layers_share_scratch_unless_they_are_worked_on_together(group):
     for what, layer, *_ in found.tasks:
         p, q, lanes = SIDES[layer]
         z, t = found.offsets[layer]
-        if what == FINISH:
+        if what == at.FINISH:
             del alive[layer]
-        elif what != UPDATE:
+        elif what != at.UPDATE:
             alive[layer] = [range(z, z + lanes * p), range(t, t + lanes * q)]
         places = [place for ranges in alive.values() for place in ranges]
         assert all(place.stop <= found.scratch for place in places)

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
+from support.truth import generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
 from torch import nn
 
 from lightning_lip.kernels import compiled_rows
-from lightning_lip.kernels.cpu import rows as cpu_rows
-from lightning_lip.kernels.cpu import threads as cpu_threads
-from lightning_lip.kernels.cpu.compiled import rows as cpu_rows_compiled
+from lightning_lip.kernels.cpu import threads as pool
+from lightning_lip.kernels.cpu.compiled import rows as compiled
+from lightning_lip.kernels.cpu.rows import CompiledRows
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
@@ -30,19 +31,13 @@ SIZES = [(1, 1), (5, 3), (8, 8), (17, 40), (511, 513), (1024, 520), (8193, 300),
 BLOCK_SIZES = [1, 2, 3, 4, 7, 8, 9, 16]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def orthonormal_rows(r, n, seed=1):
-    return torch.linalg.qr(torch.randn(n, r, generator=generator(seed), dtype=torch.float64)).Q.T.contiguous()
+    return orthonormal_columns(n, r, seed).T.contiguous()
 
 
 def operator_matrix(q, p, ratio=0.8, top=3.0, rank=24):
     """Return a float64 matrix (q, p) with singular values top, top ratio, ..."""
-    k = min(q, p, rank)
-    spectrum = top * ratio ** torch.arange(k, dtype=torch.float64)
-    return (orthonormal_rows(k, q, 2).T * spectrum) @ orthonormal_rows(k, p, 3)  # its right singular vectors
+    return matrix_of(q, p, geometric(min(q, p, rank), ratio, top), seed=2)  # right singular vectors: of seed 3
 
 
 class MapOperator(LinearOperator):
@@ -91,7 +86,7 @@ def step_of(operator, block, n_iterations=1, backend=None):
 def check_step(step, matrix):
     """Check what holds of every step, converged or not."""
     sigma, u, v, block = step.sigma[0].double(), step.left[0].double(), step.right[0].double(), step.vectors[0].double()
-    truth = torch.linalg.matrix_norm(matrix, 2)
+    truth = largest_singular_value(matrix)
     assert sigma <= truth * (1 + ABOVE)
     torch.testing.assert_close(u @ matrix.double() @ v, sigma, rtol=SIGMA, atol=float(truth) * SIGMA)
     torch.testing.assert_close(torch.stack([u.norm(), v.norm()]), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
@@ -135,10 +130,10 @@ def test_results_are_the_same_bit_for_bit_for_any_number_of_threads():
             products = operator.adjoint(images)
         for n_threads in (1, 2, 3, 8):
             torch.set_num_threads(n_threads)
-            rows = cpu_rows.CompiledRows(8, 20_000, 9_000)
+            rows = CompiledRows(8, 20_000, 9_000)
             basis = products.clone()
             found.append((*rows.finish(images, basis), basis))
-            assert int(rows._header[cpu_rows._THREADS]) == (n_threads if cpu_threads.pool_address() else 1)
+            assert int(rows._header[compiled.THREADS]) == (n_threads if pool.pool_address() else 1)
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -173,8 +168,8 @@ def test_rows_that_are_nearly_dependent(distance, serves):
     basis = products.clone()
     # Images in the order of the rows, so that these are not mixed first.
     images = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
-    finished = cpu_rows.CompiledRows(4, 4, 4096).finish(images, basis)
-    assert (finished is not None) == (serves and distance > cpu_rows_compiled._LEAST_PIVOT)
+    finished = CompiledRows(4, 4, 4096).finish(images, basis)
+    assert (finished is not None) == (serves and distance > compiled.LEAST_PIVOT)
     if finished is not None:
         basis, rows = basis.double(), products.double()
         assert (basis @ basis.T - torch.eye(4)).abs().max() < ORTHONORMAL
@@ -252,7 +247,7 @@ def test_maps_that_return_views_and_the_callers_own_tensor():
 def test_the_blocks_version_tells_autograd_of_the_writing():
     images, products = torch.randn(4, 50), torch.randn(4, 30)
     version = products._version
-    assert cpu_rows.CompiledRows(4, 50, 30).finish(images, products) is not None
+    assert CompiledRows(4, 50, 30).finish(images, products) is not None
     assert products._version > version
 
 
@@ -295,7 +290,7 @@ def test_convolutions_are_tracked_as_by_the_reference():
 
 
 def test_a_copy_has_a_header_of_its_own():
-    rows = cpu_rows.CompiledRows(4, 50, 30)
+    rows = CompiledRows(4, 50, 30)
     images, products = torch.randn(4, 50), torch.randn(4, 30)
     expected = rows.finish(images, products.clone())[0]
     for other in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
@@ -317,21 +312,21 @@ def test_copies_and_pickles_go_on_from_the_same_blocks():
 )
 def test_other_rows_are_refused(images):
     with pytest.raises(ValueError, match=r"contiguous fp32 rows of shape \(4, 50\)"):
-        cpu_rows.CompiledRows(4, 50, 30).finish(images, torch.ones(4, 30))
+        CompiledRows(4, 50, 30).finish(images, torch.ones(4, 30))
 
 
 def _finish_in_a_child(images, products, queue):
     torch.set_num_threads(2)
-    rows = cpu_rows.CompiledRows(8, 20_000, 9_000)
-    queue.put((rows.finish(images, products)[0].item(), int(rows._header[cpu_rows._THREADS])))
+    rows = CompiledRows(8, 20_000, 9_000)
+    queue.put((rows.finish(images, products)[0].item(), int(rows._header[compiled.THREADS])))
 
 
 def test_a_forked_process_works_without_the_pool():
     images, products = torch.randn(8, 20_000), torch.randn(8, 9_000)
     torch.set_num_threads(2)
-    rows = cpu_rows.CompiledRows(8, 20_000, 9_000)
+    rows = CompiledRows(8, 20_000, 9_000)
     expected = rows.finish(images, products.clone())[0].item()
-    assert rows._header[cpu_rows._THREADS] == (2 if cpu_threads.pool_address() else 1)  # uses the pool
+    assert rows._header[compiled.THREADS] == (2 if pool.pool_address() else 1)  # uses the pool
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     child = context.Process(target=_finish_in_a_child, args=(images, products.clone(), queue))
@@ -343,10 +338,11 @@ def test_a_forked_process_works_without_the_pool():
 
 def test_compiled_code_is_cached_between_processes():
     script = (
-        "from lightning_lip.kernels import cpu_rows\n"
-        "cpu_rows.CompiledRows(2, 2, 2)\n"
-        "print(sum(cpu_rows._run.stats.cache_hits.values()), sum(cpu_rows._run.stats.cache_misses.values()))"
+        "from lightning_lip.kernels.cpu.compiled.rows import run\n"
+        "from lightning_lip.kernels.cpu.rows import CompiledRows\n"
+        "CompiledRows(2, 2, 2)\n"
+        "print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))"
     )
-    cpu_rows.CompiledRows(2, 2, 2)
+    CompiledRows(2, 2, 2)
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["1", "0"]

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support.truth import blocks
 
 from lightning_lip.kernels import reference
 from lightning_lip.kernels.gpu.iteration import GpuIteration
@@ -22,12 +23,6 @@ OPTIONS = {"n_iterations": 1, "code": 1, "target_log": 0.0, "scale": 0.1, "multi
 def layers(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(shape, generator=generator) / math.sqrt(max(shape))).to("cuda", dtype) for shape in SHAPES]
-
-
-def blocks(weights, size):
-    generator = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(min(w.shape), min(size, *w.shape), generator=generator) for w in weights]
-    return [torch.linalg.qr(x).Q.mT.contiguous().cuda() for x in drawn]
 
 
 @pytest.mark.parametrize("size", [1, 2, 8, 16])

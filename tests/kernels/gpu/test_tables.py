@@ -7,24 +7,24 @@ import pytest
 import torch
 
 from lightning_lip.kernels.gpu import iteration as gpu
-from lightning_lip.kernels.gpu import tables as gpu_tables
+from lightning_lip.kernels.gpu import tables
 
 
 @pytest.mark.parametrize(
     ("weight", "aligned", "orientation"),
     [
-        (torch.empty(24, 16), True, gpu_tables.ORIENT_P),
-        (torch.empty(16, 24), True, gpu_tables.ORIENT_Q),
-        (torch.empty(16, 24).t(), True, gpu_tables.ORIENT_Q),
-        (torch.empty(20, 13), False, gpu_tables.ORIENT_P),
-        (torch.empty(20, 14, dtype=torch.bfloat16), False, gpu_tables.ORIENT_P),
-        (torch.empty(40, 48)[::2, ::3], False, gpu_tables.ORIENT_NONE),
-        (torch.empty(40, 16)[:, 2:14], False, gpu_tables.ORIENT_P),
-        (torch.empty(9, 1), False, gpu_tables.ORIENT_Q),
+        (torch.empty(24, 16), True, tables.ORIENT_P),
+        (torch.empty(16, 24), True, tables.ORIENT_Q),
+        (torch.empty(16, 24).t(), True, tables.ORIENT_Q),
+        (torch.empty(20, 13), False, tables.ORIENT_P),
+        (torch.empty(20, 14, dtype=torch.bfloat16), False, tables.ORIENT_P),
+        (torch.empty(40, 48)[::2, ::3], False, tables.ORIENT_NONE),
+        (torch.empty(40, 16)[:, 2:14], False, tables.ORIENT_P),
+        (torch.empty(9, 1), False, tables.ORIENT_Q),
     ],
 )
 def test_describe(weight, aligned, orientation):
-    layer = gpu_tables.describe(weight, 8)
+    layer = tables.describe(weight, 8)
     assert (layer.q, layer.p) == (max(weight.shape), min(weight.shape))
     assert layer.aligned == aligned
     assert layer.tile.orientation == orientation
@@ -34,17 +34,17 @@ def test_describe(weight, aligned, orientation):
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16])
 def test_one_pass_reaches_as_far_as_promised(block, itemsize):
     for p in (1, 31, 33, 1000, 2048, 4096, 8192, 16384):
-        tile = gpu_tables.choose_tile(p, block, itemsize, gpu_tables.ORIENT_P)
+        tile = tables.choose_tile(p, block, itemsize, tables.ORIENT_P)
         assert tile.two_pass == (block * p > 16384 and p > 32)
         assert tile.two_pass or tile.width >= p
-    assert not gpu_tables.choose_tile(8192, 1, itemsize, gpu_tables.ORIENT_Q).two_pass
-    assert not gpu_tables.choose_tile(min(4096, 16384 // block), block, itemsize, gpu_tables.ORIENT_Q).two_pass
+    assert not tables.choose_tile(8192, 1, itemsize, tables.ORIENT_Q).two_pass
+    assert not tables.choose_tile(min(4096, 16384 // block), block, itemsize, tables.ORIENT_Q).two_pass
 
 
 def test_strips_and_tasks_cover_every_row_once():
     weights = [torch.empty(1000, 13), torch.empty(24, 700), torch.empty(1, 1), torch.empty(300, 300)]
-    layers = [gpu_tables.describe(w, 8) for w in weights]
-    plan = gpu_tables.Plan(layers, [8, 8, 1, 8], 4, 16)
+    layers = [tables.describe(w, 8) for w in weights]
+    plan = tables.Plan(layers, [8, 8, 1, 8], 4, 16)
     for number, layer in enumerate(layers):
         strips = plan.strips[plan.strips[:, 0] == number]
         rows = torch.cat([torch.arange(a, b) for a, b in strips[:, 1:3].tolist()])
