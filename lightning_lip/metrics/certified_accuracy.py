@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_lip.checks import check_numbers
+from lightning_lip.metrics.plotting import plot_levels
 
 # More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
 _SLACK = 8 * 2.0**-53
@@ -195,17 +196,7 @@ class CertifiedAccuracy(Metric):
         """
         if self._scalar:
             return self._plot(val, ax)
-        names = [f"eps={eps:g}" for eps in self.radii]
-        if val is not None and not isinstance(val, Tensor):
-            return self._plot([dict(zip(names, step, strict=True)) for step in val], ax)
-        figure, axes = self._plot(self.compute() if val is None else val, ax)
-        drawn: Any = axes
-        drawn.get_xaxis().set_visible(True)
-        drawn.set_xticks(range(len(names)), [f"{eps:g}" for eps in self.radii])
-        drawn.set_xlabel("radius eps")
-        if (legend := drawn.get_legend()) is not None:
-            legend.remove()
-        return figure, axes
+        return plot_levels(self, val, ax, self.radii, "eps", "radius")
 
 
 _HINT = {

@@ -488,7 +488,7 @@ def test_an_example_without_a_batch():
     model = nn.ReLU()
     model.example_input_array = torch.zeros(())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_lip.audit.load_network", lambda *args: model)
+        patch.setattr("lightning_lip.audit.command.load_network", lambda *args: model)
         with pytest.raises(AuditError, match="The audit of any failed: "):
             audit("any")
 
@@ -527,7 +527,7 @@ def test_data_for_a_model_of_two_inputs(example):
     path = Path("named.pt" if isinstance(example, dict) else "listed.pt")
     model.example_input_array = example
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_lip.audit.load_network", lambda *args: model)
+        patch.setattr("lightning_lip.audit.command.load_network", lambda *args: model)
         found = audit("any", data=str(path), json="-")
     # The network is affine, so that its slope is the norm of both weights side by side.
     truth = math.hypot(*torch.cat([model.left.weight, model.right.weight], dim=1).flatten().tolist())

@@ -29,12 +29,6 @@ def refuse_strategy(trainer: Any, callback: object) -> None:
         )
 
 
-def own_state(callback: object) -> dict[str, Any]:
-    """Return a callback's attributes less those that are bound to the module."""
-    bound = ("log", "log_dict", "_loaded_for", "_fitting")
-    return {name: value for name, value in vars(callback).items() if name not in bound}
-
-
 def has_callback(trainer: Any, name: str) -> bool:
     """Whether one of the trainer's callbacks is of the class of this name."""
     return any(name in class_names(callback) for callback in trainer.callbacks)
@@ -125,6 +119,13 @@ def log_to_trainer(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -
     """
     if trainer.is_last_batch or not metrics.keys().isdisjoint(monitored_metrics(trainer)):
         pl_module.log_dict(metrics, logger=False)
+
+
+def log_metrics(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:
+    """Hand metrics to every logger on logging steps, and to the trainer as :func:`log_to_trainer` does."""
+    if is_logging_step(trainer):
+        log_to_loggers(trainer, metrics)
+    log_to_trainer(trainer, pl_module, metrics)
 
 
 def has_tensorboard(trainer: Any) -> bool:
