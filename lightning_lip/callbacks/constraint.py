@@ -160,7 +160,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
         # on_fit_start.
         projector = LipschitzProjector(pl_module, self.target, **self._arguments)
         if trainer.world_size > 1 and projector.bound_kind == "bound":
@@ -253,10 +253,10 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
 
 class _ExactBeforeSaving:
-    """A pre-hook of ``state_dict``: only this sees checkpoints of every kind, weights-only ones too.
+    """A pre-hook of ``state_dict``, which checkpoints of every kind call, weights-only ones too.
 
-    A copy of the module gets a hook that does nothing: the copy is no module in training. Nor is a module that another
-    Trainer took over after an exception.
+    It does nothing in a copy of the module, or once another Trainer has taken the module over after an exception:
+    neither is in training.
     """
 
     def __init__(self, constraint: LipschitzConstraint | None, trainer: Any) -> None:

@@ -36,7 +36,7 @@ MAX_HISTORY = 512
 
 
 @dataclass
-class _Source:
+class Source:
     """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
 
     tag: str
@@ -55,10 +55,11 @@ class _Source:
 
     @property
     def bound_tag(self) -> str:
-        """Where the bound goes: the whole network's, if its graph is known, or the product's."""
+        """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
         return f"{self.tag}/{self.regularizer.bound_kind}"
 
     def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
+        """Keep what the figures show of a logging step, thinned to at most `MAX_HISTORY` steps."""
         if self.seen % self.spacing == 0:
             self.steps.append(step)
             self.norms.append(norms)
@@ -160,7 +161,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             "seed": seed,
             "example_input": example_input,
         }
-        self._sources: list[_Source] = []
+        self._sources: list[Source] = []
         self._last_logged = -1
 
     @property
@@ -192,10 +193,10 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         return self._certified is not None or any(isinstance(c, CertifiedValidation) for c in trainer.callbacks)
 
     def _metrics(self, trainer: Any) -> list[str]:
-        """Return the tags of the scalars that tell how a run ended."""
+        """Return the tags of the scalars by which runs are compared."""
         interval = ["lipschitz/certified", "lipschitz/lower"] if self._certifies(trainer) else []
         tags = [penalty.tag for penalty in _penalties(trainer)] or ["lipschitz"]
-        # With a graph and without: all runs share the columns of one of them.
+        # Both with a graph and without: TensorBoard takes the columns of all runs from one of them.
         bounds = [f"{tag}/{kind}" for tag in tags for kind in ("bound", "product", "penalty")]
         return [*monitored_metrics(trainer), *interval, *bounds]
 
@@ -208,7 +209,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             self._core = LipschitzRegularizer(
                 pl_module, 0.0, layers=self._layers, exclude=self._exclude, **self._own_arguments
             )
-            self._sources = [_Source(self.tag, self._core, None)]
+            self._sources = [Source(self.tag, self._core, None)]
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
@@ -298,14 +299,14 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_loaded": self.state_dict() or None, "_sources": []}
 
-    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[_Source]:
-        """Return the sources that the trainer's penalties lend, or else the module's mixin."""
+    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[Source]:
+        """Return the sources that the trainer's penalties lend or, without a penalty, the module's mixin."""
         penalties = [c for c in trainer.callbacks if isinstance(c, LipschitzPenalty) and self.reports(c, trainer)]  # type: ignore[attr-defined]
         if penalties:
-            return [_Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
+            return [Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
         if isinstance(pl_module, LipschitzMixin):
             regularizer = pl_module.lipschitz_regularizer()
-            return [_Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+            return [Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
         return []
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -322,7 +323,7 @@ def _penalties(trainer: Any) -> list[LipschitzPenalty]:
 
 
 def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what tells runs apart: the penalties' arguments, or that there is no penalty."""
+    """Return the penalties' arguments, by which runs are compared, or that there is no penalty."""
     penalties = _penalties(trainer)
     if not penalties and not isinstance(pl_module, LipschitzMixin):
         none: dict[str, Any] = dict.fromkeys(f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters)
@@ -330,7 +331,7 @@ def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
     return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
 
 
-def _measure(source: _Source) -> tuple[dict[str, float], list[float], list[float]]:
+def _measure(source: Source) -> tuple[dict[str, float], list[float], list[float]]:
     """Return what a source logs, by name, its spectral norms and log shares, with one copy from the device."""
     regularizer = source.regularizer
     with torch.inference_mode(False), torch.enable_grad():
@@ -352,7 +353,7 @@ def _measure(source: _Source) -> tuple[dict[str, float], list[float], list[float
     return dict(zip([*tags, *scalars], values, strict=True)), values[:n], values[n : 2 * n]
 
 
-def _draw(writer: Any, source: _Source, spectra: Sequence[Tensor], step: int) -> None:
+def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> None:
     """Give a TensorBoard writer the histograms and figures of a source."""
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
@@ -364,7 +365,7 @@ def _draw(writer: Any, source: _Source, spectra: Sequence[Tensor], step: int) ->
             writer.add_figure(f"{source.tag}/{tag}", figure, step)
 
 
-def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:
+def _layout(sources: Sequence[Source]) -> dict[str, dict[str, list[Any]]]:
     """Return TensorBoard's custom-scalars layout: one category a source."""
     layout: dict[str, dict[str, list[Any]]] = {}
     for source in sources:

@@ -29,15 +29,15 @@ from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 @dataclass
 class _Turn:
-    """An optimiser's part in the penalty."""
+    """What the penalty knows of an optimiser."""
 
     optimizer: weakref.ref[Optimizer]
     index: int
-    """Its place among the trainer's, by which its steps are counted; -1 for one that is not there."""
+    """Its index among the trainer's optimisers, under which its steps are counted; -1 if it is none of them."""
     size: int
-    """Its number of parameters when it was looked at."""
+    """How many parameters it had when `parameters` was found."""
     parameters: list[Tensor] | None
-    """Those of its parameters that the selected layers' weights are computed from; None for all of them."""
+    """The selected layers' parameters that it moves; None for all of them."""
     batch: int = -1
     """The training batch that it last stepped in."""
 
@@ -169,7 +169,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
         # on_fit_start.
         for optimizer in trainer.optimizers:
             if "LBFGS" in class_names(optimizer) and any(g["line_search_fn"] for g in optimizer.param_groups):
@@ -187,7 +187,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             )
 
     def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
-        """Return the regulariser for this training run; made once a run, at its start.
+        """Return the regulariser of this training run, which is made at the first call.
 
         Raises:
             ValueError: If no selected layer is trainable, or as :class:`LipschitzRegularizer` does.
@@ -282,7 +282,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
     def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
-        """Return the optimiser's part; looking at each parameter is spared every step but the first."""
+        """Return what is known of an optimiser. Only the first call looks at each of its parameters."""
         groups = optimizer.param_groups
         size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
         turn = self._turns.get(id(optimizer))
@@ -339,7 +339,7 @@ def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
 
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
-    """Return the factor that this optimiser's gradients still carry: fused optimisers unscale inside their step."""
+    """Return the factor that this optimiser's gradients are still scaled by: fused optimisers unscale in their step."""
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     scaler = getattr(trainer.precision_plugin, "scaler", None)

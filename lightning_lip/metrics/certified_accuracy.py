@@ -1,4 +1,4 @@
-"""Accuracy that no perturbation of a given size can take away, from a Lipschitz constant; and the same for regression.
+"""Accuracy under every perturbation of a given size, certified by a Lipschitz constant; and the error of a regression.
 
 A classifier whose logits have Lipschitz constant L (l2 norms) keeps its prediction under every perturbation of norm at
 most eps if the margin, the top logit less the second, exceeds ``sqrt(2) L eps``: the difference of two logits has
@@ -248,7 +248,7 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
         return weight.new_zeros(0, weight.shape[0])
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
-    # One class at a time: all differences at once would take C^2 d numbers.
+    # One class at a time: all differences at once would need memory for C^2 d numbers.
     return torch.stack([torch.linalg.vector_norm(weight - weight[y], dim=1) for y in present])[row]
 
 

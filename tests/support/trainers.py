@@ -24,7 +24,7 @@ def make_trainer(package, callbacks=(), **settings):
     return package.Trainer(callbacks=list(callbacks), **(QUIET | settings))
 
 
-def make_module(package, loss_term=None, optimizer=None, net=None, loss=nn.functional.mse_loss, bases=()):
+def make_module(package, loss_term=None, optimizer=None, net=None, loss=nn.functional.mse_loss):
     """Return a small module of a Lightning package: 4 inputs, one output, Adam.
 
     Args:
@@ -33,7 +33,6 @@ def make_module(package, loss_term=None, optimizer=None, net=None, loss=nn.funct
         optimizer: Of the trainable parameters, instead of Adam.
         net: The network, instead of an MLP 4-8-8-1.
         loss: Of predictions and target.
-        bases: Classes that come before the module's in the order of bases.
     """
 
     class Regressor(package.LightningModule):
@@ -56,7 +55,16 @@ def make_module(package, loss_term=None, optimizer=None, net=None, loss=nn.funct
             parameters = [p for p in self.parameters() if p.requires_grad]
             return torch.optim.Adam(parameters, lr=1e-2) if optimizer is None else optimizer(parameters)
 
-    return Regressor() if not bases else type("Mixed", (*bases, Regressor), {})()
+    return Regressor()
+
+
+def with_backbone(module):
+    """Give a module of :func:`make_module` a `head`, its last layer, and a `backbone`, the other ones, for its net."""
+    backbone, head = module.net[:-1], module.net[-1]
+    del module.net
+    module.backbone, module.head = backbone, head
+    module.forward = lambda x: head(backbone(x))
+    return module
 
 
 def weights_of(module):
@@ -69,7 +77,7 @@ def svd_norms(module):
     return [float(torch.linalg.svdvals(p.detach().double())[0]) for p in module.parameters() if p.dim() == 2]
 
 
-def error_to_loss(train, loss_term, callbacks):
+def error_to_loss(train, loss_term, callbacks, effect=0.0):
     """Return how far training with callbacks ends from training with the penalty in the loss.
 
     The distance of the weights is relative to the penalty's own effect.
@@ -78,10 +86,11 @@ def error_to_loss(train, loss_term, callbacks):
         train: Trains with a term in the loss, or None, and with callbacks; returns the module.
         loss_term: The penalty in the loss.
         callbacks: The callbacks that stand for it.
+        effect: What the penalty must move the weights by at least, or nothing is tested.
     """
     runs = ((None, []), (loss_term, []), (None, callbacks))
     without, want, got = (weights_of(train(term, used)) for term, used in runs)
-    assert (want - without).norm() > 1e-3, "the penalty has no effect, so nothing is tested"
+    assert (want - without).norm() > effect
     return float((got - want).norm() / (want - without).norm())
 
 
