@@ -22,14 +22,16 @@ def test_clips_rows_above_and_leaves_the_others_bit_for_bit(dtype):
     assert weight[0].double().tolist() == pytest.approx([1.5, 2.0], rel=tolerance)
 
 
-def test_holds_after_every_step(fit, pl):
+@pytest.mark.parametrize("settings", [{"max_epochs": 2}, {"accumulate_grad_batches": 3, "max_epochs": 3}], ids=str)
+def test_holds_after_every_step(fit, make_module, pl, settings):
     seen = []
 
     class Check(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
             seen.append(max(float(pl_module.net[i].weight.norm(dim=1).max()) for i in (0, 2, 4)))
 
-    fit(constraint := MaxNorm(0.5), Check(), package=pl, max_epochs=2)
+    module = make_module(pl, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(constraint := MaxNorm(0.5), Check(), package=pl, module=module, **settings)
     assert seen[0] > 0.5  # the initial weights violate it: the test would show an inactive constraint
     assert max(seen[1:]) <= 0.5 * (1 + 1e-6)
     assert constraint.n_clipped > 0

@@ -5,7 +5,7 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from support.trainers import svd_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -162,16 +162,6 @@ def test_takes_the_mixins_layers(train, make_module):
 def test_steps_of_an_accumulated_gradient(train):
     _, events = train([LipschitzMonitor()], accumulate_grad_batches=3)
     assert [e.step for e in events.Scalars("lipschitz/product")] == [3, 7]  # 8 steps, every 4th
-
-
-def test_every_logger_and_none(fit, tmp_path):
-    loggers = [CSVLogger(tmp_path, version="csv"), TensorBoardLogger(tmp_path, name="", version="tb")]
-    for logger in (loggers, loggers[0], False):
-        _, trainer = fit(LipschitzMonitor(), logger=logger, log_every_n_steps=4)
-        assert float(trainer.callback_metrics["lipschitz/product"]) > 0
-    header = (tmp_path / "lightning_logs" / "csv" / "metrics.csv").read_text().splitlines()[0]
-    assert "lipschitz/spectral_norm/net.2" in header
-    assert "lipschitz/product" in read_events(tmp_path / "tb").Tags()["scalars"]
 
 
 def test_resumed_history(fit, tmp_path):

@@ -245,25 +245,14 @@ def test_every_n_steps_scales_the_coefficient(fit, make_module):
     assert seen == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 9, rel=1e-4)
 
 
-class TwoNetworks(lightning.LightningModule):
-    """Two networks with an optimiser each, the first of which steps every other batch only."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 1)
+class TwoNetworks(TwoNets):
+    """The first optimiser steps every other batch only."""
 
     def training_step(self, batch, batch_idx):
-        for index, optimizer in enumerate(self.optimizers()):
-            if index == 0 and batch_idx % 2 == 0:
-                continue
+        for optimizer in self.optimizers()[1 - batch_idx % 2 :]:
             optimizer.zero_grad()
-            self.manual_backward(nn.functional.mse_loss(self.second(self.first(batch[0])), batch[1]))
+            self.manual_backward(nn.functional.mse_loss(self.b(self.a(batch[0])), batch[1]))
             optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(network.parameters(), 0.01) for network in (self.first, self.second)]
 
 
 def test_every_n_steps_counts_the_steps_of_each_optimiser(fit, served):
@@ -273,13 +262,14 @@ def test_every_n_steps_counts_the_steps_of_each_optimiser(fit, served):
         return [(len(parameters[0]), scale, advance) for scale, advance, parameters in served]
 
     penalty = LipschitzPenalty(COEFFICIENT, every_n_steps=2)
-    # The second acts in batches 0, 2, 4, ..., the first, which steps in 1, 3, 5, ..., in 1, 5, 9.
-    assert fitted(penalty) == [(1, 2.0, True), (4, 2.0, True), (1, 2.0, True)] * 3
+    # The second, whose first layer has 6 rows, acts in batches 0, 2, 4, ..., the first, which steps in 1, 3, 5, ..., in
+    # 1, 5, 9.
+    assert fitted(penalty) == [(6, 2.0, True), (4, 2.0, True), (6, 2.0, True)] * 3
     assert penalty.state_dict()["optimizer_steps"] == {0: 6, 1: 12}
     resumed = LipschitzPenalty(COEFFICIENT, every_n_steps=2)
     resumed.load_state_dict(penalty.state_dict())
     # The seventh and the thirteenth.
-    assert fitted(resumed, limit_train_batches=2) == [(1, 2.0, True), (4, 2.0, True)]
+    assert fitted(resumed, limit_train_batches=2) == [(6, 2.0, True), (4, 2.0, True)]
     state = penalty.state_dict()
     del state["optimizer_steps"]  # as of before they were counted
     resumed.load_state_dict(state)
@@ -298,21 +288,14 @@ def test_optimisers_that_take_the_place_of_others(fit, served):
     assert layers == [[0], [0], [2], [2], [4], [4]] * 2
 
 
-def fit_in_two_parts(fit, tmp_path, callbacks):
-    """Train for two epochs, then resume in a new Trainer for two more; return the resumed module."""
-    checkpoint = tmp_path / "half.ckpt"
-    fit(*callbacks(), max_epochs=2)[1].save_checkpoint(checkpoint)
-    torch.load(checkpoint, weights_only=True)
-    return fit(*callbacks(), max_epochs=4, ckpt_path=checkpoint)[0]
-
-
 @pytest.mark.parametrize("block_size", [1, 8])
 def test_resumed_equals_uninterrupted_bit_for_bit(fit, tmp_path, block_size):
-    def callbacks():
-        return [LipschitzPenalty(COEFFICIENT, block_size=block_size, every_n_steps=5, warmup_steps=30)]
+    def run(epochs, ckpt_path=None):
+        penalty = LipschitzPenalty(COEFFICIENT, block_size=block_size, every_n_steps=5, warmup_steps=30)
+        return fit(penalty, max_epochs=epochs, ckpt_path=ckpt_path)
 
-    module, _ = fit(*callbacks(), max_epochs=4)
-    assert torch.equal(weights_of(module), weights_of(fit_in_two_parts(fit, tmp_path, callbacks)))
+    run(2)[1].save_checkpoint(tmp_path / "half.ckpt")
+    assert torch.equal(weights_of(run(4)[0]), weights_of(run(4, tmp_path / "half.ckpt")[0]))
 
 
 def test_a_checkpoint_without_our_state_resumes(fit, tmp_path):

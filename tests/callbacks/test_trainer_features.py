@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from support.trainers import error_to_loss, weights_of, with_backbone
 from torch import nn
 
-from lightning_lip import LipschitzMonitor, LipschitzPenalty, MaxNorm
+from lightning_lip import LipschitzMonitor, LipschitzPenalty
 
 COEFFICIENT = 0.05
 EPOCHS = 5
@@ -222,15 +222,3 @@ def test_a_gan_with_a_penalised_critic(fit, accumulate):
     penalty = LipschitzPenalty(COEFFICIENT, layers="critic")
     assert error_to_loss(train, True, [penalty]) <= TOLERANCE
     assert penalty.state_dict()["n_steps"] == EPOCHS * 12 // accumulate
-
-
-def test_max_norm_holds_after_every_step(fit, make_module):
-    norms = []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            norms.append(max(float(p.norm(dim=1).max()) for p in pl_module.parameters() if p.dim() == 2))
-
-    module = make_module(lightning, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
-    fit(MaxNorm(0.7), Watch(), module=module, accumulate_grad_batches=3, max_epochs=3)
-    assert max(norms) <= 0.7 * (1 + 1e-6)
