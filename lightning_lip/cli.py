@@ -18,7 +18,7 @@ DESCRIPTION = "See, penalise, bound and certify the Lipschitz constant of a netw
 
 
 class _Parser(ArgumentParser):
-    """Makes a switch of every option that is False by default, and writes options with dashes.
+    """Spells options as commands do: a switch where the default is False, and dashes.
 
     `--quick`, not `--quick true`; `--max-bound`, not `--max_bound`.
     """

@@ -72,19 +72,9 @@ def pl(request):
 @pytest.fixture
 def make_trainer():
     """Return a factory of quiet CPU trainers of a Lightning package."""
+    from support import trainers
 
-    def make(package, **settings):
-        defaults = {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": False,
-            "max_epochs": 1,
-        }
-        return package.Trainer(**(defaults | settings))
-
-    return make
+    return trainers.make_trainer
 
 
 @pytest.fixture
@@ -99,36 +89,6 @@ def regression_data():
 @pytest.fixture
 def make_module():
     """Return a factory of small regression modules of a Lightning package; `loss_term(weights)` joins the loss."""
+    from support import trainers
 
-    def make(package, loss_term=None, optimizer=None, net=None):
-        class Regressor(package.LightningModule):
-            def __init__(self):
-                super().__init__()
-                torch.manual_seed(0)
-                self.net = net or torch.nn.Sequential(
-                    torch.nn.Linear(4, 8),
-                    torch.nn.Tanh(),
-                    torch.nn.Linear(8, 8),
-                    torch.nn.Tanh(),
-                    torch.nn.Linear(8, 1),
-                )
-
-            def forward(self, x):
-                return self.net(x)
-
-            def training_step(self, batch, batch_idx):
-                x, y = batch
-                loss = torch.nn.functional.mse_loss(self(x), y)
-                return loss if loss_term is None else loss + loss_term([p for p in self.parameters() if p.dim() == 2])
-
-            def validation_step(self, batch, batch_idx):
-                x, y = batch
-                self.log("val_loss", torch.nn.functional.mse_loss(self(x), y))
-
-            def configure_optimizers(self):
-                parameters = [p for p in self.parameters() if p.requires_grad]
-                return torch.optim.Adam(parameters, lr=1e-2) if optimizer is None else optimizer(parameters)
-
-        return Regressor()
-
-    return make
+    return trainers.make_module

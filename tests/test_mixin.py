@@ -7,6 +7,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.trainers import error_to_loss, make_module, make_trainer, weights_of
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -72,21 +73,10 @@ def svd_product(module):
     return COEFFICIENT * torch.stack([torch.linalg.matrix_norm(w, 2) for w in weights]).prod()
 
 
-def fit(module, max_epochs=5, ckpt_path=None, **kwargs):
-    options = {"logger": False, "enable_checkpointing": False} | kwargs
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=max_epochs,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+def fit(module, max_epochs=5, ckpt_path=None, package=lightning, **settings):
+    trainer = make_trainer(package, max_epochs=max_epochs, **settings)
     trainer.fit(module, data(), ckpt_path=ckpt_path)
     return trainer
-
-
-def weights_of(module):
-    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 def vectors_of(module):
@@ -94,15 +84,15 @@ def vectors_of(module):
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}], ids=str)
-def test_training_equals_the_spectral_norm_by_svd_in_the_loss(options):
-    truth, without = Plain(svd_product), Plain()
+@pytest.mark.parametrize("settings", [{"n_iterations": 20}, {"block_size": 16}], ids=str)
+def test_training_equals_the_spectral_norm_by_svd_in_the_loss(options, settings):
     # Converged at every step: by many iterations of the default block, or by a block as wide as the layers.
-    modules = [Configured(n_iterations=20), Configured(block_size=16)]
-    for module in (truth, without, *modules):
+    def train(term, mixin):
+        module = Configured(**settings) if mixin else Plain(term)
         fit(module, **options)
-    for module in modules:
-        error = (weights_of(module) - weights_of(truth)).norm() / (weights_of(truth) - weights_of(without)).norm()
-        assert error < 1e-3
+        return module
+
+    assert error_to_loss(train, svd_product, True) < 1e-3
 
 
 def test_the_penalty_is_not_rounded_by_mixed_precision():
@@ -246,7 +236,7 @@ def test_validation_before_fitting_and_looking_during_it():
             return data()
 
     looking, blind = Looking(), Configured()
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer = make_trainer(lightning)
     trainer.validate(looking, verbose=False)
     assert trainer.callback_metrics["bound"].item() == pytest.approx(looking.lipschitz_bound().item())
     # Validation looks at the penalty and changes nothing of the training.
@@ -281,29 +271,10 @@ def test_a_copy_has_its_own_regularizer(copied):
 
 def test_the_other_lightning():
     pytorch_lightning = pytest.importorskip("pytorch_lightning")
-
-    class Module(LipschitzMixin, pytorch_lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Linear(4, 2)
-
-        def training_step(self, batch, batch_idx):
-            return self.net(batch[0]).square().mean() + self.lipschitz_penalty()
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    module = Module()
+    module = type("Module", (LipschitzMixin, type(make_module(pytorch_lightning, net=nn.Linear(4, 2)))), {})()
+    module.training_step = lambda batch: module(batch[0]).square().mean() + module.lipschitz_penalty()
     before = module.lipschitz_bound().item()
-    trainer = pytorch_lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.fit(module, data())
+    fit(module, 1, package=pytorch_lightning)
     assert module.lipschitz_bound().item() < before
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)

@@ -1,4 +1,7 @@
-"""The wheel that users install holds everything that the checkout does."""
+"""The wheel that users install holds everything that the checkout does, and public names stand where they are said to.
+
+Every path that is not in `PUBLIC` is private and may move.
+"""
 
 import importlib.util
 import os
@@ -9,12 +12,38 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import lightning_lip
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
     ROOT / "lightning_lip": "lightning_lip",
     ROOT / "kernels": "lightning_lip/kernels",
     ROOT / "bench": "lightning_lip/bench",
+}
+PUBLIC = {
+    "lightning_lip": (
+        "Certificate CertifiedAccuracy CertifiedValidation LipschitzConstraint LipschitzMixin "
+        "LipschitzMonitor LipschitzPenalty LipschitzProjector LipschitzRegularizer MaxNorm "
+        "NoisyMeanAbsoluteError NoisyValidation Projection Rebalanced Uncertified UnsupportedLayerError "
+        "certify project rebalance register_constant"
+    ),
+    "lightning_lip.audit": "document",
+    "lightning_lip.callbacks": (
+        "CertifiedValidation LipschitzConstraint LipschitzMonitor LipschitzPenalty MaxNorm NoisyValidation"
+    ),
+    "lightning_lip.certificates": "Certificate Part Uncertified certified_matrix_norm certify",
+    "lightning_lip.cli": "main",
+    "lightning_lip.constants": "lipschitz_constant register_constant",
+    "lightning_lip.kernels": "Backend PowerStep choose_backend penalty_slope power_step",
+    "lightning_lip.metrics": (
+        "CertifiedAccuracy NoisyMeanAbsoluteError certified_accuracy certified_worst_case_mae feature_ranges "
+        "noisy_mean_absolute_error"
+    ),
+    "lightning_lip.paper": "PaperRegressor",
+    "lightning_lip.projection": "bound_caps joint_caps log_clip_caps per_layer_caps",
+    "lightning_lip.rebalancing": "rebalance",
 }
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.o")
 
@@ -35,6 +64,8 @@ def wheel(tmp_path_factory):
         shutil.copy(ROOT / name, source)
     for folder in SOURCES:
         shutil.copytree(folder, source / folder.name, ignore=IGNORED)
+    # What an old checkout, in which the folder stood inside the package, leaves behind.
+    (source / "lightning_lip" / "bench" / "__pycache__").mkdir(parents=True)
     out = tmp_path_factory.mktemp("wheel")
     # Isolation fetches setuptools from the network: only where the environment has none.
     isolation = ["--no-isolation"] if importlib.util.find_spec("setuptools") else []
@@ -75,10 +106,33 @@ def packages():
     )
 
 
-def test_the_list_of_packages_is_not_empty():
-    assert {"lightning_lip", "lightning_lip.callbacks", "lightning_lip.kernels", "lightning_lip.bench"} <= set(
-        packages()
-    )
+def test_pyproject_lists_every_room():
+    tomllib = pytest.importorskip("tomllib")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert settings["packages"] == packages()
+    assert len(packages()) > 20
+    assert {ROOT / folder: name.replace(".", "/") for name, folder in settings["package-dir"].items()} == SOURCES
+
+
+@pytest.mark.parametrize("name", packages())
+def test_every_room_is_importable(name):
+    room = importlib.import_module(name)
+    left = ROOT / name.replace(".", "/")
+    assert room.__file__ is not None, f"delete {left}, which an old checkout left: it hides the room of that name"
+    assert room.__doc__
+
+
+@pytest.mark.parametrize(("module", "names"), PUBLIC.items(), ids=list(PUBLIC))
+def test_public_names(module, names):
+    found = importlib.import_module(module)
+    assert [name for name in names.split() if not hasattr(found, name)] == []
+
+
+def test_what_the_package_is_called_by():
+    assert set(PUBLIC["lightning_lip"].split()) <= set(lightning_lip.__all__)
+    assert importlib.import_module("lightning_lip.kernels").ENVIRONMENT_VARIABLE == "LIGHTNING_LIP_BACKEND"
+    assert torch.ops.lightning_lip.penalty.default.name() == "lightning_lip::penalty"
+    assert torch.ops.lightning_lip.whole_module.default.name() == "lightning_lip::whole_module"
 
 
 def test_every_source_file_of_the_checkout_is_in_the_wheel(wheel):
@@ -94,6 +148,7 @@ def test_nothing_but_the_package_is_in_the_wheel(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lightning_lip"}
     assert "lightning_lip/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
+    assert not [name for name in names if "/results/" in name]
 
 
 def test_the_wheel_works_without_the_checkout(unpacked, tmp_path):
@@ -104,8 +159,8 @@ def test_the_wheel_works_without_the_checkout(unpacked, tmp_path):
         f"for name in {packages()!r}:\n"
         "    print(importlib.import_module(name).__file__)\n"
         "assert 'kernels' not in sys.modules\n"
-        "import lightning_lip\n"
-        "assert all(hasattr(lightning_lip, name) for name in lightning_lip.__all__)\n"
+        f"for module, names in {PUBLIC!r}.items():\n"
+        "    assert all(hasattr(importlib.import_module(module), name) for name in names.split()), module\n"
         f"(found,) = distributions(name='lightning-lip', path=[{str(unpacked)!r}])\n"
         "(command,) = [e for e in found.entry_points if e.group == 'console_scripts']\n"
         "assert command.name == 'lightning-lip'\n"

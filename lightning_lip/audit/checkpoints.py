@@ -31,10 +31,10 @@ RECORDED_CLASSES = frozenset({"lightning_lip.paper:PaperRegressor"})
 """The classes that a file may name: importing any name that stands in a file would let the file choose what runs."""
 
 HYPER_PARAMETERS = ("hparams", "module_arguments", "hyper_parameters")
-"""Where Lightning keeps hyper-parameters; a later key counts more. The first two are of its versions before 1.0."""
+"""Where Lightning keeps hyper-parameters; a later key's values win. The first two are of its versions before 1.0."""
 
 SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
-"""What makes a target a file although there is none."""
+"""A target that ends in one of these is taken for a file, even if there is none."""
 
 LONGEST_PICKLE = 2**26
 """Bytes of a refused file that are searched for what it would import."""
@@ -116,7 +116,7 @@ def _read(path: Path, unsafe: bool) -> Any:
             # Of the pickle's protocol, before it refuses the file for what is in it.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=not unsafe)
-    # A damaged file makes the reader fail in any way; a file with code, if that is wanted, in that code's ways.
+    # A damaged file can make the reader raise anything, and so can the code in a file that is loaded unsafely.
     except Exception as error:
         names = [] if unsafe else _names_in(path)
         if names:
@@ -180,7 +180,7 @@ def _pickle_in(path: Path) -> io.BytesIO:
 
 
 def _is_harmless(name: str) -> bool:
-    """Whether a name belongs to a tensor, or is no name but damage."""
+    """Whether a name belongs to a tensor, or is not a name at all, as in a damaged file."""
     return (
         name.startswith(("torch._utils.", "collections.OrderedDict"))
         or name.endswith("Storage")

@@ -1,4 +1,4 @@
-"""Lightning callbacks: thin shells over the framework-free core, for `lightning.pytorch` and `pytorch_lightning`."""
+"""Thin shells for `lightning.pytorch` and `pytorch_lightning`: no mathematics."""
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.constraint import LipschitzConstraint

@@ -1,4 +1,4 @@
-"""CertifiedValidation: what no perturbation of a given size can take away, at every validation."""
+"""CertifiedValidation: the certified bound at every validation, and the accuracy or error that it guarantees."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CertifiedValidation(BaseCallback):
     """Certifies the network at every validation and logs what follows for perturbations of l2 norm at most eps.
 
     - ``lipschitz/certified``: the *certified upper bound* of the network's Lipschitz constant (``certify(...).upper``);
-    - ``lipschitz/estimate``: the product or graph bound at estimated norms (``certify(...).estimate``), which the
-      certified one may lie below where a tighter method found it;
+    - ``lipschitz/estimate``: the product or graph bound at estimated norms (``certify(...).estimate``); the certified
+      bound can lie below it, where a tighter method gave it;
     - ``lipschitz/lower``: the largest Jacobian norm over the first `max_inputs` validation inputs of each rank, a
       *lower bound*, true up to rounding in fp32;
     - a classifier: ``val/certified_accuracy/eps=0.1``, the share of samples that stay correctly classified under every
@@ -36,8 +36,8 @@ class CertifiedValidation(BaseCallback):
 
     The statements hold for the network in exact arithmetic, in eval mode. Certifying costs fp64 work on the CPU, from
     milliseconds (an MLP) to seconds (a small ResNet) and more; use ``check_val_every_n_epoch`` where it is too much.
-    Each size of the inputs is certified for itself; the largest bound is logged. Where something has no certificate a
-    warning names it once, and nothing is logged. The sanity check is left out.
+    A certificate holds for one size of inputs: each size has its own, and the largest bound is logged. If something
+    cannot be certified, a warning names it once and nothing is logged. Nothing is done in the sanity check.
 
     Args:
         eps: The norms of the perturbations, distinct, at least 0.
@@ -112,7 +112,8 @@ class CertifiedValidation(BaseCallback):
                 "one of them with batch_to_xy or in forward."
             )
         self._metric.update(outputs.flatten(), target.flatten())
-        # m outputs of a sample move by at most sqrt(m) in sum for a move of 1 in norm; m may differ between batches.
+        # If the m outputs of a sample move by 1 in norm, their mean moves by at most 1 / sqrt(m); m may differ between
+        # batches.
         self._growth.update(1 / math.sqrt(max(1, target[0].numel())), target.numel())
 
     def _measure(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
@@ -156,6 +157,6 @@ class CertifiedValidation(BaseCallback):
         interval = {"lipschitz/certified": lipschitz, "lipschitz/estimate": max(estimates)}
         if self._lower is not None:
             interval["lipschitz/lower"] = self._lower
-        # Every rank holds the same values, for compute() has summed over them; but for the lower bound, of its own
-        # inputs, of which the largest counts.
+        # compute() has summed over ranks, so that all hold the same values; except the lower bound, which each measured
+        # on its own inputs: the largest counts.
         pl_module.log_dict({**interval, **metrics}, sync_dist=True, reduce_fx="max")

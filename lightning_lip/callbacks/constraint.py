@@ -13,25 +13,15 @@ from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
-from lightning_lip.callbacks.lightning.trainer import (
-    has_callback,
-    is_logging_step,
-    is_read,
-    is_watched_within_epochs,
-    log_to_loggers,
-    log_to_trainer,
-    own_state,
-)
-from lightning_lip.checks import check_integer, check_name, check_state, check_target
+from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
+from lightning_lip.checks import check_integer, check_state, check_target
 from lightning_lip.models.optimizer_steps import optimizer_steps
-from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import refuse_replaced
 from lightning_lip.projection.allocation import Method
 from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
 from lightning_lip.projection.spectra import Metric
 
 
-class LipschitzConstraint(SelectingCallback):
+class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
     """Projects the weights after every optimiser step, so that the network's Lipschitz bound stays within a budget M.
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
@@ -89,6 +79,8 @@ class LipschitzConstraint(SelectingCallback):
         >>> trainer = Trainer(callbacks=[LipschitzConstraint(target=10.0)], logger=False)
     """
 
+    key = "LipschitzConstraint"
+
     def __init__(
         self,
         target: float,
@@ -105,6 +97,7 @@ class LipschitzConstraint(SelectingCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
+        super().__init__(name)
         self.target = check_target(target)
         self.initial_target = self.target if initial_target is None else check_target(initial_target, "initial_target")
         check_method(method, metric)
@@ -120,8 +113,6 @@ class LipschitzConstraint(SelectingCallback):
             raise ValueError("`tighten_steps` asks for the `initial_target` to tighten from.")
         self.every_n_steps = every_n_steps
         self.tighten_steps = tighten_steps
-        check_name(name)
-        self.name = name
         self._arguments = {
             "method": method,
             "metric": metric,
@@ -132,25 +123,12 @@ class LipschitzConstraint(SelectingCallback):
             "example_input": example_input,
             "seed": seed,
         }
-        self._projector: LipschitzProjector | None = None
-        self._model: nn.Module | None = None
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
         self._n_optimizer_steps = 0
         self._sizes_are_shared = False
         self._last: Projection | None = None
         self._certified: Projection | None = None
-        self._is_watched = False
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return f"LipschitzConstraint[{self.name}]" if self.name else "LipschitzConstraint"
-
-    @property
-    def tag(self) -> str:
-        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
-        return f"lipschitz/{self.name}" if self.name else "lipschitz"
 
     @property
     def projector(self) -> LipschitzProjector:
@@ -159,9 +137,7 @@ class LipschitzConstraint(SelectingCallback):
         Raises:
             RuntimeError: Before training started.
         """
-        if self._projector is None:
-            raise RuntimeError("The layers are selected when training starts: there is no projector before that.")
-        return self._projector
+        return self._started("projector")
 
     @property
     def present_target(self) -> float:
@@ -183,25 +159,14 @@ class LipschitzConstraint(SelectingCallback):
             )
 
     @override
-    def end_fit(self) -> None:
-        super().end_fit()
-        if self._projector is not None:
-            stop_recording(self._projector.operators)
-
-    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
         # on_fit_start.
         projector = LipschitzProjector(pl_module, self.target, **self._arguments)
         if trainer.world_size > 1 and projector.bound_kind == "bound":
             refuse_statistics_of_one_rank(pl_module, "the product of the layers, without an example input")
-        if self._loaded is not None:
-            projector.load_state_dict(self._loaded)
-        elif self._projector is not None and self._model is pl_module:
-            projector.load_state_dict(self._projector.state_dict())
-        else:
+        if not self._start(projector, pl_module):
             self._n_steps = 0  # another model tightens anew
-        self._projector, self._loaded, self._model = projector, None, pl_module
         self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
         self.project()
         hook = _ExactBeforeSaving(self, pl_module._trainer)
@@ -215,11 +180,6 @@ class LipschitzConstraint(SelectingCallback):
                     f"The state_dict() of {type(pl_module).__name__} does not call that of LightningModule, so that "
                     "its checkpoints would hold weights above the budget: call super().state_dict() in it."
                 )
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_watched = is_watched_within_epochs(trainer, self.tag)
-        refuse_replaced(pl_module, self.projector.operators, "LipschitzConstraint")
 
     def project(self) -> Projection:
         """Project exactly now; every rank must call it."""
@@ -242,14 +202,12 @@ class LipschitzConstraint(SelectingCallback):
                     refuse_sizes_of_one_rank(self.projector.operators)
                 self.projector.target = self.present_target
                 self._last = self.projector.step()
-        if self._last is None or not is_read(trainer, self._is_watched, self.tag):
+        if self._last is None or not self._is_read(trainer):
             return
         metrics = {f"{self.tag}/target": self.present_target, f"{self.tag}/distance": self._last.distance}
         if not (has_callback(trainer, "LipschitzMonitor") or has_callback(trainer, "LipschitzPenalty")):
             metrics[f"{self.tag}/{self.projector.bound_kind}"] = self._last.bound
-        if is_logging_step(trainer):
-            log_to_loggers(trainer, metrics)
-        log_to_trainer(trainer, pl_module, metrics)
+        log_metrics(trainer, pl_module, metrics)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,10 +235,7 @@ class LipschitzConstraint(SelectingCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "n_steps": self._n_steps,
-            "projector": self._loaded if self._projector is None else self._projector.state_dict(),
-        }
+        state: dict[str, Any] = {"n_steps": self._n_steps, "projector": self._vectors()}
         if self._certified is not None:
             # Lightning asks for the module's state first, which projects.
             state["target"] = self.present_target
@@ -289,21 +244,19 @@ class LipschitzConstraint(SelectingCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, ("n_steps", "projector"), "LipschitzConstraint")
+        check_state(state_dict, ("n_steps", "projector"), self.key)
         self._n_steps = state_dict["n_steps"]
-        self.keep_until_training(state_dict["projector"])
+        self._keep_until_training(state_dict["projector"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind: a copy selects the layers of its own run, and takes the blocks over."""
-        kept = {"_loaded": self.state_dict()["projector"], "_projector": None, "_model": None}
-        return own_state(self) | kept | {"_before_saving": None}
+        return super().__getstate__() | {"_before_saving": None}
 
 
 class _ExactBeforeSaving:
-    """A pre-hook of ``state_dict``: only this sees checkpoints of every kind, weights-only ones too.
+    """A pre-hook of ``state_dict``, which checkpoints of every kind call, weights-only ones too.
 
-    A copy of the module gets a hook that does nothing: the copy is no module in training. Nor is a module that another
-    Trainer took over after an exception.
+    It does nothing in a copy of the module, or once another Trainer has taken the module over after an exception:
+    neither is in training.
     """
 
     def __init__(self, constraint: LipschitzConstraint | None, trainer: Any) -> None:

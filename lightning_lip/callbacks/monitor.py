@@ -16,23 +16,19 @@ from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_logging_step,
-    is_read,
-    is_watched_within_epochs,
     log_to_loggers,
     log_to_trainer,
     logging_step,
     monitored_metrics,
     monitors_of,
-    own_state,
     tensorboard_writers,
 )
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_integer, check_name, check_state
+from lightning_lip.checks import check_integer, check_state
 from lightning_lip.mixin import LipschitzMixin
-from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.operators.base import LinearOperator
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 MAX_HISTORY = 512
@@ -40,7 +36,7 @@ MAX_HISTORY = 512
 
 
 @dataclass
-class _Source:
+class Source:
     """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
 
     tag: str
@@ -59,10 +55,11 @@ class _Source:
 
     @property
     def bound_tag(self) -> str:
-        """Where the bound goes: the whole network's, if its graph is known, or the product's."""
+        """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
         return f"{self.tag}/{self.regularizer.bound_kind}"
 
     def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
+        """Keep what the figures show of a logging step, thinned to at most `MAX_HISTORY` steps."""
         if self.seen % self.spacing == 0:
             self.steps.append(step)
             self.norms.append(norms)
@@ -73,7 +70,7 @@ class _Source:
             self.spacing *= 2
 
 
-class LipschitzMonitor(SelectingCallback):
+class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
 
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
@@ -129,6 +126,8 @@ class LipschitzMonitor(SelectingCallback):
         UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
     """
 
+    key = "LipschitzMonitor"
+
     def __init__(
         self,
         layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
@@ -141,6 +140,7 @@ class LipschitzMonitor(SelectingCallback):
         certified: CertifiedValidation | None = None,
         name: str | None = None,
     ) -> None:
+        super().__init__(name)
         for argument, value, least in (
             ("block_size", block_size, 1),
             ("n_iterations", n_iterations, 1),
@@ -154,8 +154,6 @@ class LipschitzMonitor(SelectingCallback):
                 f"Expected `certified` to be a CertifiedValidation((0.1,)), say, or None, got {certified!r}."
             )
         self._certified = certified
-        check_name(name)
-        self.name = name
         self._layers, self._exclude = layers, exclude
         self._own_arguments: dict[str, Any] = {
             "block_size": block_size,
@@ -163,20 +161,18 @@ class LipschitzMonitor(SelectingCallback):
             "seed": seed,
             "example_input": example_input,
         }
-        self._own: LipschitzRegularizer | None = None
-        self._sources: list[_Source] = []
+        self._sources: list[Source] = []
         self._last_logged = -1
-        self._is_watched = False
 
     @property
     @override
-    def state_key(self) -> str:
-        return f"LipschitzMonitor[{self.name}]" if self.name else "LipschitzMonitor"
+    def watched_tags(self) -> list[str]:
+        return [source.tag for source in self._sources]
 
     @property
-    def tag(self) -> str:
-        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
-        return f"lipschitz/{self.name}" if self.name else "lipschitz"
+    @override
+    def watched_operators(self) -> list[LinearOperator]:
+        return [operator for source in self._sources for operator in source.regularizer.operators]
 
     def reports(self, penalty: LipschitzPenalty, trainer: Trainer) -> bool:
         """Whether this monitor takes the layers of a penalty, and logs it."""
@@ -192,34 +188,28 @@ class LipschitzMonitor(SelectingCallback):
         if stage == "fit":
             start_session(trainer, pl_module, _arguments(trainer, pl_module), self._metrics(trainer))
 
-    @override
-    def end_fit(self) -> None:
-        super().end_fit()
-        if self._own is not None:
-            stop_recording(self._own.operators)
-
     def _certifies(self, trainer: Any) -> bool:
         """Whether this training logs the certified interval."""
         return self._certified is not None or any(isinstance(c, CertifiedValidation) for c in trainer.callbacks)
 
     def _metrics(self, trainer: Any) -> list[str]:
-        """Return the tags of the scalars that tell how a run ended."""
+        """Return the tags of the scalars by which runs are compared."""
         interval = ["lipschitz/certified", "lipschitz/lower"] if self._certifies(trainer) else []
         tags = [penalty.tag for penalty in _penalties(trainer)] or ["lipschitz"]
-        # With a graph and without: all runs share the columns of one of them.
+        # Both with a graph and without: TensorBoard takes the columns of all runs from one of them.
         bounds = [f"{tag}/{kind}" for tag in tags for kind in ("bound", "product", "penalty")]
         return [*monitored_metrics(trainer), *interval, *bounds]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sources, self._own, self._last_logged = [], None, -1
+        self._sources, self._core, self._last_logged = [], None, -1
         if self._layers is None and self._exclude is None:
             self._sources = self._lent_sources(trainer, pl_module)
         if not self._sources:
-            self._own = LipschitzRegularizer(
+            self._core = LipschitzRegularizer(
                 pl_module, 0.0, layers=self._layers, exclude=self._exclude, **self._own_arguments
             )
-            self._sources = [_Source(self.tag, self._own, None)]
+            self._sources = [Source(self.tag, self._core, None)]
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
@@ -232,20 +222,14 @@ class LipschitzMonitor(SelectingCallback):
             writer.add_custom_scalars(layout)
 
     @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_watched = is_watched_within_epochs(trainer, *[source.tag for source in self._sources])
-        for source in self._sources:
-            refuse_replaced(pl_module, source.regularizer.operators, "LipschitzMonitor")
-
-    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not is_read(trainer, self._is_watched, *[source.tag for source in self._sources]):
+        if not self._is_read(trainer):
             return
         logging = is_logging_step(trainer)
-        if self._own is not None:
-            self._own.iterate()
+        if self._core is not None:
+            self._core.iterate()
         kept: dict[str, float] = {}
         for source in self._sources:
             metrics, norms, shares = _measure(source)
@@ -304,31 +288,30 @@ class LipschitzMonitor(SelectingCallback):
         if not self._sources:
             return self._loaded or {}
         histories = {s.tag: [s.steps, s.norms, s.shares, s.spacing, s.seen] for s in self._sources}
-        return {"histories": histories, "own": None if self._own is None else self._own.state_dict()}
+        return {"histories": histories, "own": None if self._core is None else self._core.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:  # empty before training
-            check_state(state_dict, ("histories", "own"), "LipschitzMonitor")
-        self.keep_until_training(dict(state_dict) or None)
+            check_state(state_dict, ("histories", "own"), self.key)
+        self._keep_until_training(dict(state_dict) or None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind: a copy selects the layers of its own run, and takes vectors and history over."""
-        return own_state(self) | {"_loaded": self.state_dict() or None, "_sources": [], "_own": None}
+        return super().__getstate__() | {"_loaded": self.state_dict() or None, "_sources": []}
 
-    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[_Source]:
-        """Return the sources that the trainer's penalties lend, or else the module's mixin."""
+    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[Source]:
+        """Return the sources that the trainer's penalties lend or, without a penalty, the module's mixin."""
         penalties = [c for c in trainer.callbacks if isinstance(c, LipschitzPenalty) and self.reports(c, trainer)]  # type: ignore[attr-defined]
         if penalties:
-            return [_Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
+            return [Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
         if isinstance(pl_module, LipschitzMixin):
             regularizer = pl_module.lipschitz_regularizer()
-            return [_Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+            return [Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
         return []
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if self._own is not None and state["own"] is not None:
-            self._own.load_state_dict(state["own"])
+        if self._core is not None and state["own"] is not None:
+            self._core.load_state_dict(state["own"])
         for source in self._sources:
             empty: list[Any] = [[], [], [], 1, 0]
             steps, norms, shares, source.spacing, source.seen = state["histories"].get(source.tag, empty)
@@ -340,7 +323,7 @@ def _penalties(trainer: Any) -> list[LipschitzPenalty]:
 
 
 def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
-    """Return what tells runs apart: the penalties' arguments, or that there is no penalty."""
+    """Return the penalties' arguments, by which runs are compared, or that there is no penalty."""
     penalties = _penalties(trainer)
     if not penalties and not isinstance(pl_module, LipschitzMixin):
         none: dict[str, Any] = dict.fromkeys(f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters)
@@ -348,7 +331,7 @@ def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
     return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
 
 
-def _measure(source: _Source) -> tuple[dict[str, float], list[float], list[float]]:
+def _measure(source: Source) -> tuple[dict[str, float], list[float], list[float]]:
     """Return what a source logs, by name, its spectral norms and log shares, with one copy from the device."""
     regularizer = source.regularizer
     with torch.inference_mode(False), torch.enable_grad():
@@ -370,7 +353,7 @@ def _measure(source: _Source) -> tuple[dict[str, float], list[float], list[float
     return dict(zip([*tags, *scalars], values, strict=True)), values[:n], values[n : 2 * n]
 
 
-def _draw(writer: Any, source: _Source, spectra: Sequence[Tensor], step: int) -> None:
+def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> None:
     """Give a TensorBoard writer the histograms and figures of a source."""
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
@@ -382,7 +365,7 @@ def _draw(writer: Any, source: _Source, spectra: Sequence[Tensor], step: int) ->
             writer.add_figure(f"{source.tag}/{tag}", figure, step)
 
 
-def _layout(sources: Sequence[_Source]) -> dict[str, dict[str, list[Any]]]:
+def _layout(sources: Sequence[Source]) -> dict[str, dict[str, list[Any]]]:
     """Return TensorBoard's custom-scalars layout: one category a source."""
     layout: dict[str, dict[str, list[Any]]] = {}
     for source in sources:

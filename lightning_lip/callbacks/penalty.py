@@ -19,37 +19,30 @@ from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, re
 from lightning_lip.callbacks.lightning.trainer import (
     batches_begun,
     class_names,
-    is_logging_step,
-    is_read,
-    is_watched_within_epochs,
-    log_to_loggers,
-    log_to_trainer,
+    log_metrics,
     monitors_of,
-    own_state,
 )
-from lightning_lip.checks import check_coefficient, check_integer, check_name, check_state
-from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.checks import check_coefficient, check_integer, check_state
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 
 @dataclass
 class _Turn:
-    """An optimiser's part in the penalty."""
+    """What the penalty knows of an optimiser."""
 
     optimizer: weakref.ref[Optimizer]
     index: int
-    """Its place among the trainer's, by which its steps are counted; -1 for one that is not there."""
+    """Its index among the trainer's optimisers, under which its steps are counted; -1 if it is none of them."""
     size: int
-    """Its number of parameters when it was looked at."""
+    """How many parameters it had when `parameters` was found."""
     parameters: list[Tensor] | None
-    """Those of its parameters that the selected layers' weights are computed from; None for all of them."""
+    """The selected layers' parameters that it moves; None for all of them."""
     batch: int = -1
     """The training batch that it last stepped in."""
 
 
-class LipschitzPenalty(SelectingCallback):
+class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
@@ -94,6 +87,8 @@ class LipschitzPenalty(SelectingCallback):
         >>> trainer = Trainer(callbacks=[LipschitzPenalty(coefficient=1e-3)], logger=False)
     """
 
+    key = "LipschitzPenalty"
+
     def __init__(
         self,
         coefficient: float = 1e-3,
@@ -109,6 +104,7 @@ class LipschitzPenalty(SelectingCallback):
         example_input: Any = None,
         name: str | None = None,
     ) -> None:
+        super().__init__(name)
         self.coefficient = check_coefficient(coefficient)
         get_penalty(penalty, target)
         for argument, value, least in (
@@ -121,8 +117,6 @@ class LipschitzPenalty(SelectingCallback):
             check_integer(argument, value, least)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        check_name(name)
-        self.name = name
         self._arguments = {
             "penalty": penalty,
             "target": target,
@@ -133,9 +127,7 @@ class LipschitzPenalty(SelectingCallback):
             "seed": seed,
             "example_input": example_input,
         }
-        self._regularizer: LipschitzRegularizer | None = None
-        self._model: nn.Module | None = None
-        self._selected = self._sizes_are_shared = False
+        self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
         self._stepped_batch: int | None = None
@@ -144,18 +136,7 @@ class LipschitzPenalty(SelectingCallback):
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
         self._turns: dict[int, _Turn] = {}
-        self._is_watched = False
         skip_hooks(self, LipschitzPenalty, "on_train_batch_start", "on_before_zero_grad", "on_before_backward")
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return f"LipschitzPenalty[{self.name}]" if self.name else "LipschitzPenalty"
-
-    @property
-    def tag(self) -> str:
-        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
-        return f"lipschitz/{self.name}" if self.name else "lipschitz"
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
@@ -178,25 +159,17 @@ class LipschitzPenalty(SelectingCallback):
         Raises:
             RuntimeError: Before training started.
         """
-        if self._regularizer is None:
-            raise RuntimeError("The layers are selected when training starts: there is no regulariser before that.")
-        return self._regularizer
+        return self._started("regulariser")
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._selected = False
-
-    @override
-    def end_fit(self) -> None:
-        super().end_fit()
-        if self._regularizer is not None:
-            stop_recording(self._regularizer.operators)
+            self._is_selected = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only now, and some strategies load callback states after
+        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
         # on_fit_start.
         for optimizer in trainer.optimizers:
             if "LBFGS" in class_names(optimizer) and any(g["line_search_fn"] for g in optimizer.param_groups):
@@ -214,34 +187,28 @@ class LipschitzPenalty(SelectingCallback):
             )
 
     def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
-        """Return the regulariser for this training run; made once a run, at its start.
+        """Return the regulariser of this training run, which is made at the first call.
 
         Raises:
             ValueError: If no selected layer is trainable, or as :class:`LipschitzRegularizer` does.
         """
-        if self._selected and self._regularizer is not None:
-            return self._regularizer
+        if self._is_selected:
+            return self.regularizer
         regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self._arguments)
         if not any(p.requires_grad for op in regularizer.operators for p in regularizer.penalised(op)):
             raise ValueError(
                 f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
                 "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
             )
-        if self._loaded is not None:
-            regularizer.load_state_dict(self._loaded)
-        elif self._regularizer is not None and self._model is pl_module:
-            regularizer.load_state_dict(self._regularizer.state_dict())
-        else:
+        if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
-        self._regularizer, self._loaded, self._model = regularizer, None, pl_module
-        self._selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self._epoch_had_backward = self._epoch_had_penalty = False
-        self._is_watched = is_watched_within_epochs(trainer, self.tag)
-        refuse_replaced(pl_module, self.regularizer.operators, "LipschitzPenalty")
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -280,7 +247,7 @@ class LipschitzPenalty(SelectingCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._n_steps == 0 or not is_read(trainer, self._is_watched, self.tag):
+        if self._n_steps == 0 or not self._is_read(trainer):
             return
         monitors = monitors_of(trainer)
         if any(monitor.reports(self, trainer) for monitor in monitors):
@@ -291,9 +258,7 @@ class LipschitzPenalty(SelectingCallback):
         metrics = {f"{self.tag}/penalty": value}
         if all(monitor.tag != self.tag for monitor in monitors):  # one with layers of its own logs theirs there
             metrics[f"{self.tag}/{self.regularizer.bound_kind}"] = bound
-        if is_logging_step(trainer):
-            log_to_loggers(trainer, metrics)
-        log_to_trainer(trainer, pl_module, metrics)
+        log_metrics(trainer, pl_module, metrics)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,7 +282,7 @@ class LipschitzPenalty(SelectingCallback):
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
     def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
-        """Return the optimiser's part; looking at each parameter is spared every step but the first."""
+        """Return what is known of an optimiser. Only the first call looks at each of its parameters."""
         groups = optimizer.param_groups
         size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
         turn = self._turns.get(id(optimizer))
@@ -347,20 +312,21 @@ class LipschitzPenalty(SelectingCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        vectors = self._loaded if self._regularizer is None else self._regularizer.state_dict()
-        return {"n_steps": self._n_steps, "optimizer_steps": dict(self._n_steps_of), "regularizer": vectors}
+        return {
+            "n_steps": self._n_steps,
+            "optimizer_steps": dict(self._n_steps_of),
+            "regularizer": self._vectors(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, ("n_steps", "regularizer"), "LipschitzPenalty")
+        check_state(state_dict, ("n_steps", "regularizer"), self.key)
         self._n_steps = state_dict["n_steps"]
         self._n_steps_of = dict(state_dict.get("optimizer_steps", {0: self._n_steps}))
-        self.keep_until_training(state_dict["regularizer"])
+        self._keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
-        kept = {"_loaded": self.state_dict()["regularizer"], "_regularizer": None, "_model": None, "_selected": False}
-        return own_state(self) | kept | {"_turns": {}, "_iterated_by": None}
+        return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
 
 
 def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
@@ -373,7 +339,7 @@ def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
 
 
 def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
-    """Return the factor that this optimiser's gradients still carry: fused optimisers unscale inside their step."""
+    """Return the factor that this optimiser's gradients are still scaled by: fused optimisers unscale in their step."""
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return 1.0
     scaler = getattr(trainer.precision_plugin, "scaler", None)

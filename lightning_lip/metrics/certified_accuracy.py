@@ -1,4 +1,4 @@
-"""Accuracy that no perturbation of a given size can take away, from a Lipschitz constant; and the same for regression.
+"""Accuracy under every perturbation of a given size, certified by a Lipschitz constant; and the error of a regression.
 
 A classifier whose logits have Lipschitz constant L (l2 norms) keeps its prediction under every perturbation of norm at
 most eps if the margin, the top logit less the second, exceeds ``sqrt(2) L eps``: the difference of two logits has
@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_lip.checks import check_numbers
+from lightning_lip.metrics.plotting import plot_levels
 
 # More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
 _SLACK = 8 * 2.0**-53
@@ -195,17 +196,7 @@ class CertifiedAccuracy(Metric):
         """
         if self._scalar:
             return self._plot(val, ax)
-        names = [f"eps={eps:g}" for eps in self.radii]
-        if val is not None and not isinstance(val, Tensor):
-            return self._plot([dict(zip(names, step, strict=True)) for step in val], ax)
-        figure, axes = self._plot(self.compute() if val is None else val, ax)
-        drawn: Any = axes
-        drawn.get_xaxis().set_visible(True)
-        drawn.set_xticks(range(len(names)), [f"{eps:g}" for eps in self.radii])
-        drawn.set_xlabel("radius eps")
-        if (legend := drawn.get_legend()) is not None:
-            legend.remove()
-        return figure, axes
+        return plot_levels(self, val, ax, self.radii, "eps", "radius")
 
 
 _HINT = {
@@ -257,7 +248,7 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
         return weight.new_zeros(0, weight.shape[0])
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
-    # One class at a time: all differences at once would take C^2 d numbers.
+    # One class at a time: all differences at once would need memory for C^2 d numbers.
     return torch.stack([torch.linalg.vector_norm(weight - weight[y], dim=1) for y in present])[row]
 
 

@@ -17,6 +17,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
 from lightning_lip.checks import check_numbers
+from lightning_lip.metrics.plotting import plot_levels
 
 Range = float | Sequence[Any] | np.ndarray | Tensor
 """One bound of the feature range: a scalar, or anything that broadcasts to ``inputs.shape[1:]``."""
@@ -254,17 +255,7 @@ class NoisyMeanAbsoluteError(Metric):
             >>> metric.update(lambda x: x.mean(dim=1), torch.rand(10, 3), torch.rand(10))
             >>> fig, ax = metric.plot()
         """
-        names = [f"eta={eta:g}" for eta in self.noise_levels]
-        if val is not None and not isinstance(val, Tensor):
-            return self._plot([dict(zip(names, step, strict=True)) for step in val], ax)
-        figure, axes = self._plot(self.compute() if val is None else val, ax)
-        drawn: Any = axes
-        drawn.get_xaxis().set_visible(True)
-        drawn.set_xticks(range(len(names)), [f"{eta:g}" for eta in self.noise_levels])
-        drawn.set_xlabel("noise level eta")
-        if (legend := drawn.get_legend()) is not None:
-            legend.remove()
-        return figure, axes
+        return plot_levels(self, val, ax, self.noise_levels, "eta", "noise level")
 
     def _noise_generator(self) -> torch.Generator:
         if self._generator is None:

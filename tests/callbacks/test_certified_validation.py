@@ -6,6 +6,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from support.trainers import make_trainer
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMonitor, LipschitzPenalty, certify
@@ -69,21 +70,22 @@ EPS = 0.1
 IMAGE = torch.zeros(1, 1, 8, 8)
 
 
-def test_penalty_over_the_graph_gives_certified_accuracy_on_real_images(make_trainer, digits):
+def validate(module, data, *arguments, **keywords):
+    """Return what a validation with a CertifiedValidation of these arguments logs, as numbers."""
+    trainer = make_trainer(lightning, [CertifiedValidation(*arguments, **keywords)])
+    trainer.validate(module, data, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_penalty_over_the_graph_gives_certified_accuracy_on_real_images(fit, digits):
     # Train without a penalty, then go on with one: the certified bound falls, and certified accuracy appears.
     train, validation = digits
     module = ResNet()
     results = []
     for penalties in ([], [LipschitzPenalty(0.5, "softplus_log", example_input=IMAGE)]):
         monitor = LipschitzMonitor(example_input=IMAGE, certified=CertifiedValidation((0.0, EPS)))
-        trainer = make_trainer(
-            lightning,
-            callbacks=[*penalties, monitor],
-            max_epochs=12,
-            check_val_every_n_epoch=12,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(module, train, validation)
+        settings = {"max_epochs": 12, "check_val_every_n_epoch": 12, "num_sanity_val_steps": 0}
+        _, trainer = fit(*penalties, monitor, module=module, data=train, validation=validation, **settings)
         tags = ("lipschitz/certified", "val/certified_accuracy/eps=0", f"val/certified_accuracy/eps={EPS:g}")
         results.append([float(trainer.callback_metrics[tag]) for tag in tags])
     (plain_bound, plain_accuracy, plain_certified), (bound, accuracy, certified) = results
@@ -94,28 +96,25 @@ def test_penalty_over_the_graph_gives_certified_accuracy_on_real_images(make_tra
     assert certified > 0.4
 
 
-def test_values_are_those_of_the_certificate(make_trainer, digits):
+def test_values_are_those_of_the_certificate(digits):
     module = ResNet()
-    callback = CertifiedValidation((0.0, 1e-3))
-    trainer = make_trainer(lightning, callbacks=[callback])
-    trainer.validate(module, digits[1], verbose=False)
+    logged = validate(module, digits[1], (0.0, 1e-3))
     upper = certify(module, torch.zeros(2, 1, 8, 8)).upper
     x, y = digits[1].dataset.tensors
     module.eval()
     expected = certified_accuracy(module(x), y, upper, [0.0, 1e-3])
-    assert float(trainer.callback_metrics["lipschitz/certified"]) == pytest.approx(upper, rel=1e-6)
-    assert float(trainer.callback_metrics["val/certified_accuracy/eps=0.001"]) == pytest.approx(float(expected[1]))
+    assert logged["lipschitz/certified"] == pytest.approx(upper, rel=1e-6)
+    assert logged["val/certified_accuracy/eps=0.001"] == pytest.approx(float(expected[1]))
 
 
-def test_regression(make_module, make_trainer, regression_data):
+def test_regression(make_module, regression_data):
     module = make_module(lightning)
-    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((0.0, 0.5), task="regression")])
-    trainer.validate(module, regression_data, verbose=False)
+    logged = validate(module, regression_data, (0.0, 0.5), task="regression")
     upper = certify(module, torch.zeros(2, 4)).upper
     x, y = regression_data.dataset.tensors
     mae = float((module(x) - y).abs().mean())
-    assert float(trainer.callback_metrics["val/certified_worst_case_mae/eps=0"]) == pytest.approx(mae, rel=1e-5)
-    worst = float(trainer.callback_metrics["val/certified_worst_case_mae/eps=0.5"])
+    assert logged["val/certified_worst_case_mae/eps=0"] == pytest.approx(mae, rel=1e-5)
+    worst = logged["val/certified_worst_case_mae/eps=0.5"]
     assert worst == pytest.approx(mae + 0.5 * upper, rel=1e-5)
     # No perturbation of that norm does worse.
     shift = torch.randn(200, *x.shape)
@@ -124,33 +123,29 @@ def test_regression(make_module, make_trainer, regression_data):
 
 
 @pytest.mark.parametrize("sizes", [(1, 100), (100, 1), (4, 4)])
-def test_samples_of_different_sizes_count_by_their_outputs(make_module, make_trainer, sizes):
+def test_samples_of_different_sizes_count_by_their_outputs(make_module, sizes):
     module = make_module(lightning)
     module.forward = lambda x: x
     batches = [(x, x) for x in (torch.randn(3, n) for n in sizes)]
-    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((1.0,), task="regression")])
-    trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
+    logged = validate(module, torch.utils.data.DataLoader(batches, batch_size=None), (1.0,), task="regression")
     # Each sample of the identity moves by (1, ..., 1) / sqrt(n): the sum of magnitudes is sqrt(n).
     truth = sum(math.sqrt(n) for n in sizes) / sum(sizes)
-    value = float(trainer.callback_metrics["val/certified_worst_case_mae/eps=1"])
-    assert truth * (1 - 1e-6) <= value <= truth * (1 + 1e-6)
+    assert truth * (1 - 1e-6) <= logged["val/certified_worst_case_mae/eps=1"] <= truth * (1 + 1e-6)
 
 
-def test_without_a_certificate_nothing_is_logged_and_the_reason_is_told(make_trainer, digits):
+def test_without_a_certificate_nothing_is_logged_and_the_reason_is_told(digits):
     class Odd(ResNet):
         def forward(self, x):
             return self.net(x) ** 2
 
-    trainer = make_trainer(lightning, callbacks=[CertifiedValidation()])
     with pytest.warns(UserWarning, match=r"(?s)no certificate:.*pow"):
-        trainer.validate(Odd(), digits[1], verbose=False)
-    assert "lipschitz/certified" not in trainer.callback_metrics
+        logged = validate(Odd(), digits[1])
+    assert "lipschitz/certified" not in logged
 
 
-def test_outputs_that_would_broadcast_are_an_error(make_module, make_trainer, regression_data):
-    callback = CertifiedValidation(task="regression", batch_to_xy=lambda batch: (batch[0], batch[1][:, 0]))
+def test_outputs_that_would_broadcast_are_an_error(make_module, regression_data):
     with pytest.raises(ValueError, match=r"target's shape \(4,\), got \(4, 1\)"):
-        make_trainer(lightning, callbacks=[callback]).validate(make_module(lightning), regression_data, verbose=False)
+        validate(make_module(lightning), regression_data, task="regression", batch_to_xy=lambda b: (b[0], b[1][:, 0]))
 
 
 @pytest.mark.parametrize(
@@ -162,48 +157,31 @@ def test_bad_arguments(arguments, match):
         CertifiedValidation(**arguments)
 
 
-def test_every_size_of_input_is_certified_for_itself(make_trainer):
-    class Pooled(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1))
-            self.example_input_array = torch.zeros(1, 1, 32, 32)
-
-        def forward(self, x):
-            return self.net(x)
-
-        def validation_step(self, batch, batch_idx):
-            pass
-
+def test_every_size_of_input_is_certified_for_itself(make_module):
     sizes = [torch.randn(8, 1, 32, 32), torch.randn(8, 1, 2, 2)]
     loader = torch.utils.data.DataLoader([(x, torch.zeros(8, 1)) for x in sizes], batch_size=None)
-    module = Pooled()
-    trainer = make_trainer(lightning, callbacks=[CertifiedValidation((0.5,), task="regression")])
-    trainer.validate(module, loader, verbose=False)
+    module = make_module(lightning, net=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 1)))
+    module.example_input_array = torch.zeros(1, 1, 32, 32)
     # A mean over 4 pixels has norm 1/2, one over 1024 pixels 1/32.
     weight = abs(float(module.net[2].weight.detach()))
-    assert float(trainer.callback_metrics["lipschitz/certified"]) == pytest.approx(weight / 2, rel=1e-5)
+    logged = validate(module, loader, (0.5,), task="regression")
+    assert logged["lipschitz/certified"] == pytest.approx(weight / 2, rel=1e-5)
 
 
-def test_lower_bound_over_the_first_inputs(make_module, make_trainer, regression_data):
+def test_lower_bound_over_the_first_inputs(make_module, regression_data):
     module = make_module(lightning)
     x = regression_data.dataset.tensors[0]
     for n_inputs, expected in ((6, x[:6]), (1000, x)):  # batches of 4: the second one in part
-        callback = CertifiedValidation((0.0,), task="regression", max_inputs=n_inputs)
-        trainer = make_trainer(lightning, callbacks=[callback])
-        trainer.validate(module, regression_data, verbose=False)
+        logged = validate(module, regression_data, (0.0,), task="regression", max_inputs=n_inputs)
         result = certify(module, torch.zeros(2, 4), data=expected, max_inputs=1000)
-        logged = trainer.callback_metrics
-        assert float(logged["lipschitz/lower"]) == pytest.approx(result.lower, rel=1e-5)
-        assert float(logged["lipschitz/estimate"]) == pytest.approx(result.estimate, rel=1e-5)
-        assert float(logged["lipschitz/lower"]) <= float(logged["lipschitz/certified"])
+        assert logged["lipschitz/lower"] == pytest.approx(result.lower, rel=1e-5)
+        assert logged["lipschitz/estimate"] == pytest.approx(result.estimate, rel=1e-5)
+        assert logged["lipschitz/lower"] <= logged["lipschitz/certified"]
 
 
-def test_no_lower_bound(make_module, make_trainer, regression_data):
-    trainer = make_trainer(lightning, callbacks=[CertifiedValidation(task="regression", max_inputs=0)])
-    trainer.validate(make_module(lightning), regression_data, verbose=False)
-    assert "lipschitz/lower" not in trainer.callback_metrics
-    assert "lipschitz/certified" in trainer.callback_metrics
+def test_no_lower_bound(make_module, regression_data):
+    logged = validate(make_module(lightning), regression_data, task="regression", max_inputs=0)
+    assert "lipschitz/lower" not in logged
+    assert "lipschitz/certified" in logged
     with pytest.raises(ValueError, match="`max_inputs` to be an integer of at least 0, got -1"):
         CertifiedValidation(max_inputs=-1)

@@ -1,24 +1,22 @@
-"""Two processes: weights stay the same over ranks, or the reason why not is told."""
-
-import subprocess
-import sys
+"""Two processes: weights stay the same over ranks and within the budget, or the reason why not is told."""
 
 import pytest
+from support.trainers import linux_only, run_script
 
 SCRIPT = """
-import sys
+import glob, sys
 import torch, lightning as L
 from torch import nn
-from lightning_lip import LipschitzPenalty
+from lightning_lip import LipschitzConstraint, LipschitzPenalty
 
-case = sys.argv[1]
+name, case = sys.argv[1:]
 
 class Net(L.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         norm = [nn.BatchNorm2d(3)] if case == "batch norm" else []
-        head = [nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 1)]
+        head = [nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 1)]
         self.net = nn.Sequential(nn.Conv2d(1, 3, 3), *norm, *head)
 
     def forward(self, x):
@@ -27,7 +25,7 @@ class Net(L.LightningModule):
     def training_step(self, batch, batch_idx):
         if case == "sizes" and self.global_rank == 1:
             batch = batch[..., :5]
-        return self.net(batch).square().mean()
+        return (self.net(batch) - 3 * batch.mean()).square().mean()
 
     def on_train_end(self):
         mine = torch.cat([p.detach().flatten() for p in self.parameters()])
@@ -44,16 +42,23 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     example = torch.zeros(1, 1, 6, 6) if case in ("batch norm", "traced") else None
     images = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
-    data = torch.utils.data.DataLoader(images, batch_size=4)
+    if name == "LipschitzPenalty":
+        callbacks, epochs = [LipschitzPenalty(0.1, example_input=example)], 50
+    else:
+        saving = L.pytorch.callbacks.ModelCheckpoint("saved", every_n_train_steps=3, save_top_k=-1)
+        callbacks, epochs = [LipschitzConstraint(0.05, example_input=example, block_size=4), saving], 2
     L.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=50, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[LipschitzPenalty(0.1, example_input=example)],
-    ).fit(Net(), data)
+        accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=epochs, logger=False, callbacks=callbacks,
+        enable_checkpointing=name == "LipschitzConstraint", enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Net(), torch.utils.data.DataLoader(images, batch_size=4))
+    saved = [torch.load(file, weights_only=True)["callbacks"][name] for file in glob.glob("saved/*.ckpt")]
+    assert bool(saved) == (name == "LipschitzConstraint")
+    assert all(0.045 < state["certified_bound"] <= 0.05 for state in saved)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@linux_only
+@pytest.mark.parametrize("name", ["LipschitzPenalty", "LipschitzConstraint"])
 @pytest.mark.parametrize(
     ("case", "said"),
     [
@@ -63,9 +68,7 @@ if __name__ == "__main__":
         ("batch norm", "running statistics of ['net.1'], which differ between ranks"),
     ],
 )
-def test_two_ranks(tmp_path, case, said):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run([sys.executable, script, case], capture_output=True, text=True, timeout=200, check=False)
+def test_two_ranks(name, case, said):
+    done = run_script(SCRIPT, name, case)
     assert said in done.stdout + done.stderr, done.stderr[-3000:]
     assert (done.returncode == 0) == (said == "SAME")

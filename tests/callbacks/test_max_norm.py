@@ -3,6 +3,7 @@
 import lightning.pytorch as lightning
 import pytest
 import torch
+from support.trainers import weights_of
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -21,44 +22,40 @@ def test_clips_rows_above_and_leaves_the_others_bit_for_bit(dtype):
     assert weight[0].double().tolist() == pytest.approx([1.5, 2.0], rel=tolerance)
 
 
-def test_holds_after_every_step(make_module, make_trainer, regression_data, pl):
+@pytest.mark.parametrize("settings", [{"max_epochs": 2}, {"accumulate_grad_batches": 3, "max_epochs": 3}], ids=str)
+def test_holds_after_every_step(fit, make_module, pl, settings):
     seen = []
 
     class Check(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
             seen.append(max(float(pl_module.net[i].weight.norm(dim=1).max()) for i in (0, 2, 4)))
 
-    constraint = MaxNorm(0.5)
-    make_trainer(pl, callbacks=[constraint, Check()], max_epochs=2).fit(make_module(pl), regression_data)
+    module = make_module(pl, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(constraint := MaxNorm(0.5), Check(), package=pl, module=module, **settings)
     assert seen[0] > 0.5  # the initial weights violate it: the test would show an inactive constraint
     assert max(seen[1:]) <= 0.5 * (1 + 1e-6)
     assert constraint.n_clipped > 0
 
 
-def test_never_active(make_module, make_trainer, regression_data):
-    results = []
-    for callbacks in ([], [MaxNorm(100.0)]):
-        module = make_module(lightning)
-        make_trainer(lightning, callbacks=callbacks).fit(module, regression_data)
-        results.append(module.net[0].weight)
-    assert torch.equal(*results)
-    assert callbacks[0].n_clipped == 0
+def test_never_active(fit):
+    assert torch.equal(weights_of(fit()[0]), weights_of(fit(loose := MaxNorm(100.0))[0]))
+    assert loose.n_clipped == 0
 
 
-def test_selection_and_frozen_layers(make_module, make_trainer, regression_data):
+def test_selection_and_frozen_layers(fit, make_module):
     module = make_module(lightning)
     module.net[2].weight.requires_grad_(False)
     frozen = module.net[2].weight.clone()
-    make_trainer(lightning, callbacks=[MaxNorm(0.1, exclude="net.0")]).fit(module, regression_data)
+    fit(MaxNorm(0.1, exclude="net.0"), module=module)
     assert torch.equal(module.net[2].weight, frozen)
     assert float(module.net[4].weight.norm(dim=1).max()) <= 0.1 * (1 + 1e-6)
     assert float(module.net[0].weight.norm(dim=1).max()) > 0.1
 
 
-def test_a_parametrised_weight_is_refused(make_trainer, make_module, regression_data):
+def test_a_parametrised_weight_is_refused(fit, make_module):
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 1)))
     with pytest.raises(ValueError, match=r"parametrised weight of layer 'net.0'"):
-        make_trainer(lightning, callbacks=[MaxNorm(1.0)]).fit(make_module(lightning, net=net), regression_data)
+        fit(MaxNorm(1.0), module=make_module(lightning, net=net))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "10"])

@@ -5,14 +5,15 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
+from support.trainers import svd_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty, NoisyValidation
-from lightning_lip.callbacks.monitor import MAX_HISTORY, _Source
+from lightning_lip.callbacks.monitor import MAX_HISTORY, Source
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -29,21 +30,15 @@ def layout_of(events):
     return layout_pb2.Layout.FromString(tensor.string_val[0])
 
 
-def norms_of(module):
-    return [float(torch.linalg.matrix_norm(module.net[i].weight.detach().double(), 2)) for i in (0, 2, 4)]
-
-
 @pytest.fixture
-def train(make_module, make_trainer, regression_data, tmp_path):
+def train(fit, tmp_path):
     """Train with a TensorBoard logger; return the module and the events."""
 
-    def run(callbacks, package=lightning, module=None, **settings):
-        module = module or make_module(package)
+    def run(callbacks, package=lightning, **settings):
         logger = package.loggers.TensorBoardLogger(tmp_path, name="", version="run")
         defaults = {"max_epochs": 2, "log_every_n_steps": 4, "logger": logger}
-        trainer = make_trainer(package, callbacks=callbacks, **(defaults | settings))
-        trainer.fit(module, regression_data)
-        return module, read_events(logger.log_dir) if trainer.logger is logger else None
+        module, _ = fit(*callbacks, package=package, **(defaults | settings))
+        return module, read_events(logger.log_dir)
 
     return run
 
@@ -58,7 +53,7 @@ def test_holds_every_tag_with_a_penalty(train, pl):
     # 24 steps, every 4th: Lightning's own x-axis, which counts from 0.
     assert [e.step for e in events.Scalars("lipschitz/product")] == [3, 7, 11, 15, 19, 23]
     last = {tag: events.Scalars(tag)[-1].value for tag in tags}
-    norms = norms_of(module)
+    norms = svd_norms(module)
     assert [last[f"lipschitz/spectral_norm/{name}"] for name in LAYERS] == pytest.approx(norms, rel=1e-5)
     assert last["lipschitz/product"] == pytest.approx(math.prod(norms), rel=1e-5)
     assert last["lipschitz/penalty"] == pytest.approx(0.05 * math.prod(norms), rel=1e-5)
@@ -86,13 +81,13 @@ def test_watches_without_a_penalty_and_changes_nothing(train):
     watched, events = train([LipschitzMonitor()])
     assert torch.equal(plain.net[0].weight, watched.net[0].weight)
     assert "lipschitz/penalty" not in events.Tags()["scalars"]
-    assert events.Scalars("lipschitz/product")[-1].value == pytest.approx(math.prod(norms_of(watched)), rel=1e-5)
+    assert events.Scalars("lipschitz/product")[-1].value == pytest.approx(math.prod(svd_norms(watched)), rel=1e-5)
 
 
 def test_upper_bound_with_narrow_blocks(train):
     # Blocks of 2 on layers of 8 x 8: the bound is loose, never below.
     module, events = train([LipschitzMonitor(block_size=2, n_iterations=20)])
-    product = math.prod(norms_of(module))
+    product = math.prod(svd_norms(module))
     assert events.Scalars("lipschitz/product")[-1].value == pytest.approx(product, rel=1e-3)
     assert product * 1.01 < events.Scalars("lipschitz/product_upper")[-1].value < product * 8**1.5
 
@@ -134,14 +129,14 @@ def test_a_named_monitor_leaves_other_penalties_to_log_themselves(train):
         "lipschitz/first/product",
         "lipschitz/first/product_upper",
     }
-    norms = norms_of(module)
+    norms = svd_norms(module)
     assert events.Scalars("lipschitz/first/product")[-1].value == pytest.approx(norms[0], rel=1e-5)
     assert events.Scalars("lipschitz/all/product")[-1].value == pytest.approx(math.prod(norms), rel=1e-5)
 
 
 def test_the_penalty_is_logged_beside_a_monitor_of_other_layers(train):
     module, events = train([LipschitzMonitor(layers="net.2"), LipschitzPenalty(0.05)])
-    norms = norms_of(module)
+    norms = svd_norms(module)
     assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(0.05 * math.prod(norms), rel=1e-5)
     assert events.Scalars("lipschitz/product")[-1].value == pytest.approx(norms[1], rel=1e-5)
     assert len(events.Scalars("lipschitz/product")) == 6
@@ -161,7 +156,7 @@ def test_takes_the_mixins_layers(train, make_module):
 
     module, events = train([LipschitzMonitor()], module=Module())
     # The mixin's default coefficient is 1: the factor in the loss is the user's own.
-    assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(math.prod(norms_of(module)), rel=1e-5)
+    assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(math.prod(svd_norms(module)), rel=1e-5)
 
 
 def test_steps_of_an_accumulated_gradient(train):
@@ -169,62 +164,27 @@ def test_steps_of_an_accumulated_gradient(train):
     assert [e.step for e in events.Scalars("lipschitz/product")] == [3, 7]  # 8 steps, every 4th
 
 
-def test_every_logger_and_none(make_module, make_trainer, regression_data, tmp_path):
-    loggers = [CSVLogger(tmp_path, version="csv"), TensorBoardLogger(tmp_path, name="", version="tb")]
-    for logger in (loggers, loggers[0], False):
-        trainer = make_trainer(lightning, callbacks=[LipschitzMonitor()], logger=logger, log_every_n_steps=4)
-        trainer.fit(make_module(lightning), regression_data)
-        assert float(trainer.callback_metrics["lipschitz/product"]) > 0
-    header = (tmp_path / "lightning_logs" / "csv" / "metrics.csv").read_text().splitlines()[0]
-    assert "lipschitz/spectral_norm/net.2" in header
-    assert "lipschitz/product" in read_events(tmp_path / "tb").Tags()["scalars"]
+def test_resumed_history(fit, tmp_path):
+    def run(epochs, ckpt_path=None):
+        logging = {"logger": TensorBoardLogger(tmp_path, name=""), "log_every_n_steps": 4}
+        return fit(LipschitzMonitor(block_size=2), max_epochs=epochs, ckpt_path=ckpt_path, **logging)[1]
 
-
-def test_resumed_history(make_module, make_trainer, regression_data, tmp_path):
-    def trainer(epochs):
-        logger = TensorBoardLogger(tmp_path, name="")
-        return make_trainer(
-            lightning, callbacks=[LipschitzMonitor(block_size=2)], max_epochs=epochs, log_every_n_steps=4, logger=logger
-        )
-
-    first = trainer(1)
-    first.fit(make_module(lightning), regression_data)
-    first.save_checkpoint(tmp_path / "one.ckpt")
-    torch.load(tmp_path / "one.ckpt", weights_only=True)
-    second = trainer(2)
-    second.fit(make_module(lightning), regression_data, ckpt_path=tmp_path / "one.ckpt")
-    whole = trainer(2)
-    whole.fit(make_module(lightning), regression_data)
-    resumed, uninterrupted = (t.callbacks[0].state_dict() for t in (second, whole))
+    run(1).save_checkpoint(tmp_path / "one.ckpt")
+    resumed, uninterrupted = (run(2, path).callbacks[0].state_dict() for path in (tmp_path / "one.ckpt", None))
     assert resumed["histories"] == uninterrupted["histories"]
     assert resumed["histories"]["lipschitz"][0] == [3, 7, 11, 15, 19, 23]
     assert torch.equal(resumed["own"]["vectors"]["net.2"], uninterrupted["own"]["vectors"]["net.2"])
 
 
-def test_changes_no_mode_and_no_buffer(train):
+def test_changes_no_mode_and_no_buffer(train, make_module):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
 
     class Check(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             assert all(m.training for m in pl_module.modules())
 
-    module, _ = train([LipschitzMonitor(exclude="net.1"), Check()], module=_module_with(net))
-    assert int(module.net[1].num_batches_tracked) == 24
-
-
-def _module_with(net):
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = net
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.01)
-
-    return Module()
+    train([LipschitzMonitor(exclude="net.1"), Check()], module=make_module(lightning, net=net))
+    assert int(net[1].num_batches_tracked) == 24
 
 
 def test_a_zero_layer_is_logged(train, make_module):
@@ -248,7 +208,7 @@ def test_weights_that_are_not_finite_stop_no_training(train, make_module):
 
 
 def test_history_is_thinned():
-    source = _Source("lipschitz", None, None)
+    source = Source("lipschitz", None, None)
     for step in range(5 * MAX_HISTORY):
         source.remember(step, [1.0], [0.0])
     assert len(source.steps) <= MAX_HISTORY
@@ -290,7 +250,7 @@ def test_log_shares_are_drawn_and_sum_to_the_log_of_the_product(train):
     figure = share_chart(LAYERS, [10, 20], [[2.0, 1.0, -0.5], shares], "product")
     (axes,) = figure.axes
     line = axes.lines[-1].get_ydata()
-    assert list(line) == pytest.approx([2.5, math.log(math.prod(norms_of(module)))], rel=1e-4)
+    assert list(line) == pytest.approx([2.5, math.log(math.prod(svd_norms(module)))], rel=1e-4)
     # Above zero the layers of the first step stand on each other, below it the rest hangs.
     tops = [max(path.vertices[:, 1].max() for path in area.get_paths()) for area in axes.collections]
     lows = [min(path.vertices[:, 1].min() for path in area.get_paths()) for area in axes.collections]
@@ -379,7 +339,7 @@ def test_the_last_step_is_logged(train, settings):
     every = settings["log_every_n_steps"]
     product = events.Scalars("lipschitz/product")
     assert [e.step for e in product] == [*range(every - 1, last, every), last]
-    assert product[-1].value == pytest.approx(math.prod(norms_of(module)), rel=1e-4)
+    assert product[-1].value == pytest.approx(math.prod(svd_norms(module)), rel=1e-4)
 
 
 def test_nothing_is_logged_where_logging_is_off(train):
@@ -387,12 +347,9 @@ def test_nothing_is_logged_where_logging_is_off(train):
     assert "lipschitz/product" not in events.Tags()["scalars"]
 
 
-def test_certified_interval_in_the_layout(train, make_module, make_trainer, regression_data, tmp_path):
-    logger = TensorBoardLogger(tmp_path, name="", version="run")
+def test_certified_interval_in_the_layout(train):
     callbacks = [LipschitzMonitor(), CertifiedValidation(task="regression")]  # also where it stands for itself
-    trainer = make_trainer(lightning, callbacks=callbacks, logger=logger, log_every_n_steps=4)
-    trainer.fit(make_module(lightning), regression_data, regression_data)
-    events = read_events(logger.log_dir)
+    _, events = train(callbacks, validation=True, max_epochs=1)
     (category,) = layout_of(events).category
     (chart,) = [chart for chart in category.chart if "certified" in chart.title]
     (series,) = chart.margin.series
@@ -415,12 +372,10 @@ def test_figures_every_n_epochs(train, every, steps):
         assert [e.step for e in events.Images("lipschitz/spectral_norms")] == steps
 
 
-def test_the_other_tags_that_the_readme_names(make_module, make_trainer, regression_data, tmp_path):
-    logger = TensorBoardLogger(tmp_path, name="", version="run")
+def test_the_other_tags_that_the_readme_names(train):
     certified = CertifiedValidation((0.1,), task="regression")
     callbacks = [LipschitzMonitor(certified=certified), NoisyValidation(noise_levels=(0.0, 0.2))]
-    trainer = make_trainer(lightning, callbacks=callbacks, logger=logger, max_epochs=1, log_every_n_steps=4)
-    trainer.fit(make_module(lightning), regression_data, regression_data)
-    tags = set(read_events(logger.log_dir).Tags()["scalars"])
+    _, events = train(callbacks, validation=True, max_epochs=1)
+    tags = set(events.Tags()["scalars"])
     assert {"lipschitz/certified", "val/certified_worst_case_mae/eps=0.1"} <= tags
     assert {"val/noisy_mae/eta=0", "val/noisy_mae/eta=0.2"} <= tags

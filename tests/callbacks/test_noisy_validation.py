@@ -1,4 +1,3 @@
-import doctest
 import random
 import warnings
 
@@ -8,6 +7,8 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from support import trainers
+from support.metrics import check_examples
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -20,7 +21,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from lightning_lip.callbacks import NoisyValidation, noisy_validation
+from lightning_lip import NoisyValidation
 
 LEVELS = (0.0, 0.2, 0.6)
 NAMES = ["val/noisy_mae/eta=0", "val/noisy_mae/eta=0.2", "val/noisy_mae/eta=0.6"]
@@ -65,17 +66,8 @@ class StandaloneModule(ModuleMixin, pytorch_lightning.LightningModule):
     pass
 
 
-def make_trainer(*callbacks, cls=pl.Trainer, **kwargs):
-    options = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 2,
-        **kwargs,
-    }
-    return cls(callbacks=list(callbacks), **options)
+def make_trainer(*callbacks, package=pl, **settings):
+    return trainers.make_trainer(package, callbacks, **({"max_epochs": 2} | settings))
 
 
 def train_loader(dataset=TRAIN, **kwargs):
@@ -84,6 +76,14 @@ def train_loader(dataset=TRAIN, **kwargs):
 
 def val_loader(dataset=VAL):
     return DataLoader(dataset, batch_size=5)
+
+
+def fit(*callbacks, module=None, train=None, validation=None, package=pl, ckpt_path=None, **settings):
+    """Return the module and the trainer after training on TRAIN, and validating on VAL, unless other data are given."""
+    module, trainer = module or Module(), make_trainer(*callbacks, package=package, **settings)
+    train = train_loader() if train is None else train
+    trainer.fit(module, train, val_loader() if validation is None else validation, ckpt_path=ckpt_path)
+    return module, trainer
 
 
 def truth(module, dataset=VAL, batch_size=5, low=TRAIN_LOW, high=TRAIN_HIGH, levels=LEVELS, ranks=1, symmetric=False):
@@ -118,13 +118,11 @@ class Record(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "module_class"), [(pl.Trainer, Module), (pytorch_lightning.Trainer, StandaloneModule)]
+    ("package", "module_class"), [(pl, Module), (pytorch_lightning, StandaloneModule)], ids=["lightning", "standalone"]
 )
-def test_logs_the_noisy_error_with_learnt_ranges(trainer_class, module_class):
+def test_logs_the_noisy_error_with_learnt_ranges(package, module_class):
     callback = NoisyValidation(LEVELS)
-    trainer = make_trainer(callback, cls=trainer_class)
-    module = module_class()
-    trainer.fit(module, train_loader(), val_loader())
+    module, trainer = fit(callback, module=module_class(), package=package)
     assert torch.equal(callback.feature_min, TRAIN_LOW)
     assert torch.equal(callback.feature_max, TRAIN_HIGH)
     assert sorted(trainer.callback_metrics) == NAMES
@@ -176,8 +174,7 @@ def test_same_noise_at_every_epoch_and_nothing_logged_in_the_sanity_check():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    record = Record()
-    make_trainer(NoisyValidation(LEVELS), record, max_epochs=3).fit(Frozen(), train_loader(), val_loader())
+    fit(NoisyValidation(LEVELS), record := Record(), module=Frozen(), max_epochs=3)
     assert record.values[0] == (True, {})
     assert [sanity for sanity, _ in record.values[1:]] == [False] * 3
     assert record.values[1][1].keys() == set(NAMES)
@@ -188,8 +185,7 @@ def test_values_can_be_monitored_and_reach_the_logger(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "checkpoints", monitor=NAMES[1])
     stopping = EarlyStopping(NAMES[2], patience=100, strict=True)
-    trainer = make_trainer(NoisyValidation(LEVELS), stopping, checkpoint, enable_checkpointing=True, logger=logger)
-    trainer.fit(Module(), train_loader(), val_loader())
+    fit(NoisyValidation(LEVELS), stopping, checkpoint, enable_checkpointing=True, logger=logger)
     assert checkpoint.best_model_score is not None
     assert stopping.best_score.isfinite()
     text = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text()
@@ -258,9 +254,9 @@ def test_training_is_bit_identical_with_and_without(make_loader):
     assert torch.equal(final(NoisyValidation(LEVELS, 0.0, 1.0)), reference)
 
 
-def learn(loader, module=None, **kwargs):
-    callback = NoisyValidation(LEVELS, **kwargs.pop("callback", {}))
-    make_trainer(callback, **{"max_epochs": 1, **kwargs}).fit(module or Module(), loader, val_loader())
+def learn(loader, module=None, **settings):
+    callback = NoisyValidation(LEVELS, **settings.pop("callback", {}))
+    fit(callback, module=module, train=loader, **{"max_epochs": 1, **settings})
     return callback.feature_min, callback.feature_max
 
 
@@ -346,10 +342,9 @@ def test_ranges_from_a_datamodule_with_batch_to_xy():
 
 def test_several_validation_loaders_are_named_as_lightning_names_them():
     other = make_data(4, 2)
-    trainer = make_trainer(NoisyValidation(LEVELS))
     module = Module()
     module.validation_step = lambda batch, batch_idx, dataloader_idx=0: module.log("own", 1.0)
-    trainer.fit(module, train_loader(), [val_loader(), val_loader(other)])
+    _, trainer = fit(NoisyValidation(LEVELS), module=module, validation=[val_loader(), val_loader(other)])
     # Lightning 2.5 keeps the ending to itself.
     ending = "dataloader_idx" if f"{NAMES[0]}/dataloader_idx_0" in trainer.callback_metrics else "dataloader"
     assert ending == "dataloader_idx" or pl.__version__.startswith("2.5.")
@@ -366,9 +361,7 @@ def test_combined_validation_loaders_that_give_one_batch_at_a_time():
     first_pair = NoisyValidation(
         LEVELS, batch_to_xy=lambda batch: batch if isinstance(batch[0], torch.Tensor) else batch[0]
     )
-    trainer = make_trainer(first_pair)
-    module = Module()
-    trainer.fit(module, train_loader(), combined)
+    module, trainer = fit(first_pair, validation=combined)
     np.testing.assert_allclose(logged(trainer), truth(module), rtol=1e-5)
     assert len(trainer.callback_metrics) == len(LEVELS)
 
@@ -383,8 +376,7 @@ def test_predictions_in_the_precision_of_the_trainer(precision, dtype):
 
     module = Recording()
     module.seen = []
-    trainer = make_trainer(NoisyValidation(LEVELS), precision=precision)
-    trainer.fit(module, train_loader(), val_loader())
+    _, trainer = fit(NoisyValidation(LEVELS), module=module, precision=precision)
     inputs_dtype = torch.float32 if precision == "bf16-mixed" else torch.float64
     assert set(module.seen) == {(inputs_dtype, dtype)}
     assert trainer.callback_metrics[NAMES[0]].dtype == (torch.float32 if dtype == torch.bfloat16 else torch.float64)
@@ -394,16 +386,13 @@ def test_predictions_in_the_precision_of_the_trainer(precision, dtype):
 
 def test_checkpoint_holds_learnt_ranges(tmp_path):
     learnt = NoisyValidation(LEVELS)
-    trainer = make_trainer(learnt)
-    trainer.fit(Module(), train_loader(), val_loader())
     path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path)
+    fit(learnt)[1].save_checkpoint(path)
     state = torch.load(path, weights_only=True)["callbacks"][learnt.state_key]
     assert torch.equal(state["feature_min"], TRAIN_LOW)
 
     # Validation without fit: no training data is needed.
-    validated = NoisyValidation(LEVELS)
-    trainer = make_trainer(validated)
+    trainer = make_trainer(NoisyValidation(LEVELS))
     module = Module()
     trainer.validate(module, val_loader(), ckpt_path=path, verbose=False)
     np.testing.assert_allclose(logged(trainer), truth(module), rtol=1e-5)
@@ -411,31 +400,26 @@ def test_checkpoint_holds_learnt_ranges(tmp_path):
     # A resumed fit keeps the loaded ranges; a fresh fit of the same callback learns its own.
     other = make_data(8, 4)
     resumed = NoisyValidation(LEVELS)
-    make_trainer(resumed, max_epochs=3).fit(Module(), train_loader(other), val_loader(), ckpt_path=path)
+    fit(resumed, train=train_loader(other), ckpt_path=path, max_epochs=3)
     assert torch.equal(resumed.feature_min, TRAIN_LOW)
-    make_trainer(resumed).fit(Module(), train_loader(other), val_loader())
+    fit(resumed, train=train_loader(other))
     assert torch.equal(resumed.feature_min, other.tensors[0].amin(0).double())
 
     # Ranges that are given win.
-    given = NoisyValidation(LEVELS, 0.0, 1.0)
-    make_trainer(given, max_epochs=3).fit(Module(), train_loader(), val_loader(), ckpt_path=path)
+    fit(given := NoisyValidation(LEVELS, 0.0, 1.0), ckpt_path=path, max_epochs=3)
     assert given.feature_max == 1.0
 
 
 def test_validation_after_fit_uses_the_learnt_ranges():
-    callback = NoisyValidation(LEVELS)
-    trainer = make_trainer(callback)
-    module = Module()
-    trainer.fit(module, train_loader(), val_loader())
+    module, trainer = fit(NoisyValidation(LEVELS))
     expected = logged(trainer)
     trainer.validate(module, val_loader(), verbose=False)
     assert logged(trainer) == expected
 
 
 def test_two_callbacks_with_different_prefixes():
-    first, second = NoisyValidation(LEVELS), NoisyValidation(LEVELS, symmetric=True, prefix="val/two_sided")
-    trainer = make_trainer(first, second)
-    trainer.fit(Module(), train_loader(), val_loader())
+    both = NoisyValidation(LEVELS), NoisyValidation(LEVELS, symmetric=True, prefix="val/two_sided")
+    _, trainer = fit(*both)
     assert len(trainer.callback_metrics) == 6
     assert trainer.callback_metrics[NAMES[0]] == trainer.callback_metrics["val/two_sided/eta=0"]
     assert trainer.callback_metrics[NAMES[1]] != trainer.callback_metrics["val/two_sided/eta=0.2"]
@@ -575,6 +559,4 @@ def test_prediction_shape_is_checked_in_the_sanity_check():
 
 
 def test_doctest():
-    result = doctest.testmod(noisy_validation)
-    assert result.attempted > 3
-    assert result.failed == 0
+    check_examples(NoisyValidation, 4)

@@ -7,13 +7,11 @@ plain DataLoader starts at its first batch again, with or without our callbacks.
 import inspect
 import os
 import signal
-import subprocess
-import sys
 
-import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support.trainers import linux_only, run_script
 from torch.utils.data import DataLoader
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
@@ -106,10 +104,7 @@ def train(tmp_path):
     def run(name, kill_at=-1, ckpt_path="", devices=1):
         folder = tmp_path / name
         folder.mkdir()
-        script = tmp_path / "train.py"
-        script.write_text(SCRIPT)
-        command = [sys.executable, script, folder, str(kill_at), ckpt_path, str(devices)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        done = run_script(SCRIPT, folder, kill_at, ckpt_path, devices)
         assert done.returncode == (0 if kill_at < 0 else -signal.SIGKILL), done.stderr[-3000:]
         return folder
 
@@ -135,7 +130,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(train):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@linux_only
 def test_two_processes_resumed_by_one_or_two(train):
     # All ranks see all batches, so the averaged gradients are those of one process, up to the rounding of (a + a) / 2.
     whole = train("whole", devices=2)
@@ -144,54 +139,37 @@ def test_two_processes_resumed_by_one_or_two(train):
         assert same(final(whole), final(resumed))
 
 
-def fit(make_trainer, module, data, epochs=2, callbacks=(), **settings):
-    trainer = make_trainer(lightning, max_epochs=epochs, callbacks=list(callbacks), log_every_n_steps=4)
-    trainer.fit(module, data, **settings)
-    return trainer
-
-
-def test_mid_epoch_checkpoints_hold_the_state_of_their_step(make_module, make_trainer, regression_data, tmp_path):
-    def callbacks():
-        return [LipschitzPenalty(0.05, block_size=1), LipschitzMonitor(name="watch")]
+def test_mid_epoch_checkpoints_hold_the_state_of_their_step(fit, regression_data, tmp_path):
+    def go_on(*more, **settings):
+        callbacks = [LipschitzPenalty(0.05, block_size=1), LipschitzMonitor(name="watch"), *more]
+        loader = StatefulLoader(regression_data.dataset, batch_size=4)
+        return fit(*callbacks, data=loader, max_epochs=2, **settings)[0].parameters()
 
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
-    trainer = make_trainer(lightning, max_epochs=2, callbacks=[*callbacks(), keep], enable_checkpointing=True)
-    module = make_module(lightning)
-    trainer.fit(module, StatefulLoader(regression_data.dataset, batch_size=4))
+    trained = list(go_on(keep, enable_checkpointing=True))
     for step in (5, 10, 15, 20):
         checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         assert checkpoint["callbacks"]["LipschitzPenalty"]["n_steps"] == step
-        resumed = make_module(lightning)
-        loader = StatefulLoader(regression_data.dataset, batch_size=4)
-        fit(make_trainer, resumed, loader, callbacks=callbacks(), ckpt_path=tmp_path / f"step={step}.ckpt")
-        assert same(module.parameters(), resumed.parameters())
+        assert same(trained, go_on(ckpt_path=tmp_path / f"step={step}.ckpt", log_every_n_steps=4))
     # A checkpoint of before our callbacks came still serves; the run is then another one.
     del checkpoint["callbacks"]["LipschitzPenalty"]
     torch.save(checkpoint, tmp_path / "without.ckpt")
-    resumed, loader = make_module(lightning), StatefulLoader(regression_data.dataset, batch_size=4)
-    fit(make_trainer, resumed, loader, callbacks=callbacks(), ckpt_path=tmp_path / "without.ckpt")
-    assert not same(module.parameters(), resumed.parameters())
+    assert not same(trained, go_on(ckpt_path=tmp_path / "without.ckpt", log_every_n_steps=4))
 
 
-def test_checkpoint_of_two_callbacks_resumed_with_one(make_module, make_trainer, regression_data, tmp_path):
-    two = [LipschitzPenalty(0.05, name="a"), LipschitzPenalty(0.05, name="b")]
-    trainer = fit(make_trainer, make_module(lightning), regression_data, epochs=1, callbacks=two)
+def test_checkpoint_of_two_callbacks_resumed_with_one(fit, tmp_path):
+    _, trainer = fit(LipschitzPenalty(0.05, name="a"), LipschitzPenalty(0.05, name="b"))
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     one = LipschitzPenalty(0.05, name="b")
     with pytest.warns(UserWarning, match=r"LipschitzPenalty\[a\]"):
-        fit(make_trainer, make_module(lightning), regression_data, callbacks=[one], ckpt_path=tmp_path / "two.ckpt")
+        fit(one, max_epochs=2, ckpt_path=tmp_path / "two.ckpt")
     assert one.state_dict()["n_steps"] == 24
 
 
 @pytest.mark.parametrize("block_size", [2, 8])
-def test_other_layers_or_block_size_start_afresh_with_a_warning(
-    make_module, make_trainer, regression_data, tmp_path, block_size
-):
-    trainer = fit(
-        make_trainer, make_module(lightning), regression_data, epochs=1, callbacks=[LipschitzPenalty(block_size=4)]
-    )
-    trainer.save_checkpoint(tmp_path / "old.ckpt")
+def test_other_layers_or_block_size_start_afresh_with_a_warning(fit, tmp_path, block_size):
+    fit(LipschitzPenalty(block_size=4))[1].save_checkpoint(tmp_path / "old.ckpt")
     penalty = LipschitzPenalty(block_size=block_size, exclude="net.4")
     with pytest.warns(UserWarning, match="its iteration starts afresh") as told:
-        fit(make_trainer, make_module(lightning), regression_data, callbacks=[penalty], ckpt_path=tmp_path / "old.ckpt")
+        fit(penalty, max_epochs=2, ckpt_path=tmp_path / "old.ckpt")
     assert any("belong to no selected layer" in str(w.message) and "net.4" in str(w.message) for w in told)

@@ -7,12 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
+from support.trainers import error_to_loss, weights_of, with_backbone
 from torch import nn
 
-from lightning_lip import LipschitzMonitor, LipschitzPenalty, MaxNorm
+from lightning_lip import LipschitzMonitor, LipschitzPenalty
 
 COEFFICIENT = 0.05
 EPOCHS = 5
+DOUBLE = {"max_epochs": EPOCHS, "precision": "64-true"}
 
 
 def in_loss(weights):
@@ -20,31 +22,19 @@ def in_loss(weights):
     return COEFFICIENT * torch.stack([torch.linalg.matrix_norm(w.double(), 2) for w in weights]).prod()
 
 
-def weights_of(module):
-    return torch.cat([p.detach().double().flatten() for p in module.parameters()])
-
-
 @pytest.fixture
-def compare(make_module, make_trainer, regression_data):
-    """Train without a penalty, with it in the loss and with the callback, first or last among others.
-
-    Returns the distance of the third from the second, relative to the penalty's own effect.
-    """
+def compare(make_module, fit):
+    """Return the error of training with the callback, first or last among others, in fp64."""
 
     def run(others=list, module_class=None, module_settings=None, callback_first=True, package=lightning, **settings):
-        results = []
-        for term, penalty in ((None, []), (in_loss, []), (None, [LipschitzPenalty(COEFFICIENT)])):
+        def train(term, penalty):
             module = make_module(package, term, **(module_settings or {}))
             if module_class is not None:
                 module.__class__ = module_class(type(module))
             callbacks = [*penalty, *others()] if callback_first else [*others(), *penalty]
-            made = {key: value() if callable(value) else value for key, value in settings.items()}
-            made = {"max_epochs": EPOCHS, "precision": "64-true"} | made
-            make_trainer(package, callbacks=callbacks, **made).fit(module, regression_data)
-            results.append(weights_of(module))
-        without, want, got = results
-        assert (want - without).norm() > 1e-3
-        return float((got - want).norm() / (want - without).norm())
+            return fit(*callbacks, package=package, module=module, **(DOUBLE | settings))[0]
+
+        return error_to_loss(train, in_loss, [LipschitzPenalty(COEFFICIENT)], effect=1e-3)
 
     return run
 
@@ -71,7 +61,7 @@ def test_gradient_accumulation_scheduler(compare):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_overflow_in_fp16_skips_the_step_and_the_penalty_with_it(make_module, make_trainer, regression_data, fused):
+def test_overflow_in_fp16_skips_the_step_and_the_penalty_with_it(fit, make_module, fused):
     # The scale is too large at first: GradScaler skips steps and halves it. A skipped step leaves the weights alone.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     seen = []
@@ -84,26 +74,17 @@ def test_overflow_in_fp16_skips_the_step_and_the_penalty_with_it(make_module, ma
             seen.append((scaler.get_scale() < self.scale, torch.equal(self.before, weights_of(pl_module))))
 
     module = make_module(lightning, optimizer=lambda p: torch.optim.Adam(p, lr=1e-2, fused=fused))
-    trainer = make_trainer(
-        lightning,
-        callbacks=[Watch(), LipschitzPenalty(COEFFICIENT)],
-        plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler),
-        max_epochs=2,
-    )
-    trainer.fit(module, regression_data)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fit(Watch(), LipschitzPenalty(COEFFICIENT), module=module, plugins=plugin, max_epochs=2)
     assert any(skipped for skipped, _ in seen)
     assert not all(skipped for skipped, _ in seen)
     assert all(skipped == unchanged for skipped, unchanged in seen)
     assert weights_of(module).isfinite().all()
 
 
-def test_a_penalty_that_is_not_finite_changes_nothing(make_module, make_trainer, regression_data):
-    results = []
-    for callbacks in ([], [LipschitzPenalty(1.0, lambda log_sigma, log_bound: log_bound * math.nan)]):
-        module = make_module(lightning)
-        make_trainer(lightning, callbacks=callbacks).fit(module, regression_data)
-        results.append(weights_of(module))
-    assert torch.equal(*results)
+def test_a_penalty_that_is_not_finite_changes_nothing(fit):
+    endless = LipschitzPenalty(1.0, lambda log_sigma, log_bound: log_bound * math.nan)
+    assert torch.equal(weights_of(fit()[0]), weights_of(fit(endless)[0]))
 
 
 def test_skipped_batches(compare):
@@ -136,14 +117,14 @@ def test_overridden_optimizer_step(compare):
     assert compare(module_class=overridden) <= TOLERANCE
 
 
-def test_warns_when_optimizer_step_bypasses_lightning(make_module, make_trainer, regression_data):
+def test_warns_when_optimizer_step_bypasses_lightning(fit, make_module):
     class Bypassing(type(make_module(lightning))):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
             optimizer_closure()
             optimizer.optimizer.step()
 
     with pytest.warns(UserWarning, match="had no effect in this epoch"):
-        make_trainer(lightning, callbacks=[LipschitzPenalty(COEFFICIENT)]).fit(Bypassing(), regression_data)
+        fit(LipschitzPenalty(COEFFICIENT), module=Bypassing())
 
 
 def test_stochastic_weight_averaging(compare):
@@ -171,50 +152,30 @@ class GradientNorms(lightning.Callback):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_gradient_norm_callbacks_in_either_order(compare, make_module, make_trainer, regression_data, first):
+def test_gradient_norm_callbacks_in_either_order(compare, fit, make_module, first):
     assert compare(lambda: [GradientNorms()], callback_first=first, gradient_clip_val=0.5) <= TOLERANCE
     # A callback after ours sees the gradient with the penalty, one before ours without it.
     norms = []
     for term, penalty in ((None, []), (in_loss, []), (None, [LipschitzPenalty(COEFFICIENT)])):
         watch = GradientNorms()
         callbacks = [*penalty, watch] if first else [watch, *penalty]
-        trainer = make_trainer(lightning, callbacks=callbacks, precision="64-true", limit_train_batches=1)
-        trainer.fit(make_module(lightning, term), regression_data)
+        fit(*callbacks, module=make_module(lightning, term), precision="64-true", limit_train_batches=1)
         norms.append(watch.norms[0])
     without, with_term, seen = norms
     assert abs(with_term - without) > 1e-4
     assert seen == pytest.approx(with_term if first else without, rel=1e-9)
 
 
-def test_layers_unfrozen_in_the_middle_of_training(make_trainer, regression_data):
-    class Finetuned(lightning.LightningModule):
-        def __init__(self, term=False):
-            super().__init__()
-            torch.manual_seed(0)
-            self.backbone = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-            self.head = nn.Linear(8, 1)
-            self.term = term
-
-        def training_step(self, batch, batch_idx):
-            loss = nn.functional.mse_loss(self.head(self.backbone(batch[0])), batch[1])
-            return loss + in_loss([p for p in self.parameters() if p.dim() == 2]) if self.term else loss
-
-        def configure_optimizers(self):
-            return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-    results, penalty = [], LipschitzPenalty(COEFFICIENT)
-    for term, callbacks in ((False, []), (True, []), (False, [penalty])):
-        module = Finetuned(term)
+def test_layers_unfrozen_in_the_middle_of_training(fit, make_module):
+    def train(term, callbacks):
+        module = with_backbone(make_module(lightning, term))
         start = module.backbone[0].weight.detach().clone()
         finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, backbone_initial_ratio_lr=0.5)
-        trainer = make_trainer(
-            lightning, callbacks=[*callbacks, finetuning, LipschitzMonitor()], max_epochs=EPOCHS, precision="64-true"
-        )
-        trainer.fit(module, regression_data)
+        fit(*callbacks, finetuning, LipschitzMonitor(), module=module, **DOUBLE)
         assert not torch.equal(module.backbone[0].weight, start)
-        results.append(weights_of(module))
-    without, want, got = results
-    assert float((got - want).norm() / (want - without).norm()) <= TOLERANCE
+        return module
+
+    assert error_to_loss(train, in_loss, [LipschitzPenalty(COEFFICIENT)]) <= TOLERANCE
 
 
 class Adversarial(lightning.LightningModule):
@@ -254,26 +215,10 @@ class Adversarial(lightning.LightningModule):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_gan_with_a_penalised_critic(make_trainer, regression_data, accumulate):
-    results, penalty = [], LipschitzPenalty(COEFFICIENT, layers="critic")
-    for term, callbacks in ((False, []), (True, []), (False, [penalty])):
-        module = Adversarial(term, accumulate)
-        trainer = make_trainer(lightning, callbacks=callbacks, max_epochs=EPOCHS, precision="64-true")
-        trainer.fit(module, regression_data)
-        results.append(weights_of(module))
-    without, want, got = results
-    assert float((got - want).norm() / (want - without).norm()) <= TOLERANCE
+def test_a_gan_with_a_penalised_critic(fit, accumulate):
+    def train(term, callbacks):
+        return fit(*callbacks, module=Adversarial(term, accumulate), **DOUBLE)[0]
+
+    penalty = LipschitzPenalty(COEFFICIENT, layers="critic")
+    assert error_to_loss(train, True, [penalty]) <= TOLERANCE
     assert penalty.state_dict()["n_steps"] == EPOCHS * 12 // accumulate
-
-
-def test_max_norm_holds_after_every_step(make_module, make_trainer, regression_data):
-    norms = []
-
-    class Watch(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            norms.append(max(float(p.norm(dim=1).max()) for p in pl_module.parameters() if p.dim() == 2))
-
-    module = make_module(lightning, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
-    trainer = make_trainer(lightning, callbacks=[MaxNorm(0.7), Watch()], accumulate_grad_batches=3, max_epochs=3)
-    trainer.fit(module, regression_data)
-    assert max(norms) <= 0.7 * (1 + 1e-6)

@@ -1,14 +1,9 @@
-import copy
-import doctest
-import importlib
 import math
-import pickle
-from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from support.metrics import check_examples, copies, on_two_ranks
 from torch import nn
 
 from lightning_lip.metrics.certified_accuracy import (
@@ -131,7 +126,7 @@ def test_wrong_predictions_do_not_count():
     assert certified_accuracy(logits, torch.tensor([1, 0]), 1e-3, 0.0) == 0
 
 
-@pytest.mark.parametrize("copy_of", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, lambda m: m.clone()])
+@copies
 def test_copies(copy_of):
     batches = make_batches()
     metric = update_all(CertifiedAccuracy(RADII), batches[:1])
@@ -165,24 +160,15 @@ def test_half_of_a_module_leaves_the_counts():
     assert parent.metric.compute() == 1
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    metric = CertifiedAccuracy(RADII)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    update_all(metric, make_batches(n_batches=2 + rank, seed=rank))
-    torch.save(metric.compute(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_ddp(tmp_path):
-    # fork: the spawned function lives in a test module that a new interpreter cannot import.
-    torch.multiprocessing.start_processes(run_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    values = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    of_rank = [make_batches(n_batches=2 + rank, seed=rank) for rank in range(2)]
+
+    def work(metric, rank):
+        return update_all(metric, of_rank[rank]).compute()
+
+    values = on_two_ranks(lambda: CertifiedAccuracy(RADII), work, tmp_path)
     assert torch.equal(*values)
-    batches = [batch for rank in range(2) for batch in make_batches(n_batches=2 + rank, seed=rank)]
-    np.testing.assert_allclose(values[0].numpy(), numpy_truth(batches, 1.5), rtol=1e-6)
+    np.testing.assert_allclose(values[0].numpy(), numpy_truth([*of_rank[0], *of_rank[1]], 1.5), rtol=1e-6)
 
 
 LOGITS, TARGET = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
@@ -276,16 +262,6 @@ def test_worst_case_mae_refuses(arguments, message):
         certified_worst_case_mae(*arguments)
 
 
-@pytest.fixture
-def pyplot():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    yield pyplot
-    pyplot.close("all")
-
-
 def test_plot(pyplot):
     batches = make_batches()
     metric = update_all(CertifiedAccuracy(RADII), batches)
@@ -316,7 +292,4 @@ def test_same_on_cuda():
 
 
 def test_doctests(pyplot):
-    # The package exports the function of the same name.
-    result = doctest.testmod(importlib.import_module(CertifiedAccuracy.__module__))
-    assert result.attempted > 10
-    assert result.failed == 0
+    check_examples(CertifiedAccuracy, 11)

@@ -1,19 +1,13 @@
-import copy
-import doctest
-import pickle
-from datetime import timedelta
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torchmetrics
+from support.metrics import check_examples, copies, on_two_ranks
 from torch import nn
 
 from lightning_lip.metrics import (
     NoisyMeanAbsoluteError,
     feature_ranges,
-    noisy_mae,
     noisy_mean_absolute_error,
 )
 
@@ -240,7 +234,7 @@ def test_failed_forward_leaves_the_reset_working():
     )
 
 
-@pytest.mark.parametrize("copy_of", [lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, lambda m: m.clone()])
+@copies
 @pytest.mark.parametrize("n_before", [0, 1])
 def test_copies_continue_the_noise(copy_of, n_before):
     batches = make_batches()
@@ -306,40 +300,25 @@ def test_default_dtype_and_integer_targets():
     assert metric.compute().item() == 0.5
 
 
-def run_rank(rank, world_size, folder):
-    torch.set_num_threads(1)
-    metric = make_metric(seed=2)  # before the process group exists, as in a LightningModule's __init__
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
-    # The ranks hold different numbers of samples; the second epoch gives a rank no batch at all.
-    epochs = []
-    for batches in (make_batches(n_batches=2 + rank, seed=rank), make_batches() if rank == 0 else []):
-        update_all(metric, batches)
-        first = metric.compute()
-        assert torch.equal(metric.compute(), first)  # unsynced and synced again
-        epochs.append(first)
-        metric.reset()
-    torch.save(torch.stack(epochs), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
 # A rank without a batch is warned by torchmetrics.
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_ddp_matches_numpy_with_both_ranks_seeds(tmp_path):
-    # fork: the spawned function lives in a test module that a new interpreter cannot import.
-    torch.multiprocessing.start_processes(run_rank, args=(2, str(tmp_path)), nprocs=2, start_method="fork")
-    values = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    assert torch.equal(values[0], values[1])
+    of_rank = [make_batches(n_batches=2 + rank, seed=rank) for rank in range(2)]
 
-    sums, counts = zip(
-        *(numpy_errors(make_batches(n_batches=2 + rank, seed=rank), seed=2, rank=rank) for rank in range(2)),
-        strict=True,
-    )
+    def work(metric, rank):
+        # The ranks hold different numbers of samples; the second epoch gives a rank no batch at all.
+        epochs = []
+        for batches in (of_rank[rank], make_batches() if rank == 0 else []):
+            update_all(metric, batches)
+            first = metric.compute()
+            assert torch.equal(metric.compute(), first)  # unsynced and synced again
+            epochs.append(first)
+            metric.reset()
+        return torch.stack(epochs)
+
+    values = on_two_ranks(lambda: make_metric(seed=2), work, tmp_path)
+    assert torch.equal(values[0], values[1])
+    sums, counts = zip(*(numpy_errors(of_rank[rank], seed=2, rank=rank) for rank in range(2)), strict=True)
     truth = sum(each.sum(axis=0) for each in sums) / sum(each.sum() for each in counts)
     np.testing.assert_allclose(values[0][0].numpy(), truth, rtol=TOLERANCE[torch.float32])
     np.testing.assert_allclose(values[0][1].numpy(), numpy_truth(make_batches(), seed=2), rtol=TOLERANCE[torch.float32])
@@ -516,16 +495,6 @@ def test_feature_ranges_refuse(batches, error, message):
         feature_ranges(batches)
 
 
-@pytest.fixture
-def pyplot():
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    yield pyplot
-    pyplot.close("all")
-
-
 def test_plot_of_one_value_has_noise_levels_on_its_axis(pyplot):
     metric = update_all(make_metric(), make_batches())
     for val in (None, metric.compute()):
@@ -557,6 +526,4 @@ def test_plot_of_steps_has_one_line_a_level(pyplot):
 
 
 def test_doctests(pyplot):
-    result = doctest.testmod(noisy_mae)
-    assert result.attempted > 10
-    assert result.failed == 0
+    check_examples(NoisyMeanAbsoluteError, 11)

@@ -12,9 +12,11 @@ import time
 import warnings
 from importlib import import_module
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from support import trainers
 from torch import nn
 
 from lightning_lip import LipschitzRegularizer, MaxNorm, project, rebalance
@@ -255,20 +257,8 @@ def make_trainer(pl, callbacks, data=0, tensor=1, **settings):
     strategy = "auto"
     if data:
         strategy = import_module(f"{pl.__name__}.strategies").ModelParallelStrategy(data, tensor)
-    defaults = {
-        "accelerator": "cpu",
-        "devices": data * tensor or 1,
-        "strategy": strategy,
-        "max_epochs": 4,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,
-        "log_every_n_steps": 1,
-        "callbacks": callbacks,
-    }
-    return pl.Trainer(**(defaults | settings))
+    defaults = {"strategy": strategy, "devices": data * tensor or 1, "max_epochs": 4, "log_every_n_steps": 1}
+    return trainers.make_trainer(pl, callbacks, **(defaults | {"use_distributed_sampler": False} | settings))
 
 
 def product(weights):
@@ -384,7 +374,7 @@ def on_ranks(case, n_ranks, package):
     # This process holds the store, on a port that is its own from the start: one that is only found free may be taken.
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0"}
+    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-W", "ignore", __file__, case, str(n_ranks), package]
     with contextlib.ExitStack() as stack:
         errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(n_ranks)]

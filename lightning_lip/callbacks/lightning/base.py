@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from torch import nn
 from typing_extensions import override
 
-from lightning_lip.callbacks.lightning.trainer import refuse_strategy
+from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within_epochs, refuse_strategy
+from lightning_lip.checks import check_name
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.operators.selection import refuse_replaced
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
@@ -39,12 +44,68 @@ else:
 __all__ = ["BaseCallback", "SelectingCallback", "skip_hooks"]
 
 
-class SelectingCallback(BaseCallback):
-    """A callback that selects layers when training starts; a state that is loaded before waits until then."""
+class HoldsVectors(Protocol):
+    """What a selecting callback hands the layers to: a regulariser or a projector."""
 
-    _loaded: dict[str, Any] | None = None
-    _loaded_for: nn.Module | None = None
-    _fitting: nn.Module | None = None
+    @property
+    def operators(self) -> Sequence[LinearOperator]:
+        """The layers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the singular vectors."""
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take singular vectors over."""
+
+
+Core = TypeVar("Core", bound=HoldsVectors)
+
+
+class SelectingCallback(BaseCallback, Generic[Core]):
+    """A callback that selects layers when training starts and hands them to its core, a regulariser or a projector.
+
+    A loaded state waits until training starts. The singular vectors go from checkpoints, copies and an earlier fit of
+    the same model to the next core.
+
+    Args:
+        name: Tells several callbacks of one class in one Trainer apart.
+    """
+
+    key: ClassVar[str]
+    """What the callback is called in checkpoints and messages, in users' subclasses too."""
+
+    def __init__(self, name: str | None) -> None:
+        check_name(name)
+        self.name = name
+        self._core: Core | None = None
+        self._model: nn.Module | None = None
+        """The model of the core."""
+        self._fitting: nn.Module | None = None
+        """The model in training."""
+        self._loaded: dict[str, Any] | None = None
+        """A state that waits for training to start, and the model that was in training when it was loaded."""
+        self._loaded_for: nn.Module | None = None
+        self._is_watched = False
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return f"{self.key}[{self.name}]" if self.name else self.key
+
+    @property
+    def tag(self) -> str:
+        """Prefix of the logged names: ``lipschitz`` or ``lipschitz/<name>``."""
+        return f"lipschitz/{self.name}" if self.name else "lipschitz"
+
+    @property
+    def watched_tags(self) -> Sequence[str]:
+        """Prefixes of all names that this callback logs."""
+        return [self.tag]
+
+    @property
+    def watched_operators(self) -> Sequence[LinearOperator]:
+        """The selected layers, which must stay in the model while it trains."""
+        return self._started("core").operators
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -52,32 +113,76 @@ class SelectingCallback(BaseCallback):
             return
         refuse_strategy(trainer, self)
         if self._loaded_for is not None and self._loaded_for is not pl_module:
-            self._loaded = None  # of a fit that never came to training
+            self._loaded = None  # loaded in a fit that ended before training started
         self._fitting = pl_module
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_watched = is_watched_within_epochs(trainer, *self.watched_tags)
+        refuse_replaced(pl_module, self.watched_operators, self.key)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.end_fit()
+            self._end_fit()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.end_fit()
+        self._end_fit()
 
-    def end_fit(self) -> None:
+    def _end_fit(self) -> None:
         """Let go of the module that was in training."""
         self._fitting = None
+        if self._core is not None:
+            stop_recording(self._core.operators)
 
-    def keep_until_training(self, loaded: dict[str, Any] | None) -> None:
-        """Keep a state that is loaded, for the module in training if there is one."""
+    def _start(self, core: Core, pl_module: LightningModule) -> bool:
+        """Take a new core, with the loaded vectors or those of an earlier fit of the same model.
+
+        Returns:
+            Whether there are such vectors, so that training goes on instead of beginning.
+        """
+        vectors = self._loaded
+        if vectors is None and self._core is not None and self._model is pl_module:
+            vectors = self._core.state_dict()
+        if vectors is not None:
+            core.load_state_dict(vectors)
+        self._core, self._model, self._loaded = core, pl_module, None
+        return vectors is not None
+
+    def _started(self, what: str) -> Core:
+        """Return the core.
+
+        Raises:
+            RuntimeError: Before training started.
+        """
+        if self._core is None:
+            raise RuntimeError(f"The layers are selected when training starts: there is no {what} before that.")
+        return self._core
+
+    def _is_read(self, trainer: Trainer) -> bool:
+        """Whether anyone reads what this callback would log at the end of this training batch."""
+        return is_read(trainer, self._is_watched, *self.watched_tags)
+
+    def _vectors(self) -> dict[str, Any] | None:
+        """Return the state of the core; before training what was loaded."""
+        return self._loaded if self._core is None else self._core.state_dict()
+
+    def _keep_until_training(self, loaded: dict[str, Any] | None) -> None:
+        """Keep a loaded state, for the module in training if there is one."""
         self._loaded, self._loaded_for = loaded, self._fitting
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
+        # Lightning sets `log` and `log_dict`, bound to the module.
+        kept = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        return kept | {"_loaded": self._vectors()} | dict.fromkeys(("_core", "_model", "_fitting", "_loaded_for"))
 
 
 def skip_hooks(callback: BaseCallback, base: type, *hooks: str) -> None:
-    """Have Lightning pass over hooks that `base` leaves as they are, where no subclass of it overrides them.
+    """Set to None the hooks that `base` inherits and no subclass of it overrides, if Lightning passes over None.
 
-    Lightning goes through every hook of every callback at each step, 2 microseconds each, also those that do nothing;
-    but not through what is not callable. Where that is so, they are None in the instance.
+    Lightning calls every hook of every callback at each step, at 2 microseconds each, also those that do nothing.
     """
     for hook in hooks if _passes_over_none() else ():
         if getattr(type(callback), hook) is getattr(base, hook):
@@ -86,7 +191,7 @@ def skip_hooks(callback: BaseCallback, base: type, *hooks: str) -> None:
 
 @functools.cache
 def _passes_over_none() -> bool:
-    """Whether the Lightning packages that are installed pass over a hook that is None: asked, not assumed."""
+    """Whether the installed Lightning packages pass over a hook that is None, found by trying."""
     trainer = SimpleNamespace(
         lightning_module=None, callbacks=[SimpleNamespace(hook=None, state_key="")], profiler=None
     )

@@ -1,4 +1,4 @@
-"""What validation callbacks need of a batch: inputs and target."""
+"""The inputs and the target in a validation batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def unpack(batch: Any, batch_to_xy: BatchToXY | None) -> tuple[Tensor, Tensor]:
     """Return the inputs and the target of a batch.
 
     Args:
-        batch: What the data loader gave; without `batch_to_xy` a pair of tensors.
+        batch: A batch of the data loader; a pair of tensors, unless `batch_to_xy` makes one of it.
         batch_to_xy: A callable from a batch to such a pair.
 
     Raises:

@@ -14,14 +14,14 @@ from lightning_lip.operators.recorded import RecordedConvolution
 
 
 def refuse_statistics_of_one_rank(module: nn.Module, instead: str) -> None:
-    """Refuse a bound over a traced graph that reads running statistics which each rank forms of its own batches.
+    """Refuse batch normalisation whose running statistics differ between ranks: a traced bound reads them.
 
     Args:
         module: The module in training.
-        instead: What else to do than to synchronise them.
+        instead: The alternative to synchronised statistics, for the message.
 
     Raises:
-        RuntimeError: If there are such.
+        RuntimeError: If there is such a layer.
     """
     own = [
         name
@@ -39,7 +39,7 @@ def refuse_sizes_of_one_rank(operators: Iterable[LinearOperator]) -> None:
     """Refuse convolutions whose recorded input sizes differ between ranks; every rank must call it.
 
     Raises:
-        RuntimeError: If there are such.
+        RuntimeError: If there is such a layer.
     """
     sizes = {op.name: op.domain_shape for op in operators if isinstance(op, RecordedConvolution)}
     if not sizes:

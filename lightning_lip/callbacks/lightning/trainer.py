@@ -1,4 +1,4 @@
-"""What the callbacks need to know of a trainer, asked in a way that both Lightning packages answer."""
+"""What the callbacks ask of a Trainer, of either Lightning package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNSUPPORTED_STRATEGIES = {
 
 
 def class_names(instance: object) -> set[str]:
-    """Return the names of an object's classes: `isinstance` would tell the two Lightning packages apart."""
+    """Return the names of an object's classes: those of the two Lightning packages differ, their names do not."""
     return {cls.__name__ for cls in type(instance).__mro__}
 
 
@@ -29,12 +29,6 @@ def refuse_strategy(trainer: Any, callback: object) -> None:
         )
 
 
-def own_state(callback: object) -> dict[str, Any]:
-    """Return a callback's attributes less those that are bound to the module."""
-    bound = ("log", "log_dict", "_loaded_for", "_fitting")
-    return {name: value for name, value in vars(callback).items() if name not in bound}
-
-
 def has_callback(trainer: Any, name: str) -> bool:
     """Whether one of the trainer's callbacks is of the class of this name."""
     return any(name in class_names(callback) for callback in trainer.callbacks)
@@ -47,7 +41,7 @@ def monitors_of(trainer: Any) -> list[Any]:
 
 def is_logging_step(trainer: Any) -> bool:
     """Whether Lightning itself logs at the end of this training batch (an optimiser step, every n-th of them)."""
-    # What most steps end with comes first: every callback asks this at every step.
+    # The cheap check that answers most steps comes first: every callback asks this at every step.
     every = trainer.log_every_n_steps
     if not every or ((logging_step(trainer) + 1) % every and not trainer.should_stop):
         return False
@@ -78,10 +72,10 @@ def monitored_metrics(trainer: Any) -> list[str]:
 
 
 def is_watched_within_epochs(trainer: Any, *tags: str) -> bool:
-    """Whether something reads metrics ``<tag>/...`` at other times than the end of an epoch.
+    """Whether something reads metrics ``<tag>/...`` before the end of an epoch.
 
-    Validations within an epoch let ``EarlyStopping`` and ``ModelCheckpoint`` look; checkpoints after so many steps or
-    so much time, and schedulers of steps, look by themselves.
+    ``EarlyStopping`` and ``ModelCheckpoint`` read them at validations within an epoch; checkpoints every so many steps
+    or minutes, and schedulers with ``interval="step"``, at any step.
     """
     prefixes = tuple(f"{tag}/" for tag in tags)
     watching = [one for one in (*trainer.callbacks, *trainer.lr_scheduler_configs) if _is_of(one, prefixes)]
@@ -101,11 +95,11 @@ def _is_of(watching: Any, prefixes: tuple[str, ...]) -> bool:
 
 
 def is_read(trainer: Any, is_watched: bool, *tags: str) -> bool:
-    """Whether the metrics ``<tag>/...`` have a reader at the end of this training batch: else nobody needs the values.
+    """Whether anyone reads the metrics ``<tag>/...`` at the end of this training batch, so that they must be computed.
 
-    Readers are loggers on logging steps, ``callback_metrics`` at the end of an epoch, and what watches a metric: at
-    every optimiser step where `is_watched` tells of :func:`is_watched_within_epochs`. The answer is the same on every
-    rank.
+    Loggers read them on logging steps, ``callback_metrics`` holds them at the end of an epoch, and what watches a
+    metric reads it at every optimiser step if `is_watched`, the answer of :func:`is_watched_within_epochs`. The result
+    is the same on every rank.
     """
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return True
@@ -119,12 +113,19 @@ def is_read(trainer: Any, is_watched: bool, *tags: str) -> bool:
 
 
 def log_to_trainer(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:
-    """Put metrics among the trainer's ``callback_metrics`` at the end of an epoch; at every call if one is watched.
+    """Put metrics into the trainer's ``callback_metrics``, at the end of an epoch or whenever one of them is watched.
 
-    ``log_dict`` costs half a millisecond: as much as the training step of a small network.
+    ``log_dict`` costs half a millisecond, as much as the training step of a small network.
     """
     if trainer.is_last_batch or not metrics.keys().isdisjoint(monitored_metrics(trainer)):
         pl_module.log_dict(metrics, logger=False)
+
+
+def log_metrics(trainer: Any, pl_module: Any, metrics: Mapping[str, float]) -> None:
+    """Hand metrics to every logger on logging steps, and to the trainer as :func:`log_to_trainer` does."""
+    if is_logging_step(trainer):
+        log_to_loggers(trainer, metrics)
+    log_to_trainer(trainer, pl_module, metrics)
 
 
 def has_tensorboard(trainer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Figures of all layers over time: TensorBoard draws all lines of a run in one colour, so a deep net needs pictures."""
+"""Figures of all layers over time: TensorBoard's own charts draw all lines of a run in one colour."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def heat_map(names: Sequence[str], steps: Sequence[int], norms: Sequence[Sequenc
 def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Sequence[float]], kind: str) -> Any | None:
     """Draw the layers' parts of the logarithm of the product or bound, stacked, by step.
 
-    Layers above spectral norm 1 stand on zero, layers below 1 hang from it; a line shows the sum of all. Steps at which
-    a part is not finite (a layer that is zero) are left out of all of it.
+    Parts above zero (spectral norms above 1) are stacked upwards, parts below zero downwards; a line shows the sum of
+    all. A step at which a part is not finite (a layer that is zero) is not drawn.
 
     Args:
         names: The L layers, from the input to the output.
@@ -82,7 +82,7 @@ def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Seq
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"part of log {kind}")
     axes.set_title("Parts (estimates) and their sum")
-    # Upwards from the input, as the layers above zero are stacked.
+    # Upwards from the input, in the order of the stack.
     if len(names) <= MAX_LEGEND:
         figure.legend(reverse=True, loc="outside right upper", fontsize="small")
     else:

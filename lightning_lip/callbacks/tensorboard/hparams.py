@@ -14,15 +14,15 @@ from lightning_lip.callbacks.lightning.trainer import tensorboard_writers
 def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], metrics: Iterable[str]) -> None:
     """Write the hyperparameters of a run, to TensorBoard loggers only.
 
-    To be called in ``setup``: Lightning writes the user's own hyperparameters right after it, and TensorBoard keeps the
-    first entry of a run. So the first one holds both. It goes to the event file alone: ``logger.log_hyperparams`` would
-    also put `arguments` in ``hparams.yaml``, from which modules are built.
+    Call it in ``setup``: TensorBoard keeps a run's first entry only, which must hold both, and Lightning writes the
+    user's own hyperparameters right after ``setup``. The entry goes to the event file alone: ``logger.log_hyperparams``
+    would also put `arguments` in ``hparams.yaml``, from which modules are built.
 
     Args:
         trainer: The trainer.
-        pl_module: The module; what it and the datamodule saved with ``save_hyperparameters`` is taken as well.
-        arguments: The penalties' arguments, by the names to be shown; None for one that has no value in this run, but a
-            column: all runs share the columns of one of them.
+        pl_module: The module; what it and the datamodule saved with ``save_hyperparameters`` is written as well.
+        arguments: The penalties' arguments, by the names to be shown; None for an argument without a value in this run.
+            It has a column all the same, because TensorBoard takes the columns of all runs from one of them.
         metrics: Tags of the scalars to show beside them; TensorBoard takes the last value of each.
     """
     writers = tensorboard_writers(trainer)
