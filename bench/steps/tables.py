@@ -14,7 +14,7 @@ from lightning_lip.bench.steps.measure import Result, Row
 from lightning_lip.reporting.documents import machine, versions, write_csv
 
 SCHEMA = 2
-PACKAGES = ("lightning-lip", "torch", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
+PACKAGES = ("lightning-lip", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
 PERCENTILES = (20, 50, 80)
 SPREAD = ("step_ms", "ratio", "added_ms")
 """What a row has percentiles of."""

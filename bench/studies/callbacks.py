@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
         p20, p50, p80, least, most = figures[6:]
         print(f"{name:30} {us[1]:6.0f} us + {us[4] - us[1]:4.0f}  ratio {p50} ({p20} to {p80}; {least} to {most})")
-    write_csv(options.output / "callbacks.csv", columns, rows, machine() | versions("torch", "numba", "numpy"))
+    write_csv(options.output / "callbacks.csv", columns, rows, machine() | versions("numba", "numpy"))
 
 
 if __name__ == "__main__":

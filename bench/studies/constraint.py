@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for target, metric in cases:
             rows.append(train(optimiser, target, metric, 1 if options.quick else 10))
             print(" ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
-    write_csv(options.output / "constraint.csv", COLUMNS, rows, machine() | versions("torch", "numba", "numpy"))
+    write_csv(options.output / "constraint.csv", COLUMNS, rows, machine() | versions("numba", "numpy"))
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    about = machine() | versions("torch", "numba", "numpy")
+    about = machine() | versions("numba", "numpy")
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     table: list[dict[str, object]] = []
     for model, shapes in MODELS.items():

@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         flush=True,
                     )
     print(choice(results))
-    about = machine() | versions("torch", "numba", "numpy") | {"epochs": epochs}
+    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
     write_csv(options.output / "tracking.csv", Result._fields, results, about)
 
 

@@ -22,7 +22,7 @@ from lightning_lip.reporting.console import make_console
 from lightning_lip.reporting.documents import versions
 
 SCHEMA = 1
-PACKAGES = ("lightning-lip", "torch", "lightning")
+PACKAGES = ("lightning-lip", "lightning")
 MAX_INPUTS = 256
 """How many inputs of --data the lower bound is measured on."""
 

@@ -64,9 +64,16 @@ def write_csv(
     write_text(text.getvalue(), path)
 
 
+def remove_events(folder: Path) -> None:
+    """Remove TensorBoard's files of an earlier run, whose events it would draw into the same curves."""
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+
+
 def versions(*packages: str) -> dict[str, str | None]:
-    """Return the versions of Python and of packages, by name; None for one that is not installed."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+    """Return the versions of Python, torch (with its build) and packages, by name; None for one not installed."""
+    own = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return own | {name: _version(name) for name in packages}
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
