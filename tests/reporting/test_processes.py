@@ -110,7 +110,7 @@ def test_one_thread_is_for_the_block_only():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        with pytest.raises(ValueError, match="^1$"):
+        with pytest.raises(ValueError, match=r"^1$"):
             fail()
         assert torch.get_num_threads() == 2
     finally:

@@ -1,8 +1,7 @@
 """The same-budget study from a plan to its table and budget.json: does coupling the layers pay at equal bounds?
 
-Every sentence is made from the run's own statistics. Two families of tests, each corrected by Holm within one case:
-the joint projection against the uniform per-layer caps at every budget and noise level, and every method against the
-uniform caps over all budgets and noise levels.
+Every sentence is made from the run's own statistics: each method is compared with the uniform per-layer caps over all
+budgets and noise levels, and the p-values of one case are corrected by Holm's method.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from lightning_lip.paper.regimes.results import PACKAGES
 from lightning_lip.paper.settings import BATCH_SIZE, EPOCHS, METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import (
     ALPHA,
-    DIRECTIONS,
     Corrected,
     can_decide,
     compare,
@@ -165,18 +163,6 @@ def table_of(results: Sequence[Sequence[BudgetRecord]]) -> Table:
     return table
 
 
-def against_uniform(plan: BudgetPlan, table: Table, case: str) -> dict[tuple[float, float], Corrected]:
-    """Compare the joint projection's validation MAE with the uniform caps', by budget and noise level."""
-    joint, uniform = (_validation_errors(plan, table, case, method) for method in (METHOD, BASELINE))
-    return corrected(
-        {
-            (budget, level): compare(joint[i, j], uniform[i, j])
-            for i, budget in enumerate(plan.budgets)
-            for j, level in enumerate(NOISE_LEVELS)
-        }
-    )
-
-
 def overall(plan: BudgetPlan, table: Table, case: str) -> dict[str, Corrected]:
     """Compare every method's validation MAE with the uniform caps', over all budgets and noise levels.
 
@@ -209,8 +195,6 @@ def budget_results(
       to, for each case and budget the coefficient chosen, and those at an end of the grid.
     - `methods`: for each case, method and budget, mean and half width of the 95% interval of each metric and of the
       certified bound.
-    - `joint_against_uniform`: for each case, budget and noise level, the paired comparison of the joint projection
-      with the uniform per-layer caps (in the target's units) and the p-value after Holm's correction in the case.
     - `overall`: for each case and method, the change of the validation MAE against the uniform caps over all budgets
       and noise levels (in per cent), and the p-value after Holm's correction in the case.
     - `budget_used`: by method, the geometric mean of the certified bound over M.
@@ -253,13 +237,8 @@ def budget_results(
             }
             for (case, method, budget), rows in table.items()
         ],
-        "joint_against_uniform": [
-            {"case": case, "budget": budget, "noise_level": level} | _plain(found)
-            for case in plan.cases
-            for (budget, level), found in against_uniform(plan, table, case).items()
-        ],
         "overall": [
-            {"case": case, "method": method} | _plain(found)
+            {"case": case, "method": method} | asdict(found.comparison) | {"p_holm": found.p_value}
             for case in plan.cases
             for method, found in overall(plan, table, case).items()
         ],
@@ -298,24 +277,16 @@ def print_report(console: Console, plan: BudgetPlan, table: Table) -> None:
 
 def findings(plan: BudgetPlan, table: Table) -> list[str]:
     """Compare the joint projection with the uniform caps in words, a direction only where a test shows one."""
-    sentences = []
-    for case in plan.cases:
-        compared = against_uniform(plan, table, case)
-        shown = [(t.verdict, f"M = {m:g}, eta {e:g}") for (m, e), t in compared.items() if t.verdict in DIRECTIONS]
-        where = f"{in_words(shown, 'at')}; " if shown else ""
-        rest = f"no difference shown in {len(compared) - len(shown)} of {len(compared)} comparisons"
-        sentences.append(f"MAE of {LABELS[METHOD]} against {LABELS[BASELINE]}, {case}: {where}{rest}.")
     verdicts = ((overall(plan, table, case)[METHOD].verdict, case) for case in plan.cases)
-    sentences.append(
+    sentences = [
         "At equal certified budgets the MAE of the coupled constraint (joint projection) against per-layer caps, "
         f"over all budgets and noise levels: {in_words(verdicts, 'for')}."
-    )
-    n_tests = len(plan.budgets) * len(NOISE_LEVELS)
+    ]
+    n_seeds, n_tests = len(plan.seeds), len(LABELS) - 1
     # Twice, because a two-sided p-value is at least 2^(1-n).
-    if not can_decide(len(plan.seeds), 2 * n_tests):
+    if not can_decide(n_seeds, 2 * n_tests):
         sentences.append(
-            f"{len(plan.seeds)} seeds are too few: no outcome could pass {n_tests} two-sided tests at {ALPHA:g} "
-            "after Holm."
+            f"{n_seeds} seeds are too few: no outcome could pass {n_tests} two-sided tests at {ALPHA:g} after Holm."
         )
     balanced = rebalanced(table)
     if balanced["networks"]:
@@ -335,7 +306,3 @@ def _validation_errors(plan: BudgetPlan, table: Table, case: str, method: str) -
             for budget in plan.budgets
         ]
     )
-
-
-def _plain(found: Corrected) -> dict[str, Any]:
-    return asdict(found.comparison) | {"p_holm": found.p_value}
