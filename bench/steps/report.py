@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from lightning_lip.bench.steps.growth import Point
 from lightning_lip.bench.steps.measure import PLAIN, Result, Row
+from lightning_lip.reporting.console import make_table, print_line
 
 SECTIONS = {
     "none": None,
@@ -33,10 +33,9 @@ def status(console: Console) -> Iterator[Callable[[str], None]]:
 
 def print_result(console: Console, result: Result) -> None:
     """Print the table of one model and what it says about the penalty."""
-    grid = Grid(title=f"{result.model_title}; batch {result.batch_size}, {result.n_layers} layers penalised")
-    grid.add_column("training", overflow="fold")
-    for column in ("ms a step", "x plain (p20 to p80)", "own ms", "MB held", "MB at peak", "error of the norms"):
-        grid.add_column(column, justify="right")
+    numbers = ("ms a step", "x plain (p20 to p80)", "own ms", "MB held", "MB at peak", "error of the norms")
+    title = f"{result.model_title}; batch {result.batch_size}, {result.n_layers} layers penalised"
+    grid = make_table(title, ["training"], numbers)
     grid.add_column("the norms are", overflow="fold")
     section = "none"
     order = [PLAIN, *(key for key in SECTIONS)]
@@ -49,9 +48,9 @@ def print_result(console: Console, result: Result) -> None:
         grid.add_row(*_cells(row))
     console.print(grid)
     for title, module in result.missing.items():
-        _line(console, f'  {title}: not installed ({module}): pip install "lightning-lip[bench]"')
+        print_line(console, f'  {title}: not installed ({module}): pip install "lightning-lip[bench]"')
     for line in findings(result):
-        _line(console, "  " + line)
+        print_line(console, "  " + line)
 
 
 def findings(result: Result) -> list[str]:
@@ -116,9 +115,8 @@ def _ratio(row: Row, penalty: Row) -> str:
 
 def print_growth(console: Console, points: Sequence[Point]) -> None:
     """Print the penalty's cost by depth and width."""
-    grid = Grid(title="the penalty in networks of growing size, batch 256")
-    for column in ("depth", "width", "r", "ms a step, without it", "own ms", "share", "over the floor"):
-        grid.add_column(column, justify="right")
+    numbers = ("depth", "width", "r", "ms a step, without it", "own ms", "share", "over the floor")
+    grid = make_table("the penalty in networks of growing size, batch 256", [], numbers)
     for p in points:
         cells = (f"{p.step_ms:.3g}", f"{p.own_ms:.3g}", f"{p.own_ms / p.step_ms:.1%}", f"{p.own_ms / p.floor_ms:.1f}")
         grid.add_row(str(p.depth), str(p.width), str(p.block_size), *cells)
@@ -130,9 +128,9 @@ def print_end(console: Console, found: dict[str, Any], folder: Path) -> None:
     machine = found["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     if found["options"]["quick"]:
-        _line(console, "A quick run: too few steps for numbers that mean something.")
-    _line(console, f"Measured on {device}, torch {found['versions']['torch']}, in {found['seconds']:.0f} s.")
-    _line(console, f"Tables, plots and bench.json are in {folder}.")
+        print_line(console, "A quick run: too few steps for numbers that mean something.")
+    print_line(console, f"Measured on {device}, torch {found['versions']['torch']}, in {found['seconds']:.0f} s.")
+    print_line(console, f"Tables, plots and bench.json are in {folder}.")
 
 
 def _cells(row: Row) -> list[str]:
@@ -147,7 +145,3 @@ def _cells(row: Row) -> list[str]:
         "" if row.error_max is None else f"{row.error_max:.1e}",
         "" if row.contender == PLAIN else row.guarantee,
     ]
-
-
-def _line(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lightning_lip.bench.contenders.models import MODELS
 from lightning_lip.bench.steps import report
 from lightning_lip.bench.steps.figures import write_figures
 from lightning_lip.bench.steps.growth import DEPTH_OF_WIDTHS, DEPTHS, WIDTH_OF_DEPTHS, WIDTHS, growth
 from lightning_lip.bench.steps.measure import measure
-from lightning_lip.bench.steps.tables import document, write_csv_files, write_json
+from lightning_lip.bench.steps.tables import document, write_csv_files
 from lightning_lip.errors import UsageError
+from lightning_lip.reporting.console import make_console
+from lightning_lip.reporting.documents import write_json
 
 PLAIN_WIDTH = 160
 """Columns of the tables where there is no terminal."""
@@ -43,8 +44,7 @@ def run(
     Returns:
         The contents of bench.json.
     """
-    console = Console()
-    console = console if console.is_terminal else Console(width=PLAIN_WIDTH)
+    console = make_console(PLAIN_WIDTH)
     folder.mkdir(parents=True, exist_ok=True)
     threads_before = torch.get_num_threads()
     if threads is not None:
@@ -67,7 +67,7 @@ def run(
     write_csv_files(found, folder)
     found["figures"] = write_figures(found, folder)
     found["seconds"] = round(time.monotonic() - start, 1)
-    write_json(found, folder / "bench.json")
+    write_json(found, folder / "bench.json", indent=1)
     report.print_end(console, found, folder)
     return found
 

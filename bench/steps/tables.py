@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +11,10 @@ import torch
 
 from lightning_lip.bench.steps.growth import Point
 from lightning_lip.bench.steps.measure import Result, Row
+from lightning_lip.reporting.documents import machine, versions, write_csv
 
 SCHEMA = 2
-PACKAGES = ("lightning-lip", "torch", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
+PACKAGES = ("lightning-lip", "lightning", "numpy", "numba", "scipy", "deel-torchlip")
 PERCENTILES = (20, 50, 80)
 SPREAD = ("step_ms", "ratio", "added_ms")
 """What a row has percentiles of."""
@@ -42,27 +39,11 @@ def document(
     """
     return {
         "schema": SCHEMA,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES),
         "machine": machine(device),
         "options": {"quick": quick},
         "models": [asdict(result) for result in results],
         "growth": [asdict(point) for point in points],
-    }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the times depend on."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return {
-        "cpu": cpu,
-        "cores": torch.multiprocessing.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 
@@ -76,18 +57,9 @@ def write_csv_files(found: dict[str, Any], folder: Path) -> None:
     _write(folder / "growth.csv", [f.name for f in fields(Point)], found["growth"], about)
 
 
-def write_json(found: dict[str, Any], path: Path) -> None:
-    """Write the document; a number that is not finite is an error, since JSON has none."""
-    path.write_text(json.dumps(found, allow_nan=False, indent=1), encoding="utf-8")
-
-
 def _write(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{row[key]:.6g}" if isinstance(row[key], float) else row[key] for key in columns})
+    cells = [[f"{row[key]:.6g}" if isinstance(row[key], float) else row[key] for key in columns] for row in rows]
+    write_csv(path, columns, cells, about)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
@@ -99,10 +71,3 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 def _names(name: str) -> list[str]:
     return [f"{name}_p{percentile}" for percentile in PERCENTILES]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -6,15 +6,14 @@ memory lies, among others), which is as much as the callbacks take. So each comp
 has the callback in its list for a block of steps and not for the next: model, data, optimiser, loggers and everything
 else are the same objects. It is repeated in fresh processes.
 
-It writes ``step.csv``: microseconds of CPU time a step (of all threads of the process; what else runs on the machine
-hardly moves it) without and with the callback, and the ratio of neighbouring blocks, each as
-the median with the 20th and 80th percentiles over all blocks of all processes, and the range of the processes' medians.
+It writes ``callbacks.csv``: microseconds of CPU time a step without and with the callback (of all threads of the
+process, which other programs hardly change), and the ratio of neighbouring blocks. Each is the median over all blocks
+of all processes with its 20th and 80th percentiles; of the ratio there is also the range of the processes' medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 import os
@@ -25,7 +24,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,7 +35,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
-from lightning_lip.bench.studies.kernels import machine
+from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.reporting.documents import machine, versions, write_csv
 
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
 
@@ -174,9 +173,7 @@ def _work(name: str, blocks: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a table, write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 processes of 10 blocks instead of 8 of 40")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
+    parser = study_parser(__doc__, quick="2 processes of 10 blocks instead of 8 of 40")
     parser.add_argument("--blocks", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--worker", choices=COMPARISONS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -188,22 +185,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for _ in range(n_processes):  # in turn, so that a busy spell falls on all
         for name, done in runs.items():
             done.append({key: np.array(times) for key, times in _in_a_process(name, blocks).items()})
-    options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "callbacks.csv").open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine().items())
-        writer = csv.writer(file)
-        spread = [f"{what}_{p}" for what in ("without_us", "with_us", "ratio") for p in ("p20", "p50", "p80")]
-        columns = ["callback", "trainer", "processes", "blocks", *spread, "lowest_median_ratio", "highest_median_ratio"]
-        writer.writerow(columns)
-        for name, done in runs.items():
-            without, with_it = (np.concatenate([times[key] for times in done]) for key in (False, True))
-            us = [*np.percentile(without, [20, 50, 80]), *np.percentile(with_it, [20, 50, 80])]
-            medians = [np.median(times[True] / times[False]) for times in done]
-            ratios = [*np.percentile(with_it / without, [20, 50, 80]), min(medians), max(medians)]
-            figures = [*(f"{x:.1f}" for x in us), *(f"{x:.4f}" for x in ratios)]
-            writer.writerow([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
-            p20, p50, p80, least, most = figures[6:]
-            print(f"{name:30} {us[1]:6.0f} us + {us[4] - us[1]:4.0f}  ratio {p50} ({p20} to {p80}; {least} to {most})")
+    spread = [f"{what}_{p}" for what in ("without_us", "with_us", "ratio") for p in ("p20", "p50", "p80")]
+    columns = ["callback", "trainer", "processes", "blocks", *spread, "lowest_median_ratio", "highest_median_ratio"]
+    rows = []
+    for name, done in runs.items():
+        without, with_it = (np.concatenate([times[key] for times in done]) for key in (False, True))
+        us = [*np.percentile(without, [20, 50, 80]), *np.percentile(with_it, [20, 50, 80])]
+        medians = [np.median(times[True] / times[False]) for times in done]
+        ratios = [*np.percentile(with_it / without, [20, 50, 80]), min(medians), max(medians)]
+        figures = [*(f"{x:.1f}" for x in us), *(f"{x:.4f}" for x in ratios)]
+        rows.append([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
+        p20, p50, p80, least, most = figures[6:]
+        print(f"{name:30} {us[1]:6.0f} us + {us[4] - us[1]:4.0f}  ratio {p50} ({p20} to {p80}; {least} to {most})")
+    write_csv(options.output / "callbacks.csv", columns, rows, machine() | versions("numba", "numpy"))
 
 
 if __name__ == "__main__":

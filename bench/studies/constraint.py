@@ -9,12 +9,9 @@ run.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzProjector
-from lightning_lip.bench.studies.kernels import machine
+from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.bench.studies.tracking import digits
+from lightning_lip.reporting.documents import machine, versions, write_csv
 
 BATCH = 50
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -78,10 +76,7 @@ def train(optimiser: str, target: float | None, metric: str, epochs: int) -> lis
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print a table, write the CSV."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one epoch instead of 10")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
-    options = parser.parse_args(arguments)
+    options = study_parser(__doc__, quick="one epoch instead of 10").parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
     for optimiser in OPTIMIZERS:
@@ -89,12 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for target, metric in cases:
             rows.append(train(optimiser, target, metric, 1 if options.quick else 10))
             print(" ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "constraint.csv").open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in machine().items())
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    write_csv(options.output / "constraint.csv", COLUMNS, rows, machine() | versions("numba", "numpy"))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ medians with p20 and p80 of one call, in microseconds.
 
 from __future__ import annotations
 
-import argparse
-import csv
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer, kernels
+from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.cpu.iteration import CpuIteration
+from lightning_lip.reporting.documents import machine, versions, write_csv
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
@@ -220,27 +219,6 @@ def rows(model: str, times: dict[tuple[str, int], list[float]]) -> list[dict[str
     return result
 
 
-def machine() -> dict[str, str]:
-    """Return what the figures depend on."""
-    cpu_model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu_model = names[0] if names else cpu_model
-    import numba
-
-    return {
-        "cpu": cpu_model,
-        "cores": str(torch.multiprocessing.cpu_count()),
-        "torch threads": str(torch.get_num_threads()),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-    }
-
-
 def traffic_report(shapes: Shapes, r: int) -> str:
     """Return the bytes that the GPU kernels would move, where no GPU can be timed."""
     weights = [torch.empty(s, device="meta") for s in shapes]
@@ -299,16 +277,7 @@ def _captured(call: Contender) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def write_csv(path: Path, table: list[dict[str, object]], about: dict[str, str]) -> None:
-    """Write the table, below comment lines that say where it was measured."""
-    with path.open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(table)
-
-
-def plot(path: Path, table: list[dict[str, object]], about: dict[str, str]) -> None:
+def plot(path: Path, table: list[dict[str, object]], about: dict[str, object]) -> None:
     """Draw the medians with p20 and p80, one panel a model."""
     import matplotlib as mpl
 
@@ -327,24 +296,22 @@ def plot(path: Path, table: list[dict[str, object]], about: dict[str, str]) -> N
         axis.set_title(model, fontsize=9, loc="left")
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("microseconds a step: median, p20 to p80")
-    figure.suptitle(f"Power step and gradient; {about['cpu']}, {about['torch threads']} threads", fontsize=9)
+    figure.suptitle(f"Power step and gradient; {about['cpu']}, {about['threads']} threads", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the measurement from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few seconds, without the two large models")
+    parser = study_parser(__doc__, quick="a few seconds, without the two large models")
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=25.0, help="time for each model")
     parser.add_argument("--only", default="", help="measure only the models whose name contains this")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    about = machine()
+    about = machine() | versions("numba", "numpy")
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     table: list[dict[str, object]] = []
     for model, shapes in MODELS.items():
@@ -362,8 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for r in BLOCK_SIZES:
                 print(f"  no GPU was measured; predicted GPU traffic at r = {r}: {traffic_report(shapes, r)}")
         table += added
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_csv(options.output / "kernels.csv", table, about)
+    write_csv(options.output / "kernels.csv", COLUMNS, [[row[c] for c in COLUMNS] for row in table], about)
     try:
         plot(options.output / "kernels.png", table, about)
     except ImportError:

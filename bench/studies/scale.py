@@ -21,11 +21,11 @@ FSDP2 itself gathers every weight twice and scatters the gradients once: ``3 s m
 
 from __future__ import annotations
 
-import argparse
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NamedTuple
+
+from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.reporting.documents import write_csv
 
 Parallel = Literal["columns", "rows"]
 """How tensor parallelism deals a layer out: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
@@ -114,25 +114,21 @@ MESHES = [(d, 1) for d in (1, 2, 4, 8, 16, 64, 256, 1024)] + [(d, 8) for d in (1
 
 def main() -> None:
     """Print and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
+    parser = study_parser(__doc__)
     parser.add_argument("--block-size", type=int, default=8)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
     columns = ["model", "gpus", "data_parallel", "tensor_parallel", "weights_GB", "read_GB", "sent_MB", "kept_MB"]
     columns += ["sent_by_fsdp_GB", "sent_percent_more"]
     print(" ".join(f"{c:>18}" for c in columns))
-    with (arguments.output / "scale.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for model, layers in MODELS.items():
-            for d, t in MESHES:
-                one = traffic(layers, d, t, arguments.block_size)
-                more = f"{100 * one.sent / one.sent_by_fsdp:.3f}" if d > 1 else ""
-                numbers = (one.weights / 1e9, one.read / 1e9, one.sent / 1e6, one.kept / 1e6, one.sent_by_fsdp / 1e9)
-                row = [model, d * t, d, t, *(f"{x:.4g}" for x in numbers), more]
-                writer.writerow(row)
-                print(" ".join(f"{x!s:>18}" for x in row))
+    rows = []
+    for model, layers in MODELS.items():
+        for d, t in MESHES:
+            one = traffic(layers, d, t, arguments.block_size)
+            more = f"{100 * one.sent / one.sent_by_fsdp:.3f}" if d > 1 else ""
+            numbers = (one.weights / 1e9, one.read / 1e9, one.sent / 1e6, one.kept / 1e6, one.sent_by_fsdp / 1e9)
+            rows.append([model, d * t, d, t, *(f"{x:.4g}" for x in numbers), more])
+            print(" ".join(f"{x!s:>18}" for x in rows[-1]))
+    write_csv(arguments.output / "scale.csv", columns, rows)
 
 
 if __name__ == "__main__":

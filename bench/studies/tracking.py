@@ -8,12 +8,9 @@ SVD. It writes ``tracking.csv`` and prints the table that the default block size
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer
-from lightning_lip.bench.studies.kernels import machine
+from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.reporting.documents import machine, versions, write_csv
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
@@ -164,10 +162,8 @@ def choice(results: Sequence[Result]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the measurement from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two epochs a run")
+    parser = study_parser(__doc__, quick="two epochs a run")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
     options = parser.parse_args(arguments)
     # Matrices of 128 x 128: threads would only wait for each other.
     torch.set_num_threads(1)
@@ -189,12 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         flush=True,
                     )
     print(choice(results))
-    options.output.mkdir(parents=True, exist_ok=True)
-    with (options.output / "tracking.csv").open("w", newline="") as file:
-        file.writelines(f"# {key}: {value}\n" for key, value in {**machine(), "epochs": str(epochs)}.items())
-        writer = csv.writer(file)
-        writer.writerow(Result._fields)
-        writer.writerows(results)
+    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
+    write_csv(options.output / "tracking.csv", Result._fields, results, about)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ The reference shares no code with the plugin: a plain PyTorch loop in fp64 on wh
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -41,6 +40,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzPenalty
+from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.reporting.documents import write_csv
 
 COEFFICIENT = 0.3
 N_BATCHES = 12
@@ -380,24 +381,21 @@ def _train_all(indices: Sequence[int], folder: Path) -> None:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """Write the table as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["strategy", "precision", "feature", "processes", "distance", "tolerance", "refused", "holds"])
-        for row in rows:
-            case = row.case
-            distance = "" if row.distance is None else f"{row.distance:.1e}"
-            tolerance = "" if case.tolerance is None else f"{case.tolerance:g}"
-            processes = STRATEGIES[case.strategy].processes
-            first = row.error.split(". ")[0] if row.error else ""
-            writer.writerow(
-                [case.strategy, case.precision, case.feature, processes, distance, tolerance, first, row.holds]
-            )
+    lines = []
+    for row in rows:
+        case = row.case
+        distance = "" if row.distance is None else f"{row.distance:.1e}"
+        tolerance = "" if case.tolerance is None else f"{case.tolerance:g}"
+        processes = STRATEGIES[case.strategy].processes
+        first = row.error.split(". ")[0] if row.error else ""
+        lines.append([case.strategy, case.precision, case.feature, processes, distance, tolerance, first, row.holds])
+    columns = ["strategy", "precision", "feature", "processes", "distance", "tolerance", "refused", "holds"]
+    write_csv(path, columns, lines)
 
 
 def main() -> None:
     """Run the table, or some of its cases as one of several processes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results")
+    parser = study_parser(__doc__)
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train is not None:
@@ -405,7 +403,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         rows = run(CASES, Path(folder))
-    arguments.output.mkdir(parents=True, exist_ok=True)
     write(rows, arguments.output / "trainers.csv")
     for row in rows:
         distance = row.error.split("\n")[0][:90] if row.distance is None else f"{row.distance:.1e}"

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_lip.audit.checkpoints import load_network, read_tensors
@@ -21,14 +18,13 @@ from lightning_lip.certificates.interval import Certificate, Uncertified, certif
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.models.inputs import call_arguments
 from lightning_lip.models.modules import eval_mode
+from lightning_lip.reporting.console import make_console
+from lightning_lip.reporting.documents import versions
 
 SCHEMA = 1
-PACKAGES = ("lightning-lip", "torch", "lightning")
+PACKAGES = ("lightning-lip", "lightning")
 MAX_INPUTS = 256
 """How many inputs of --data the lower bound is measured on."""
-
-PLAIN_WIDTH = 120
-"""Columns of the table where there is no terminal."""
 
 
 def audit(
@@ -82,8 +78,7 @@ def audit(
         raise AuditError(f"The audit of {target} failed: {error}") from error
     contents = document(target, model, example, result, inputs and min(inputs.n_inputs, MAX_INPUTS), max_bound)
     if json != "-":
-        console = Console()
-        print_report(console if console.is_terminal else Console(width=PLAIN_WIDTH), contents)
+        print_report(make_console(), contents)
     if json is not None:
         write_json(contents, json)
     if contents["passed"] is False:
@@ -123,7 +118,7 @@ def document(
     upper = None if certificate is None else certificate.upper
     contents = {
         "schema": SCHEMA,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES),
         "target": target,
         "module": f"{type(model).__module__}:{type(model).__qualname__}",
         "input_shapes": [list(tensor.shape[1:]) for tensor in _tensors(example)],

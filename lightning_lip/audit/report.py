@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 from rich.text import Text
 
 from lightning_lip.errors import AuditError
+from lightning_lip.reporting.console import make_table, print_line
+from lightning_lip.reporting.documents import write_text
 
 
 def print_report(console: Console, document: dict[str, Any]) -> None:
@@ -23,19 +25,19 @@ def print_report(console: Console, document: dict[str, Any]) -> None:
         document: As :func:`lightning_lip.audit.document` returns it.
     """
     shapes = ", ".join("x".join(map(str, shape)) or "scalar" for shape in document["input_shapes"])
-    _line(console, f"{document['target']}: {document['module']}, inputs {shapes}")
+    print_line(console, f"{document['target']}: {document['module']}, inputs {shapes}")
     console.print(_layers(document["layers"]))
     constants = [node for node in document["operations"] if node["operator"] is None and node["constant"] != 1]
     if constants:
         console.print(_constants(constants))
     for line in interval(document):
-        _line(console, line)
+        print_line(console, line)
     for method in document["skipped"]:
-        _line(console, f"  left out: {method}")
+        print_line(console, f"  left out: {method}")
     if document["refused"]:
-        _line(console, "Refused:")
+        print_line(console, "Refused:")
         for reason in document["refused"]:
-            _line(console, f"  - {reason}")
+            print_line(console, f"  - {reason}")
 
 
 def interval(document: dict[str, Any]) -> list[str]:
@@ -75,13 +77,13 @@ def write_json(document: dict[str, Any], path: str) -> None:
         sys.stdout.write(text)
         return
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(text, Path(path))
     except OSError as error:
         raise AuditError(f"--json {path} cannot be written: {error}.") from error
 
 
-def _layers(layers: list[dict[str, Any]]) -> Grid:
-    grid = _grid(
+def _layers(layers: list[dict[str, Any]]) -> Table:
+    grid = make_table(
         "layers", ("layer", "operator"), ("sigma (estimate)", "sigma (certified)", "constant", "share of log-bound")
     )
     for layer in layers:
@@ -101,8 +103,8 @@ def _layers(layers: list[dict[str, Any]]) -> Grid:
     return grid
 
 
-def _constants(nodes: list[dict[str, Any]]) -> Grid:
-    grid = _grid("other constants than 1", ("module", "operation", "rule"), ("constant",))
+def _constants(nodes: list[dict[str, Any]]) -> Table:
+    grid = make_table("other constants than 1", ("module", "operation", "rule"), ("constant",))
     for node in nodes:
         cells = (
             node["path"] or "(the model)",
@@ -111,15 +113,6 @@ def _constants(nodes: list[dict[str, Any]]) -> Grid:
             _number(node["constant"], ROUND_CEILING),
         )
         grid.add_row(*map(Text, cells))
-    return grid
-
-
-def _grid(title: str, texts: tuple[str, ...], numbers: tuple[str, ...]) -> Grid:
-    grid = Grid(title=title)
-    for column in texts:
-        grid.add_column(column, overflow="fold")
-    for column in numbers:
-        grid.add_column(column, justify="right")
     return grid
 
 
@@ -136,8 +129,3 @@ def _number(value: float | None, rounding: str | None = None) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if rounding is None else _rounded(value, rounding)
-
-
-def _line(console: Console, text: str) -> None:
-    # A report's lines are read by programs too: none is broken or styled.
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

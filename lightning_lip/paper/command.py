@@ -1,4 +1,4 @@
-"""`lightning-lip reproduce`: its options, and what they choose. Importing it loads neither torch nor Lightning."""
+"""`lightning-lip reproduce`: its options, and what they choose."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lip.errors import UsageError
-from lightning_lip.paper.budgets.settings import BudgetPlan
-from lightning_lip.paper.regimes.settings import (
-    CRITERIA,
-    EPOCHS,
-    PAPER_SETTING,
-    REPORTED_SEED,
-    SCALINGS,
-    TUNING_SEED,
-    Plan,
-    Setting,
-)
+from lightning_lip.paper.budgets import study
+from lightning_lip.paper.budgets.study import BudgetPlan
+from lightning_lip.paper.regimes import experiment
+from lightning_lip.paper.regimes.settings import CRITERIA, PAPER_SETTING, Plan, Setting
+from lightning_lip.paper.settings import EPOCHS, REPORTED_SEED, SCALINGS, TUNING_SEED
 from lightning_lip.reporting.extras import require_extras
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
@@ -43,9 +37,9 @@ def reproduce(
     the figures as PNG, a checkpoint for each regime and TensorBoard logs under --out. Needs
     pip install "lightning-lip[paper]".
 
-    With --budget it trains something else: networks whose product of spectral norms is certified to be at most
-    M = 0.5 to 16, by the joint projection, per-layer caps and other ways to share the budget between the layers, on
-    Boston housing and diabetes with ReLU and tanh; and states whether coupling the layers pays. Leaves budget.json.
+    With --budget it trains other networks: the product of their spectral norms is certified to be at most M = 0.5 to
+    16, by the joint projection, per-layer caps and other ways to share the budget between the layers, on Boston
+    housing and diabetes with ReLU and tanh. It states whether coupling the layers pays, and leaves budget.json.
 
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.
@@ -62,7 +56,7 @@ def reproduce(
 
     Returns:
         The contents of results.json, documented at `lightning_lip.paper.regimes.results.results`, or with `budget`
-        those of budget.json, documented at `lightning_lip.paper.budgets.results.budget_results`.
+        those of budget.json, documented at `lightning_lip.paper.budgets.study.budget_results`.
 
     Raises:
         UsageError: If the options make no experiment.
@@ -77,16 +71,12 @@ def reproduce(
             raise UsageError(
                 f"Expected --budget without --{'full' if full else 'tune'}: it has its own seeds and tuning."
             )
-        chosen_budgets = budget_plan(quick=quick, seeds=seeds, epochs=epochs)
+        budgets = budget_plan(quick=quick, seeds=seeds, epochs=epochs)
         require_extras()
-        from lightning_lip.paper.budgets.experiment import run_budget
-
-        return run_budget(chosen_budgets, Path(out), n_workers)
-    chosen = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
+        return study.run_budget(budgets, Path(out), n_workers)
+    regimes = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
     require_extras()
-    from lightning_lip.paper.regimes.experiment import run_experiment
-
-    return run_experiment(chosen, Path(out), n_workers)
+    return experiment.run_experiment(regimes, Path(out), n_workers)
 
 
 def budget_plan(quick: bool = False, seeds: int | None = None, epochs: int = EPOCHS) -> BudgetPlan:
@@ -96,11 +86,8 @@ def budget_plan(quick: bool = False, seeds: int | None = None, epochs: int = EPO
         UsageError: If the options make no experiment.
     """
     preset = "quick" if quick else "default"
-    return BudgetPlan(
-        seeds=_reported_seeds(preset, seeds, epochs),
-        tuning_seeds=range(TUNING_SEED, TUNING_SEED + BUDGET_TUNING_SEEDS[preset]),
-        epochs=epochs,
-    )
+    tuning_seeds = range(TUNING_SEED, TUNING_SEED + BUDGET_TUNING_SEEDS[preset])
+    return BudgetPlan(_reported_seeds(preset, seeds, epochs), tuning_seeds, epochs)
 
 
 def plan(

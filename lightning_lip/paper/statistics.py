@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,12 @@ from lightning_lip.reporting.extras import extra
 
 Values = Sequence[float] | npt.NDArray[np.float64]
 
+Key = TypeVar("Key")
+
 ALPHA = 0.05
-"""The level of every test and the complement of every interval."""
+"""The level of every test; intervals hold the mean with probability 1 - ALPHA."""
+
+DIRECTIONS = ("lower", "higher")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,23 @@ class Comparison:
     n_seeds: int
 
 
+class Corrected(NamedTuple):
+    """A paired comparison and its two-sided p-value after Holm's correction."""
+
+    comparison: Comparison
+    p_value: float
+
+    @property
+    def verdict(self) -> str:
+        """A direction if the p-value is below the level, `"no difference shown"` otherwise, or `"identical"`."""
+        difference = self.comparison.difference
+        if difference.mean == 0 and difference.half_width == 0:
+            return "identical"
+        return DIRECTIONS[difference.mean > 0] if self.p_value < ALPHA else "no difference shown"
+
+
 def interval(values: Values) -> Interval:
-    """Mean and 95% interval of one value per seed; the half width is infinite for a single seed."""
+    """Return the mean and the 95% interval of one value per seed; for a single seed the half width is infinite."""
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -105,6 +125,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def corrected(compared: Mapping[Key, Comparison]) -> dict[Key, Corrected]:
+    """Correct the two-sided p-values of a family of comparisons by Holm's method."""
+    adjusted = holm([comparison.p_two_sided for comparison in compared.values()])
+    return {key: Corrected(compared[key], p_value) for key, p_value in zip(compared, adjusted, strict=True)}
+
+
+def in_words(verdicts: Iterable[tuple[str, str]], preposition: str) -> str:
+    """Name what each verdict was found for, as in `"lower in eta 0, eta 0.2; no difference shown in train"`."""
+    named: dict[str, list[str]] = {}
+    for verdict, name in verdicts:
+        named.setdefault(verdict, []).append(name)
+    return "; ".join(f"{verdict} {preposition} {', '.join(names)}" for verdict, names in named.items())
+
+
 def can_decide(n_seeds: int, n_tests: int) -> bool:
     """Whether a family of tests over `n_seeds` signs can reach the level at all.
 
@@ -115,12 +149,12 @@ def can_decide(n_seeds: int, n_tests: int) -> bool:
 
 
 def low_level(first: Values, second: Values, slack: float = 0.05) -> float:
-    """A low error that both curves reach: `slack` above the worse of the two curves' best values."""
+    """Return an error that both curves reach: `slack` (relative) above the larger of their least values."""
     return (1 + slack) * max(float(np.min(first)), float(np.min(second)))
 
 
 def epochs_to(curve: Values, level: float) -> int:
-    """The first epoch (from 1) whose value is at most `level`.
+    """Return the first epoch (from 1) whose value is at most `level`.
 
     Raises:
         ValueError: If the curve never gets there.

@@ -1,1 +1,1 @@
-"""What the commands share: console, documents, optional packages, processes."""
+"""What the commands share: console, documents, optional packages, progress, processes."""

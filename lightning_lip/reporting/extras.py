@@ -1,4 +1,4 @@
-"""Optional dependencies, imported only where the experiment needs them."""
+"""Optional packages, imported only where a command needs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def extra(module: str, name: str = "paper") -> ModuleType:
 
     Args:
         module: The dotted name, for instance `"scipy.stats"`.
-        name: The extra's.
+        name: The name of the extra, `"paper"` or `"bench"`.
 
     Returns:
         The module.
@@ -35,7 +35,7 @@ def extra(module: str, name: str = "paper") -> ModuleType:
 
 
 def require_extras() -> None:
-    """Import every module of the `paper` extra, so that one that is missing shows before anything is trained.
+    """Import every module of the `paper` extra, so that a missing one is reported before anything is trained.
 
     Raises:
         MissingExtraError: If one is not installed.

@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as connection_wait
 from typing import TypeVar
+
+import torch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -62,6 +65,17 @@ def map_tasks(
             executor.shutdown(wait=False, cancel_futures=True)
             raise
         return [future.result() for future in futures]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work on one thread, so that results do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task], None]) -> None:

@@ -1,16 +1,42 @@
-"""A progress bar with the time left on a terminal, and a line now and then elsewhere."""
+"""How far a command is: a bar with the time left on a terminal, and a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lightning_lip.reporting.console import print_line
+from lightning_lip.reporting.processes import map_tasks
+
 LINES = 10
-"""How many lines a run of the command prints where there is no terminal."""
+"""How many lines are printed in all where there is no terminal."""
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def map_with_progress(
+    console: Console, what: str, function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> list[Result]:
+    """Do what :func:`~lightning_lip.reporting.processes.map_tasks` does, and show how many tasks are done.
+
+    Args:
+        console: Where to show it.
+        what: What the tasks are called there.
+        function: As in `map_tasks`, as the following.
+        tasks: See there.
+        workers: See there.
+
+    Raises:
+        RunError: If a task raises or its worker dies.
+    """
+    with progress(console, len(tasks), what) as on_done:
+        return map_tasks(function, tasks, workers, on_done)
 
 
 @contextmanager
@@ -32,21 +58,16 @@ def progress(console: Console, total: int, what: str) -> Iterator[Callable[[obje
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(what, total=total)
             yield lambda _: bar.advance(task)
-    else:
-        yield _Lines(console, total, what)
+        return
+    n_done = 0
+    start = time.monotonic()
 
+    def on_done(_: object) -> None:
+        nonlocal n_done
+        n_done += 1
+        if n_done * LINES // total > (n_done - 1) * LINES // total:
+            elapsed = time.monotonic() - start
+            left = elapsed / n_done * (total - n_done)
+            print_line(console, f"{what}: {n_done}/{total}, {elapsed:.0f} s, about {left:.0f} s left")
 
-class _Lines:
-    def __init__(self, console: Console, total: int, what: str) -> None:
-        self._console = console
-        self._total = total
-        self._what = what
-        self._done = 0
-        self._start = time.monotonic()
-
-    def __call__(self, _: object) -> None:
-        self._done += 1
-        if self._done * LINES // self._total > (self._done - 1) * LINES // self._total:
-            elapsed = time.monotonic() - self._start
-            left = elapsed / self._done * (self._total - self._done)
-            self._console.print(f"{self._what}: {self._done}/{self._total}, {elapsed:.0f} s, about {left:.0f} s left")
+    yield on_done

@@ -1,64 +1,107 @@
-"""The training of one seed's networks at once, each projected onto its budget, and the certificate of each.
+"""The networks of one seed, trained at once, each projected onto its budget and certified.
 
-All networks of a task have the same shape, start, rows and batches. They are stacked: a layer's weights have shape
-(N, out, in), a forward pass is one batched product for each layer, and one Adam trains them all, which is exact because
-Adam works element by element. Only the projections differ, and these are `lightning_lip.projection`'s.
+A budget M bounds the product of the four spectral norms of the paper's network, for standardised inputs and a
+standardised target: a certified Lipschitz constant of at most M standard deviations of the target per unit of the
+standardised inputs. Every method has the same budget; they differ in how it is shared between the layers.
+
+All networks of a task have the same shape, start, rows and batches. Their parameters are stacked, so that one call of
+``torch.vmap`` evaluates them all and one Adam trains them all; Adam works element by element, so that each network is
+trained as it would be alone. Only the projections differ, and these are those of `lightning_lip.projection`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from lightning_lip.certificates.interval import certified_matrix_norm
+from lightning_lip.certificates import certified_matrix_norm
 from lightning_lip.metrics import noisy_mean_absolute_error
-from lightning_lip.paper.budgets.settings import ALLOCATIONS, MARGIN, BudgetRecord, Rebalanced, SeedTask
-from lightning_lip.paper.data import Array, Dataset, Split, split
+from lightning_lip.paper.data import Array, Dataset, Split, batches, split, tensor
 from lightning_lip.paper.model import PaperRegressor
-from lightning_lip.paper.regimes.settings import BATCH_SIZE, METRICS, NOISE_LEVELS
-from lightning_lip.projection.caps import joint_caps, log_clip_caps, per_layer_caps, scale_factors
+from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, rounded
+from lightning_lip.projection import joint_caps, log_clip_caps, per_layer_caps, scale_factors
+from lightning_lip.reporting.processes import one_thread
 from lightning_lip.rigorous.rounding import multiply_up
 
-ACTIVATION_MODULES = {"relu": nn.ReLU, "tanh": nn.Tanh}
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+CASES = ("boston/relu", "boston/tanh", "diabetes/relu", "diabetes/tanh")
+"""Data set and activation; methods are compared within one case."""
+
+BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+
+ALLOCATIONS = {"uniform": 1.0, "first_x0.25": 0.25, "first_x0.5": 0.5, "first_x2": 2.0, "first_x4": 4.0}
+"""Per-layer caps: M^(1/4) for each layer, but the first layer's times k and the last layer's divided by k."""
+
+CONSTRAINTS = ("joint", "joint_euclidean", *ALLOCATIONS, "scaling", "log_clip")
+"""The methods that project after each step."""
+
+MARGIN = 1e-5
+"""The last projection aims this far (relative) below the budget: more than rounding to float32 can add."""
 
 
-class Networks(NamedTuple):
-    """N networks of one shape: weights (N, out, in) and biases (N, 1, out) of each layer, and their activation."""
+class SeedTask(NamedTuple):
+    """The networks of one case and seed, which are trained at once.
 
-    weights: list[Tensor]
-    biases: list[Tensor]
-    activation: str
+    Attributes:
+        case: One of `CASES`.
+        seed: Of the split, the initialisation, the batches and the noise, so that the methods are paired.
+        epochs: The number of epochs.
+        constrained: (method, budget) of every network that is projected after each step.
+        penalised: (budget, coefficient) of every network that is trained with the product penalty and projected once,
+            at the end. The tuning has infinite budgets: nothing is projected.
+    """
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Map inputs (B, features), the same for every network, to predictions (N, B)."""
-        activation = ACTIVATION_MODULES[self.activation]()
-        hidden = inputs.expand(len(self.weights[0]), -1, -1)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = torch.baddbmm(bias, activation(hidden) if layer else hidden, weight.mT)
-        return hidden[..., 0]
+    case: str
+    seed: int
+    epochs: int
+    constrained: tuple[tuple[str, float], ...]
+    penalised: tuple[tuple[float, float], ...]
 
-    def single(self, index: int) -> nn.Sequential:
-        """A copy of one network as a module that maps (B, features) to (B, 1)."""
-        layers: list[nn.Module] = []
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            linear = nn.Linear(weight.shape[2], weight.shape[1], device="meta").to_empty(device="cpu")
-            linear.load_state_dict({"weight": weight[index].detach(), "bias": bias[index, 0].detach()})
-            layers += [linear, ACTIVATION_MODULES[self.activation]()]
-        return nn.Sequential(*layers[:-1])
+    def __str__(self) -> str:
+        """Name the task in messages."""
+        return f"{self.case}, seed {self.seed}"
 
 
-def train_seed(task: SeedTask, datasets: dict[str, Dataset]) -> list[BudgetRecord]:
+class BudgetRecord(NamedTuple):
+    """What one network gave, after its last projection.
+
+    Attributes:
+        case: One of `CASES`.
+        seed: The seed.
+        method: One of `CONSTRAINTS`, or `"penalty"`.
+        budget: M.
+        coefficient: The product penalty's lambda; 0 for the other methods.
+        certified: *Certified upper bound* of the product of the four spectral norms; at most `budget`.
+        sigmas: *Certified upper bounds* of the spectral norms, first to last layer.
+        errors: The MAE of each of `METRICS`, in the target's units, rounded to 6 significant digits.
+        rebalanced: For the joint projection of a ReLU network, rescaled to equal norms: `largest_norm`, the *certified
+            upper bound* of the largest of its norms, and `change`, the largest change of an output on the validation
+            rows over the largest output, in float64. None otherwise.
+    """
+
+    case: str
+    seed: int
+    method: str
+    budget: float
+    coefficient: float
+    certified: float
+    sigmas: tuple[float, ...]
+    errors: dict[str, float]
+    rebalanced: dict[str, float] | None
+
+
+def train_seed(task: SeedTask, datasets: Mapping[str, Dataset]) -> list[BudgetRecord]:
     """Train all networks of a task, project each a last time and certify it.
 
-    The records depend on the arguments only, and a network's record on the other networks of the task only through
-    the rounding of batched products.
+    A network's record depends on the other networks of the task through the rounding of batched products only.
 
     Args:
         task: What to train.
@@ -70,23 +113,22 @@ def train_seed(task: SeedTask, datasets: dict[str, Dataset]) -> list[BudgetRecor
     Raises:
         ArithmeticError: If a certified bound exceeds its budget.
     """
-    with _one_thread():
-        parts, unit = _standardised(datasets[task.case.dataset], task.seed)
-        networks, coefficients = _train(task, parts)
-        return _records(task, _finished(task, networks, coefficients), parts, unit)
-
-
-def train_penalties(task: SeedTask, datasets: dict[str, Dataset]) -> list[float]:
-    """Train the penalised networks of a tuning task and return the product of spectral norms of each, in their order.
-
-    Args:
-        task: What to train; no two of its coefficients are the same.
-        datasets: By name.
-    """
-    with _one_thread():
-        networks, _ = _train(task, _standardised(datasets[task.case.dataset], task.seed)[0])
-        products: list[float] = _products(networks.weights).tolist()
-        return products
+    with one_thread():
+        parts = split(datasets[task.case.split("/")[0]], task.seed, "standardised")
+        mean, unit = float(parts.train_target.mean()), float(parts.train_target.std())
+        targets = {name: (getattr(parts, name) - mean) / unit for name in ("train_target", "validation_target")}
+        parts = parts._replace(**targets)
+        network, stacked = _train(task, parts)
+        # A network that was trained with the penalty is projected only here, as the joint method projects.
+        last = [*task.constrained, *(("joint", budget) for budget, _ in task.penalised if math.isfinite(budget))]
+        project(_weights(stacked), [(method, budget * (1 - MARGIN)) for method, budget in last])
+        rows = [(method, budget, 0.0) for method, budget in task.constrained]
+        rows += [("penalty", budget, coefficient) for budget, coefficient in task.penalised]
+        records = []
+        for index, row in enumerate(rows):
+            network.load_state_dict({name: value[index].detach() for name, value in stacked.items()})
+            records.append(_record(task, network, row, parts, unit))
+        return records
 
 
 def projected(method: str, spectra: Sequence[Array], log_budget: float) -> list[Array]:
@@ -118,11 +160,11 @@ def projected(method: str, spectra: Sequence[Array], log_budget: float) -> list[
 def project(weights: Sequence[Tensor], constraints: Sequence[tuple[str, float]]) -> None:
     """Project the first networks of a stack in place, each by its own method onto its own budget.
 
-    Exact up to rounding: the eigenvectors of W W^T in float64 are W's left singular vectors, for half the time of an
-    SVD; what they lose lies 1e-8 below the norm, where nothing is clipped.
+    Exact up to rounding: the eigenvectors of W W^T in float64 are the left singular vectors of W, in half the time of
+    an SVD. Small singular values lose digits, but only those below 1e-8 of the norm, where nothing is clipped.
 
     Args:
-        weights: Each layer's, (N, out, in).
+        weights: The weights of each layer, (N, out, in).
         constraints: (method, budget) of the first networks, at most N.
     """
     if not constraints:
@@ -143,129 +185,19 @@ def project(weights: Sequence[Tensor], constraints: Sequence[tuple[str, float]])
         weight[constrained] -= (vectors * excess) @ (vectors.mT @ stack)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _standardised(data: Dataset, seed: int) -> tuple[Split, float]:
-    """Split and standardise inputs and target by the training rows; also return the target's standard deviation."""
-    parts = split(data, seed, "standardised")
-    mean, unit = float(parts.train_target.mean()), float(parts.train_target.std())
-    targets = {name: (getattr(parts, name) - mean) / unit for name in ("train_target", "validation_target")}
-    return parts._replace(**targets), unit
-
-
-def _train(task: SeedTask, parts: Split) -> tuple[Networks, list[float]]:
-    """Train the constrained networks and, behind them, one for each penalty's coefficient, which are returned too."""
-    coefficients = list(dict.fromkeys(coefficient for _, coefficient in task.penalised))
-    n_networks, n_constrained = len(task.constrained) + len(coefficients), len(task.constrained)
-    inputs, target = _tensor(parts.train_inputs), _tensor(parts.train_target)
-    start = PaperRegressor(in_features=inputs.shape[1], seed=task.seed)
-    linears = [module for module in start.net if isinstance(module, nn.Linear)]
-    weights = [linear.weight.detach().repeat(n_networks, 1, 1).requires_grad_() for linear in linears]
-    biases = [linear.bias.detach().repeat(n_networks, 1, 1).requires_grad_() for linear in linears]
-    networks = Networks(weights, biases, task.case.activation)
-    settings = start.configure_optimizers().defaults
-    optimizer = torch.optim.Adam([*weights, *biases], lr=settings["lr"], eps=settings["eps"])
-    penalty_weights = torch.tensor(coefficients)
-    generator = torch.Generator().manual_seed(task.seed)
-    for _ in range(task.epochs):
-        for rows in torch.split(torch.randperm(len(inputs), generator=generator), BATCH_SIZE):
-            # A sum over the networks: the gradient of each is that of its own loss.
-            loss = (networks(inputs[rows]) - target[rows]).square().mean(dim=1).sum()
-            if coefficients:
-                loss = loss + penalty_weights @ _products([weight[n_constrained:] for weight in weights])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            project(weights, task.constrained)
-    return networks, coefficients
-
-
-def _products(weights: Sequence[Tensor]) -> Tensor:
-    """The product of the spectral norms of each of N networks, (N,), exact up to rounding (SVD)."""
-    return torch.stack([torch.linalg.matrix_norm(weight, 2) for weight in weights]).prod(dim=0)
+def certified_norms(network: nn.Module) -> tuple[float, ...]:
+    """Return *certified upper bounds* of the spectral norms of a network's linear layers, first to last."""
+    return tuple(certified_matrix_norm(m.weight) for m in network.modules() if isinstance(m, nn.Linear))
 
 
 @torch.no_grad()
-def _finished(task: SeedTask, networks: Networks, coefficients: list[float]) -> Networks:
-    """Copy the networks in the order of the records and project each onto its budget, less the margin."""
-    n_constrained = len(task.constrained)
-    order = [*range(n_constrained), *(n_constrained + coefficients.index(c) for _, c in task.penalised)]
-    weights = [weight[order] for weight in networks.weights]
-    # One projection of a network that was trained without a constraint: the same as the joint method's.
-    constraints = (*task.constrained, *(("joint", budget) for budget, _ in task.penalised))
-    project(weights, [(method, budget * (1 - MARGIN)) for method, budget in constraints])
-    return Networks(weights, [bias[order] for bias in networks.biases], networks.activation)
-
-
-def _records(task: SeedTask, networks: Networks, parts: Split, unit: float) -> list[BudgetRecord]:
-    chosen = [(method, budget, 0.0) for method, budget in task.constrained]
-    chosen += [("penalty", budget, coefficient) for budget, coefficient in task.penalised]
-    records = []
-    for index, (method, budget, coefficient) in enumerate(chosen):
-        network = networks.single(index)
-        sigmas = certified_norms(network)
-        certified = multiply_up(*sigmas)
-        if not certified <= budget:
-            raise ArithmeticError(
-                f"The certified bound {certified!r} of method '{method}' exceeds its budget {budget:g}."
-            )
-        errors = _errors(network, parts, task.seed, unit)
-        rebalanced = _rebalanced(network, parts) if (task.case.activation, method) == ("relu", "joint") else None
-        records.append(
-            BudgetRecord(task.case, task.seed, method, budget, coefficient, certified, sigmas, errors, rebalanced)
-        )
-    return records
-
-
-def certified_norms(network: nn.Sequential) -> tuple[float, ...]:
-    """*Certified upper bounds* of the spectral norms of a network's linear layers, first to last."""
-    return tuple(certified_matrix_norm(module.weight) for module in network if isinstance(module, nn.Linear))
-
-
-@torch.no_grad()
-def _errors(network: nn.Sequential, parts: Split, seed: int, unit: float) -> dict[str, float]:
-    train_error = network(_tensor(parts.train_inputs))[:, 0] - _tensor(parts.train_target)
-    validation = noisy_mean_absolute_error(
-        network,
-        _tensor(parts.validation_inputs),
-        _tensor(parts.validation_target)[:, None],
-        NOISE_LEVELS,
-        _tensor(parts.feature_min),
-        _tensor(parts.feature_max),
-        generator=torch.Generator().manual_seed(seed),
-    )
-    values = [float(train_error.abs().mean()), *validation.tolist()]
-    return {metric: unit * value for metric, value in zip(METRICS, values, strict=True)}
-
-
-@torch.no_grad()
-def _rebalanced(network: nn.Sequential, parts: Split) -> Rebalanced:
-    """Rescale a ReLU network to equal norms: its function is unchanged, and each norm is at most M^(1/4)."""
-    inputs = torch.as_tensor(parts.validation_inputs)
-    before = deepcopy(network).double()
-    after = deepcopy(before)
-    rescale(after)
-    outputs = before(inputs)
-    change = float((after(inputs) - outputs).abs().max() / outputs.abs().max())
-    return Rebalanced(max(certified_norms(after)), change)
-
-
-@torch.no_grad()
-def rescale(network: nn.Sequential) -> None:
+def rescale(network: nn.Module) -> None:
     """Give every linear layer of a ReLU network the same spectral norm, in place; its function stays the same.
 
     Layer l's weight is scaled by c_l with ``prod_l c_l = 1``, and its bias by c_1 ... c_l: a ReLU passes positive
     factors on. No layer may be zero.
     """
-    linears = [module for module in network if isinstance(module, nn.Linear)]
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
     norms = [float(torch.linalg.matrix_norm(linear.weight, 2)) for linear in linears]
     common = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
     cumulated = 1.0
@@ -275,5 +207,65 @@ def rescale(network: nn.Sequential) -> None:
         linear.bias.mul_(cumulated)
 
 
-def _tensor(array: Array) -> Tensor:
-    return torch.as_tensor(array, dtype=torch.float32)
+def _train(task: SeedTask, parts: Split) -> tuple[nn.Sequential, dict[str, Tensor]]:
+    """Train the networks; return one of their kind, and their stacked parameters, (N, ...) each."""
+    inputs, target = tensor(parts.train_inputs), tensor(parts.train_target)
+    start = PaperRegressor(in_features=inputs.shape[1], seed=task.seed)
+    activation = ACTIVATIONS[task.case.split("/")[1]]
+    network = nn.Sequential(*(activation() if isinstance(m, nn.ReLU) else m for m in start.net))
+    n_constrained, n_networks = len(task.constrained), len(task.constrained) + len(task.penalised)
+    stacked = {
+        name: torch.stack([value.detach()] * n_networks).requires_grad_() for name, value in network.named_parameters()
+    }
+
+    def predict(parameters: dict[str, Tensor], rows: Tensor) -> Any:
+        return functional_call(network, parameters, (rows,))[:, 0]
+
+    settings = start.configure_optimizers().defaults
+    optimizer = torch.optim.Adam(stacked.values(), lr=settings["lr"], eps=settings["eps"])
+    coefficients = torch.tensor([coefficient for _, coefficient in task.penalised])
+    generator = torch.Generator().manual_seed(task.seed)
+    for _ in range(task.epochs):
+        for rows in batches(len(inputs), generator):
+            errors = torch.vmap(predict, (0, None))(stacked, inputs[rows]) - target[rows]
+            # A sum over the networks: the gradient of each is that of its own loss.
+            loss = errors.square().mean(dim=1).sum()
+            if task.penalised:
+                norms = [torch.linalg.matrix_norm(weight[n_constrained:], 2) for weight in _weights(stacked)]
+                loss = loss + coefficients @ torch.stack(norms).prod(dim=0)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            project(_weights(stacked), task.constrained)
+    return network, stacked
+
+
+def _weights(stacked: dict[str, Tensor]) -> list[Tensor]:
+    return [value for name, value in stacked.items() if name.endswith("weight")]
+
+
+@torch.no_grad()
+def _record(
+    task: SeedTask, network: nn.Sequential, row: tuple[str, float, float], parts: Split, unit: float
+) -> BudgetRecord:
+    method, budget, coefficient = row
+    sigmas = certified_norms(network)
+    certified = multiply_up(*sigmas)
+    if not certified <= budget:
+        raise ArithmeticError(f"The certified bound {certified!r} of method '{method}' exceeds its budget {budget:g}.")
+    inputs, target = tensor(parts.validation_inputs), tensor(parts.validation_target)[:, None]
+    limits = tensor(parts.feature_min), tensor(parts.feature_max)
+    noise = torch.Generator().manual_seed(task.seed)
+    validation = noisy_mean_absolute_error(network, inputs, target, NOISE_LEVELS, *limits, generator=noise)
+    training = (network(tensor(parts.train_inputs))[:, 0] - tensor(parts.train_target)).abs().mean()
+    values = [float(training), *validation.tolist()]
+    errors = {metric: rounded(unit * value) for metric, value in zip(METRICS, values, strict=True)}
+    rebalanced = None
+    if method == "joint" and task.case.endswith("relu"):
+        before = deepcopy(network).double()
+        after = deepcopy(before)
+        rescale(after)
+        outputs = before(inputs.double())
+        change = float((after(inputs.double()) - outputs).abs().max() / outputs.abs().max())
+        rebalanced = {"largest_norm": max(certified_norms(after)), "change": change}
+    return BudgetRecord(task.case, task.seed, method, budget, coefficient, certified, sigmas, errors, rebalanced)

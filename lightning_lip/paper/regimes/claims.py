@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_lip.paper.regimes.settings import LABELS, METRICS, NOISE_LEVELS, REGIMES, Table, validation_key
+from lightning_lip.paper.regimes.settings import LABELS, REGIMES, Table
+from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import (
     ALPHA,
     Comparison,

@@ -11,20 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 
-from lightning_lip.paper.regimes.settings import (
-    GRID,
-    LABELS,
-    METRICS,
-    NOISE_LEVELS,
-    PAPER_SETTING,
-    REGIMES,
-    Setting,
-    Table,
-    validation_key,
-)
+from lightning_lip.paper.regimes.settings import GRID, LABELS, PAPER_SETTING, REGIMES, Setting, Table
 from lightning_lip.paper.regimes.tuning import Sweep, Tuning, sweeps_of
+from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import interval
+from lightning_lip.reporting.documents import remove_events
 from lightning_lip.reporting.extras import extra
 
 COLOURS = {"none": "#000000", "layer": "#E69F00", "product": "#0072B2", "maxnorm": "#CC79A7"}
@@ -42,7 +35,7 @@ Figure = Any
 
 def region() -> Figure:
     """Figure 1: the contours of |W1| |W2|, and where the product is at most 1 against the square."""
-    figure, (left, right) = panels(1, 2, (8.0, 3.9))
+    figure, (left, right) = _panels(1, 2, (8.0, 3.9))
     axis = np.linspace(-3.0, 3.0, 601)
     product = np.abs(np.multiply.outer(axis, axis))
     levels = [0.25, 1.0, 2.0, 4.0, 6.0]
@@ -68,7 +61,7 @@ def region() -> Figure:
 
 def training(table: Table) -> Figure:
     """Figure 2: training MAE and loss over the epochs, mean and 95% interval over the seeds."""
-    figure, axes = panels(1, 2, (8.6, 3.8))
+    figure, axes = _panels(1, 2, (8.6, 3.8))
     _curves(axes[0], table, "train_mae")
     axes[0].set(title="training MAE", ylabel="MAE (thousand dollars)")
     _curves(axes[1], table, "train_mse")
@@ -78,7 +71,7 @@ def training(table: Table) -> Figure:
 
 def validation(table: Table) -> Figure:
     """Figure 3: validation MAE over the epochs at each noise level, mean and 95% interval over the seeds."""
-    figure, grid = panels(2, 2, (8.6, 6.6))
+    figure, grid = _panels(2, 2, (8.6, 6.6))
     axes = grid.ravel()
     for panel, level in zip(axes, NOISE_LEVELS, strict=True):
         _curves(panel, table, validation_key(level))
@@ -93,7 +86,7 @@ def front(table: Table, sweeps: Sequence[Sweep] = ()) -> Figure:
         table: The records of one setting.
         sweeps: Draws the tuning seeds' means along the grid of coefficients.
     """
-    figure, axes = panels(1, 1, (6.6, 5.2))
+    figure, axes = _panels(1, 1, (6.6, 5.2))
     clean_key, noisy_key = METRICS[1], METRICS[-1]
     for regime in REGIMES:
         clean = [record.final(clean_key) for record in table[regime]]
@@ -136,20 +129,8 @@ def write_figures(tables: dict[Setting, Table], tuning: Tuning | None, folder: P
         figures[f"{place}figure_2_training"] = training(table)
         figures[f"{place}figure_3_validation"] = validation(table)
         figures[f"{place}figure_4_front"] = front(table, sweeps_of(tuning, setting))
-    return save_figures(figures, folder, "figures")
-
-
-def save_figures(figures: dict[str, Figure], folder: Path, log: str) -> list[str]:
-    """Write figures by name as PNG, and to TensorBoard in place of what `tensorboard/<log>` holds.
-
-    Returns:
-        The PNG files, relative to `folder`.
-    """
-    from torch.utils.tensorboard import SummaryWriter
-
-    events = folder / "tensorboard" / log
-    for old in events.glob("events.out.tfevents.*"):
-        old.unlink()
+    events = folder / "tensorboard" / "figures"
+    remove_events(events)
     files = []
     with SummaryWriter(str(events)) as writer:
         for name, figure in figures.items():
@@ -161,8 +142,8 @@ def save_figures(figures: dict[str, Figure], folder: Path, log: str) -> list[str
     return files
 
 
-def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-    """A figure of `size` in inches with a grid of axes; the axes alone where it is 1 x 1."""
+def _panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure of `size` in inches with its array of axes, or its only axes where the grid is 1 x 1."""
     figure = extra("matplotlib.figure").Figure(figsize=size, dpi=200, layout="constrained")
     figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
     return figure, figure.subplots(rows, columns)

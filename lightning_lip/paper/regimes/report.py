@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from rich.console import Console
 from rich.table import Table as Grid
@@ -12,54 +10,46 @@ from lightning_lip.paper.regimes.claims import HOLDS, RIVALS, Claim, comparisons
 from lightning_lip.paper.regimes.settings import (
     LABELS,
     MAX_NORM,
-    METRICS,
-    NOISE_LEVELS,
     PAPER_BOUNDS,
     PAPER_LABELS,
+    PAPER_SETTING,
     PAPER_SIGMAS,
     REGIMES,
+    Lambdas,
     Setting,
     Table,
-    validation_key,
 )
 from lightning_lip.paper.regimes.tuning import Tuning
-from lightning_lip.paper.statistics import ALPHA, Comparison, compare, holm, interval
+from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
+from lightning_lip.paper.statistics import DIRECTIONS, compare, corrected, in_words, interval
+from lightning_lip.reporting.console import make_table, print_line
 
 METRIC_LABELS = {"train_mae": "train"} | {validation_key(level): f"eta {level:g}" for level in NOISE_LEVELS}
 PAIRS = (("product", "layer"), ("product", "none"), ("layer", "none"), ("maxnorm", "none"))
-DIRECTIONS = ("lower", "higher")
-
-PLAIN_WIDTH = 120
-"""Columns of the tables where there is no terminal."""
 
 
-def make_console() -> Console:
-    """The console that reports are printed on."""
-    console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
-
-
-def print_setting(console: Console, setting: Setting, table: Table, lambdas: dict[str, float]) -> None:
-    """Print everything on one setting: errors, norms, paired differences, findings and claims."""
-    print_errors(console, setting, table, lambdas)
-    console.print(_norms(table))
-    console.print(_differences(table))
-    for sentence in (*notes(setting, table), *findings(table)):
-        console.print(f"- {sentence}", highlight=False)
-    print_claims(console, judge(table))
+def print_report(console: Console, tables: dict[Setting, Table], lambdas: Lambdas, tuning: Tuning | None) -> None:
+    """Print the coefficients found and every setting: the paper's in full, of the others errors and claims."""
+    if tuning is not None:
+        print_lambdas(console, tuning)
+    for setting, table in tables.items():
+        print_errors(console, setting, table, lambdas[setting.name])
+        if setting == PAPER_SETTING:
+            console.print(_norms(table))
+            console.print(_differences(table))
+            for sentence in (*notes(setting, table), *findings(table)):
+                print_line(console, f"- {sentence}")
+        print_claims(console, judge(table))
 
 
 def print_errors(console: Console, setting: Setting, table: Table, lambdas: dict[str, float]) -> None:
     """Print the table of mean absolute errors of one setting."""
     n_seeds = len(table["none"])
-    grid = Grid(
-        title=f"MAE in thousand dollars, mean ± 95% interval over {n_seeds} seeds "
+    title = (
+        f"MAE in thousand dollars, mean ± 95% interval over {n_seeds} seeds "
         f"({setting.scaling} inputs, {setting.n_norms} norms, tuned on {setting.criterion} MAE)"
     )
-    grid.add_column("regime")
-    grid.add_column("lambda", justify="right")
-    for label in METRIC_LABELS.values():
-        grid.add_column(label, justify="right")
+    grid = make_table(title, ["regime"], ["lambda", *METRIC_LABELS.values()])
     for regime in REGIMES:
         errors = [interval([record.final(metric) for record in table[regime]]) for metric in METRICS]
         coefficient = f"{lambdas[regime]:.3g}" if regime in lambdas else "-"
@@ -69,24 +59,23 @@ def print_errors(console: Console, setting: Setting, table: Table, lambdas: dict
 
 def print_claims(console: Console, claims: list[Claim]) -> None:
     """Print each claim of the paper with its verdict, its test and its figures."""
-    console.print("\nThe paper's claims in this run:", highlight=False)
+    print_line(console, "\nThe paper's claims in this run:")
     for claim in claims:
-        console.print(f"({claim.letter}) {claim.statement}: [bold]{claim.verdict}[/bold]", highlight=False)
-        console.print(f"    {claim.figures}", highlight=False)
-        console.print(f"    Test: {claim.test}.", highlight=False)
-    console.print(summary(claims), highlight=False)
+        print_line(console, f"({claim.letter}) {claim.statement}: {claim.verdict}")
+        print_line(console, f"    {claim.figures}")
+        print_line(console, f"    Test: {claim.test}.")
+    print_line(console, summary(claims))
 
 
 def print_lambdas(console: Console, tuning: Tuning) -> None:
     """Print the table of coefficients that the tuning found."""
-    grid = Grid(title=f"lambda by grid search on seeds {tuning.seeds[0]} to {tuning.seeds[-1]}")
-    for column in ("scaling / norms / criterion", "layer penalty", "product penalty"):
-        grid.add_column(column)
+    title = f"lambda by grid search on seeds {tuning.seeds[0]} to {tuning.seeds[-1]}"
+    grid = make_table(title, ("scaling / norms / criterion", "layer penalty", "product penalty"), [])
     for setting, row in tuning.lambdas.items():
         grid.add_row(setting, f"{row['layer']:g}", f"{row['product']:g}")
     console.print(grid)
     for entry in tuning.at_the_edge:
-        console.print(f"- {entry}: the best value is at an end of the grid.", highlight=False)
+        print_line(console, f"- {entry}: the best value is at an end of the grid.")
 
 
 def summary(claims: list[Claim]) -> str:
@@ -126,34 +115,22 @@ def findings(table: Table) -> list[str]:
         for pair in PAIRS
         for metric in METRICS
     }
-    adjusted = dict(zip(compared, holm([c.p_two_sided for c in compared.values()]), strict=True))
+    found = corrected(compared)
     sentences = []
     for pair in PAIRS:
-        by_verdict: dict[str, list[str]] = {}
+        verdicts = []
         for metric in METRICS:
-            comparison, p_value = compared[pair, metric], adjusted[pair, metric]
-            verdict = difference_in_words(comparison, p_value)
+            comparison, p_value = found[pair, metric]
+            verdict = found[pair, metric].verdict
             numbers = f" ({comparison.difference:+.3f}, p = {p_value:.2g})" if verdict in DIRECTIONS else ""
-            by_verdict.setdefault(verdict, []).append(METRIC_LABELS[metric] + numbers)
-        outcome = "; ".join(f"{verdict} in {', '.join(labels)}" for verdict, labels in by_verdict.items())
-        sentences.append(f"MAE of {LABELS[pair[0]]} against {LABELS[pair[1]]}: {outcome}.")
+            verdicts.append((verdict, METRIC_LABELS[metric] + numbers))
+        sentences.append(f"MAE of {LABELS[pair[0]]} against {LABELS[pair[1]]}: {in_words(verdicts, 'in')}.")
     return sentences
 
 
-def difference_in_words(comparison: Comparison, p_value: float) -> str:
-    """Name a direction if `p_value` is below the level, and otherwise none."""
-    if comparison.difference.mean == 0 and comparison.difference.half_width == 0:
-        return "identical"
-    if p_value >= ALPHA:
-        return "no difference shown"
-    return DIRECTIONS[comparison.difference.mean > 0]
-
-
 def _norms(table: Table) -> Grid:
-    grid = Grid(title="spectral norms of the final weights, mean over seeds (the paper's Table 1)")
-    grid.add_column("layer")
-    for regime in REGIMES:
-        grid.add_column(f"{LABELS[regime]}\n({PAPER_LABELS[regime]})", justify="right")
+    columns = [f"{LABELS[regime]}\n({PAPER_LABELS[regime]})" for regime in REGIMES]
+    grid = make_table("spectral norms of the final weights, mean over seeds (the paper's Table 1)", ["layer"], columns)
     sigmas = {regime: np.array([record.sigmas for record in table[regime]]) for regime in REGIMES}
     for layer in range(3):
         cells = (f"{sigmas[r][:, layer].mean():.3f} ({PAPER_SIGMAS[r][layer]:.3f})" for r in REGIMES)
@@ -165,14 +142,9 @@ def _norms(table: Table) -> Grid:
 
 
 def _differences(table: Table) -> Grid:
-    grid = Grid(title="product penalty's MAE minus the rival's ± 95% interval; p (two-sided, uncorrected); seeds won")
-    grid.add_column("MAE")
-    for rival in RIVALS:
-        grid.add_column(f"minus {LABELS[rival]}", justify="right")
+    title = "product penalty's MAE minus the rival's ± 95% interval; p (two-sided, uncorrected); seeds won"
+    grid = make_table(title, ["MAE"], [f"minus {LABELS[rival]}" for rival in RIVALS])
     for metric, row in comparisons(table).items():
-        grid.add_row(METRIC_LABELS[metric], *_cells(row[rival] for rival in RIVALS))
+        cells = (f"{c.difference:.3f}; {c.p_two_sided:.2g}; {c.share_won:.0%}" for c in row.values())
+        grid.add_row(METRIC_LABELS[metric], *cells)
     return grid
-
-
-def _cells(row: Iterable[Comparison]) -> list[str]:
-    return [f"{c.difference:.3f}; {c.p_two_sided:.2g}; {c.share_won:.0%}" for c in row]

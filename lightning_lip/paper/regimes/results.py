@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_lip.paper.data import NOTE
+from lightning_lip.paper.data import NOTE, SOURCES
 from lightning_lip.paper.regimes.claims import comparisons, epochs_ratios, judge
 from lightning_lip.paper.regimes.settings import (
-    BATCH_SIZE,
     MAX_NORM,
-    METRICS,
-    NOISE_LEVELS,
     PAPER_BOUNDS,
     PAPER_SIGMAS,
     REGIMES,
@@ -27,10 +20,12 @@ from lightning_lip.paper.regimes.settings import (
     Table,
 )
 from lightning_lip.paper.regimes.tuning import Tuning
+from lightning_lip.paper.settings import BATCH_SIZE, METRICS, NOISE_LEVELS
 from lightning_lip.paper.statistics import interval
+from lightning_lip.reporting.documents import versions
 
 SCHEMA = 1
-PACKAGES = ("lightning-lip", "torch", "lightning", "torchmetrics", "numpy", "scipy", "mlxtend", "matplotlib")
+PACKAGES = ("lightning-lip", "lightning", "torchmetrics", "numpy", "scipy", "mlxtend", "matplotlib")
 
 
 def results(
@@ -66,8 +61,8 @@ def results(
     used = {record.run: record for table in tables.values() for rows in table.values() for record in rows}
     return {
         "schema": SCHEMA,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "data": {"name": "Boston housing", "source": "mlxtend.data.boston_housing_data", "note": NOTE},
+        "versions": versions(*PACKAGES),
+        "data": {"name": "Boston housing", "source": SOURCES["boston"], "note": NOTE},
         "options": {
             "seeds": list(seeds),
             "epochs": epochs,
@@ -82,11 +77,6 @@ def results(
         "settings": {setting.name: _statistics(table) for setting, table in tables.items()},
         "runs": [record.to_json() for run, record in records.items() if run in used],
     }
-
-
-def write(document: dict[str, Any], path: Path) -> None:
-    """Write the document; a number that is not finite is an error, since JSON has none."""
-    path.write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
 
 
 def _statistics(table: Table) -> dict[str, Any]:

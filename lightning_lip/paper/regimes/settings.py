@@ -6,14 +6,12 @@ SN Computer Science 2(2):113, 2021).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_lip.errors import UsageError
+from lightning_lip.paper.settings import EPOCHS, rounded
 
-NOISE_LEVELS = (0.0, 0.2, 0.4, 0.6)
-EPOCHS = 200
-BATCH_SIZE = 50
 MAX_NORM = 10.0
 
 REGIMES = ("none", "layer", "product", "maxnorm")
@@ -45,12 +43,7 @@ PAPER_BOUNDS = {"none": 10.01, "layer": 13.52, "product": 12.31, "maxnorm": 7.66
 GRID = tuple(round(10 ** (k / 2 - 0.25), 4) for k in range(-4, 5))
 """The coefficients that `--tune` tries: half a decade apart, from 0.0056 to 56."""
 
-SCALINGS = ("raw", "minmax", "standardised")
 CRITERIA = ("clean", "noise")
-
-REPORTED_SEED = 0
-TUNING_SEED = 1000
-"""The tuning's seeds start here, beyond all that can be reported."""
 
 
 @dataclass(frozen=True)
@@ -160,19 +153,12 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain numbers, rounded to 6 significant digits."""
-        run = self.run
-        return {
-            "regime": run.regime,
-            "seed": run.seed,
-            "scaling": run.scaling,
-            "n_norms": run.n_norms,
-            "coefficient": run.coefficient,
-            "epochs": run.epochs,
-            "final": {name: _rounded(series[-1]) for name, series in self.history.items()},
-            "sigmas": [_rounded(sigma) for sigma in self.sigmas],
-            "largest_unit_norm": _rounded(self.largest_unit_norm),
+        return asdict(self.run) | {
+            "final": {name: rounded(series[-1]) for name, series in self.history.items()},
+            "sigmas": [rounded(sigma) for sigma in self.sigmas],
+            "largest_unit_norm": rounded(self.largest_unit_norm),
             "n_clipped": self.n_clipped,
-            "history": {name: [_rounded(v) for v in series] for name, series in self.history.items()},
+            "history": {name: [rounded(value) for value in series] for name, series in self.history.items()},
         }
 
 
@@ -181,17 +167,8 @@ Table = dict[str, list[Record]]
 """The records of one setting, by regime, in the order of the seeds."""
 
 
-def validation_key(noise_level: float) -> str:
-    """The name in `Record.history` of the validation MAE at a noise level."""
-    return f"validation_mae/eta={noise_level:g}"
-
-
-METRICS = ("train_mae", *(validation_key(level) for level in NOISE_LEVELS))
-"""The series of `Record.history` that the tables show."""
-
-
 def run_for(setting: Setting, regime: str, seed: int, lambdas: Lambdas, epochs: int) -> Run:
-    """The run of one regime and seed in a setting.
+    """Return the run of one regime and seed in a setting.
 
     Raises:
         UsageError: If `lambdas` has no coefficient for it.
@@ -208,12 +185,6 @@ def run_for(setting: Setting, regime: str, seed: int, lambdas: Lambdas, epochs: 
     return Run(regime, seed, setting.scaling, setting.n_norms, coefficient, epochs)
 
 
-def table_of(
-    records: Records, setting: Setting, seeds: range, lambdas: Lambdas, epochs: int
-) -> dict[str, list[Record]]:
+def table_of(records: Records, setting: Setting, seeds: range, lambdas: Lambdas, epochs: int) -> Table:
     """Collect one setting's records by regime; a regime without a penalty serves several settings."""
     return {regime: [records[run_for(setting, regime, seed, lambdas, epochs)] for seed in seeds] for regime in REGIMES}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

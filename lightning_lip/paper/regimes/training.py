@@ -15,18 +15,16 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from typing_extensions import override
 
 from lightning_lip.callbacks import LipschitzMonitor, LipschitzPenalty, MaxNorm, NoisyValidation
-from lightning_lip.paper.data import Array, Dataset, Split, split
+from lightning_lip.paper.data import Dataset, Split, batches, split, tensor
 from lightning_lip.paper.model import PaperRegressor
-from lightning_lip.paper.regimes.settings import BATCH_SIZE, MAX_NORM, NOISE_LEVELS, Record, Run, validation_key
+from lightning_lip.paper.regimes.settings import MAX_NORM, Record, Run
+from lightning_lip.paper.settings import BATCH_SIZE, NOISE_LEVELS, validation_key
+from lightning_lip.reporting.documents import remove_events
+from lightning_lip.reporting.processes import one_thread
 from lightning_lip.reporting.quiet import quiet
-
-Batch = tuple[Tensor, Tensor]
 
 PICTURES = 10
 """How often a logged run draws the heat map of its spectral norms."""
-
-EVENTS = "events.out.tfevents.*"
-"""How TensorBoard's writer names its files."""
 
 
 class History(Callback):
@@ -60,22 +58,17 @@ class History(Callback):
 
 
 class _Batches(Sampler[Tensor]):
-    """Row numbers, a batch at a time: with `batch_size=None` a batch is one indexing operation."""
+    """Row numbers in random order, a batch at a time: with `batch_size=None` a batch is one indexing operation."""
 
-    def __init__(self, rows: int, batch_size: int, generator: torch.Generator | None = None) -> None:
-        self._rows = rows
-        self._batch_size = batch_size
-        self._generator = generator
+    def __init__(self, n_rows: int, seed: int) -> None:
+        self._n_rows = n_rows
+        self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        return math.ceil(self._rows / self._batch_size)
+        return math.ceil(self._n_rows / BATCH_SIZE)
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._generator is None:
-            order = torch.arange(self._rows)
-        else:
-            order = torch.randperm(self._rows, generator=self._generator)
-        return iter(torch.split(order, self._batch_size))
+        return iter(batches(self._n_rows, self._generator))
 
 
 def train(run: Run, data: Dataset, out: str | None = None) -> Record:
@@ -93,33 +86,28 @@ def train(run: Run, data: Dataset, out: str | None = None) -> Record:
     Raises:
         FloatingPointError: If the run ends with an error that is not finite.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with quiet():
-            return _train(run, split(data, run.seed, run.scaling), out)
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), quiet():
+        return _train(run, split(data, run.seed, run.scaling), out)
 
 
 def artefacts_of(run: Run) -> dict[str, str]:
-    """Where `train` leaves the checkpoint and the TensorBoard log of a run, relative to its `out`."""
+    """Return where `train` leaves the checkpoint and the TensorBoard log of a run, relative to its `out`."""
     return {"checkpoint": f"checkpoints/{run.regime}.ckpt", "tensorboard": f"tensorboard/{run.regime}"}
 
 
 def _train(run: Run, parts: Split, out: str | None) -> Record:
-    train_inputs, train_target = _tensors(parts.train_inputs, parts.train_target)
-    generator = torch.Generator().manual_seed(run.seed)
-    train_loader = _loader(train_inputs, train_target, BATCH_SIZE, generator)
-    validation_inputs, validation_target = _tensors(parts.validation_inputs, parts.validation_target)
-    validation_loader = _loader(validation_inputs, validation_target, len(validation_inputs))
+    train_inputs, train_target = tensor(parts.train_inputs), tensor(parts.train_target)[:, None]
+    train_rows = _Batches(len(train_inputs), run.seed)
+    train_loader = DataLoader(TensorDataset(train_inputs, train_target), sampler=train_rows, batch_size=None)
+    # One batch of all rows.
+    validation = TensorDataset(tensor(parts.validation_inputs)[None], tensor(parts.validation_target)[None, :, None])
 
     model = PaperRegressor(in_features=train_inputs.shape[1], seed=run.seed)
     history = History(train_inputs, train_target)
     noisy = NoisyValidation(
         noise_levels=NOISE_LEVELS,
-        feature_min=torch.as_tensor(parts.feature_min, dtype=torch.float32),
-        feature_max=torch.as_tensor(parts.feature_max, dtype=torch.float32),
+        feature_min=tensor(parts.feature_min),
+        feature_max=tensor(parts.feature_max),
         seed=run.seed,
     )
     regularisers = _regularisers(run)
@@ -128,7 +116,9 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
     if out is not None:
         # At every epoch the pictures would take eight times the training.
         callbacks.append(LipschitzMonitor(figures_every_n_epochs=math.ceil(run.epochs / PICTURES)))
-        logger = _logger(Path(out) / artefacts_of(run)["tensorboard"])
+        log = Path(out) / artefacts_of(run)["tensorboard"]
+        remove_events(log)
+        logger = TensorBoardLogger(log.parent, name="", version=log.name)
     trainer = pl.Trainer(
         max_epochs=run.epochs,
         accelerator="cpu",
@@ -141,7 +131,7 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, train_loader, validation_loader)
+    trainer.fit(model, train_loader, DataLoader(validation, batch_size=None))
     if out is not None:
         trainer.save_checkpoint(Path(out) / artefacts_of(run)["checkpoint"])
     record = _record(run, model, history, regularisers)
@@ -151,7 +141,7 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
 
 
 def _regularisers(run: Run) -> list[Callback]:
-    """The callbacks that make the regime: the loss MSE + lambda prod ||W|| is lambda times the paper's."""
+    """Return the callbacks of the regime: the loss MSE + lambda prod ||W|| is lambda times the paper's."""
     if run.regime == "none":
         return []
     if run.regime == "maxnorm":
@@ -175,21 +165,3 @@ def _record(run: Run, model: PaperRegressor, history: History, regularisers: lis
         largest_unit_norm=max(float(weight.norm(dim=1).max()) for weight in weights),
         n_clipped=sum(r.n_clipped for r in regularisers if isinstance(r, MaxNorm)),
     )
-
-
-def _tensors(inputs: Array, target: Array) -> Batch:
-    return torch.as_tensor(inputs, dtype=torch.float32), torch.as_tensor(target, dtype=torch.float32)[:, None]
-
-
-def _loader(
-    inputs: Tensor, target: Tensor, batch_size: int, generator: torch.Generator | None = None
-) -> DataLoader[tuple[Tensor, ...]]:
-    batches = _Batches(len(inputs), batch_size, generator)
-    return DataLoader(TensorDataset(inputs, target), sampler=batches, batch_size=None)
-
-
-def _logger(folder: Path) -> TensorBoardLogger:
-    # TensorBoard would draw an earlier run's events into the same curves.
-    for events in folder.glob(EVENTS):
-        events.unlink()
-    return TensorBoardLogger(folder.parent, name="", version=folder.name)

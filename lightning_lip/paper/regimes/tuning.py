@@ -8,17 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_lip.paper.regimes.settings import (
-    CRITERIA,
-    GRID,
-    NOISE_LEVELS,
-    PENALISED,
-    Lambdas,
-    Records,
-    Run,
-    Setting,
-    validation_key,
-)
+from lightning_lip.paper.regimes.settings import CRITERIA, GRID, PENALISED, Lambdas, Records, Run, Setting
+from lightning_lip.paper.settings import NOISE_LEVELS, validation_key
 
 
 @dataclass(frozen=True)

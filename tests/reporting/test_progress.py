@@ -1,0 +1,32 @@
+"""How far a command is."""
+
+import io
+
+from rich.console import Console
+
+from lightning_lip.reporting.progress import map_with_progress, progress
+
+
+def test_progress_prints_lines_where_there_is_no_terminal():
+    console = Console(file=io.StringIO(), width=120)
+    with progress(console, 40, "runs") as done:
+        for _ in range(40):
+            done(None)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("runs: 4/40, ")
+    assert lines[-1].startswith("runs: 40/40, ")
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with progress(console, 2, "runs") as done:
+        done(None)
+        done(None)
+    assert "2/2" in console.file.getvalue()
+
+
+def test_results_come_in_the_order_of_the_tasks():
+    console = Console(file=io.StringIO(), width=120)
+    assert map_with_progress(console, "runs", len, ["a", "bb"], 1) == [1, 2]
+    assert console.file.getvalue().startswith("runs: 1/2, ")
