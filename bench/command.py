@@ -1,14 +1,15 @@
-"""`lightning-lip bench`: its options, and what they choose. Importing it loads neither torch nor Lightning."""
+"""`lightning-lip bench`: its options, and what they choose."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from lightning_lip.bench.contenders.models import MODELS
+from lightning_lip.bench.steps.run import chosen_device, run
 from lightning_lip.errors import UsageError
 from lightning_lip.reporting.extras import extra
 
-MODELS = ("paper", "mnist", "resnet18", "vit", "gpt2")
 QUICK_MODELS = ("paper", "mnist")
 
 
@@ -51,8 +52,6 @@ def bench(
         raise UsageError(f"Expected --out to be a folder, {out} is a file.")
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")
-    from lightning_lip.bench.steps.run import chosen_device, run
-
     return run(names, Path(out), quick=quick, device=chosen_device(device), threads=threads)
 
 
@@ -63,7 +62,7 @@ def chosen_models(models: str | None, quick: bool) -> tuple[str, ...]:
         UsageError: If one is unknown, or none is named.
     """
     if models is None:
-        return QUICK_MODELS if quick else MODELS
+        return QUICK_MODELS if quick else tuple(MODELS)
     wanted = [name.strip() for name in models.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in MODELS]
     if unknown or not wanted:

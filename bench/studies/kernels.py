@@ -2,7 +2,8 @@
 
 ``python -m lightning_lip.bench.studies.kernels [--quick] [--threads N] [--output FOLDER]`` writes ``kernels.csv`` and
 ``kernels.png``. All contenders of a model run in turn, so that whatever else the machine does falls on all of them;
-medians with p20 and p80 of one call, in microseconds.
+medians with p20 and p80 of one call, in microseconds. This measures the CPU;
+:mod:`lightning_lip.bench.gpu` measures a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer, kernels
-from lightning_lip.kernels.cpu.iteration import CpuIteration
+from lightning_lip.kernels.gpu.iteration import predicted_traffic
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
@@ -39,14 +40,14 @@ MAX_SVD_WORK = 5e9
 COLUMNS = ("model", "contender", "r", "samples", "p20_us", "p50_us", "p80_us", "over_loop", "over_floor")
 
 
-def parameters(shapes: Shapes, device: str = "cpu") -> list[nn.Parameter]:
-    """Return random weights with spectral norms near one, with gradients."""
-    generator = torch.Generator().manual_seed(0)
+def parameters(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """Return random weights with spectral norms near one, with gradients of zeros."""
+    generator = torch.Generator(device).manual_seed(0)
     weights = []
     for m, n in shapes:
-        weight = torch.randn(m, n, generator=generator) / (m**0.5 + n**0.5)
-        weights.append(nn.Parameter(weight.to(device)))
-        weights[-1].grad = torch.zeros(m, n, device=device)
+        weight = torch.randn(m, n, generator=generator, device=device) / (m**0.5 + n**0.5)
+        weights.append(nn.Parameter(weight.to(dtype)))
+        weights[-1].grad = torch.zeros_like(weight, dtype=dtype)
     return weights
 
 
@@ -61,7 +62,7 @@ def start_blocks(weights: Sequence[Tensor], r: int) -> list[Tensor]:
 
 def python_loop(weights: Sequence[nn.Parameter]) -> Contender:
     """(a) One vector a layer, in a loop of mv, normalise and addr_, with the product's derivative."""
-    vectors = [F.normalize(torch.randn(w.shape[1], device=w.device), dim=0) for w in weights]
+    vectors = [F.normalize(torch.randn(w.shape[1], device=w.device), dim=0).to(w.dtype) for w in weights]
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -98,12 +99,12 @@ def autograd_loop(weights: Sequence[nn.Parameter]) -> Contender:
     return call
 
 
-def torch_spectral_norm(shapes: Shapes) -> Contender:
+def torch_spectral_norm(shapes: Shapes, device: str = "cpu") -> Contender:
     """(c) torch's parametrization: its power iteration, the weight divided by sigma, and the way back."""
-    layers = [nn.Linear(n, m, bias=False) for m, n in shapes]
+    layers = [nn.Linear(n, m, bias=False, device=device) for m, n in shapes]
     for layer in layers:
         nn.utils.parametrizations.spectral_norm(layer)
-    upstream = [torch.full(shape, 1e-3) for shape in shapes]
+    upstream = [torch.full(shape, 1e-3, device=device) for shape in shapes]
 
     def call() -> None:
         torch.autograd.backward([layer.weight for layer in layers], upstream)
@@ -126,8 +127,8 @@ def floor(weights: Sequence[nn.Parameter]) -> Contender:
 
 
 def kernel(weights: Sequence[nn.Parameter], r: int) -> Contender:
-    """One call of the compiled kernel, with the collection of the pointers."""
-    iteration = CpuIteration(weights, start_blocks(weights, r))
+    """One call of the compiled kernel of the weights' device, with the collection of the pointers."""
+    ((_, iteration),) = kernels.iterations_for(weights, start_blocks(weights, r))
     multiplicities = [1] * len(weights)
 
     def call() -> Tensor:
@@ -242,61 +243,9 @@ def machine() -> dict[str, str]:
 
 
 def traffic_report(shapes: Shapes, r: int) -> str:
-    """Return the bytes that the GPU kernels would move, where no GPU can be timed."""
+    """Return the bytes that the GPU kernels would move; ``bench/gpu`` times them."""
     weights = [torch.empty(s, device="meta") for s in shapes]
-    n_bytes = sum(4 * w.numel() for w in weights)
-    try:
-        from lightning_lip.kernels.gpu.iteration import predicted_traffic
-    except ImportError:
-        return f"weights {n_bytes / 1e6:.3f} MB, gradients {2 * n_bytes / 1e6:.3f} MB (from shapes)"
     return ", ".join(f"{name} {value / 1e6:.3f} MB" for name, value in predicted_traffic(weights, r)._asdict().items())
-
-
-def gpu_rows(model: str, shapes: Shapes, seconds: float) -> list[dict[str, object]]:
-    """Time the GPU kernels and the loop, each replayed from a CUDA graph, against the floor."""
-    from lightning_lip.kernels.gpu.iteration import GpuIteration
-
-    weights = parameters(shapes, "cuda")
-    found: dict[tuple[str, int], Contender] = {
-        ("(e) floor", 0): floor(weights),
-        ("(a) Python loop", 1): python_loop(weights),
-    }
-    for r in BLOCK_SIZES:
-        iteration = GpuIteration(weights, start_blocks(weights, r))
-        found["kernel", r] = lambda iteration=iteration: iteration.penalise_(  # type: ignore[misc]
-            weights,
-            [w.grad for w in weights],
-            n_iterations=1,
-            code=kernels.PENALTY_CODES["product"],
-            target_log=0.0,
-            scale=COEFFICIENT,
-            multiplicities=[1] * len(weights),
-        )
-    graphs = {key: _captured(call) for key, call in found.items()}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in found}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for key, graph in graphs.items():
-            begin, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            done.record()
-            done.synchronize()
-            times[key].append(begin.elapsed_time(done) * 1e3)
-    return rows(f"{model} (GPU, CUDA graph)", times)
-
-
-def _captured(call: Contender) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 def write_csv(path: Path, table: list[dict[str, object]], about: dict[str, str]) -> None:
@@ -352,15 +301,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         seconds = 2.0 if options.quick else options.seconds
         added = rows(model, interleaved(contenders(shapes), seconds))
-        if torch.cuda.is_available():
-            added += gpu_rows(model, shapes, seconds)
         print(f"\n{model}")
         for row in added:
             print("  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us  x loop {over_loop:>9}"
                   "  x floor {over_floor:>9}".format(**row))  # fmt: skip
-        if not torch.cuda.is_available():
-            for r in BLOCK_SIZES:
-                print(f"  no GPU was measured; predicted GPU traffic at r = {r}: {traffic_report(shapes, r)}")
+        for r in BLOCK_SIZES:
+            print(f"  predicted traffic of the GPU kernels at r = {r}: {traffic_report(shapes, r)}")
         table += added
     options.output.mkdir(parents=True, exist_ok=True)
     write_csv(options.output / "kernels.csv", table, about)

@@ -1,8 +1,8 @@
 """What a step of the penalty moves and keeps on 1 to 1,024 GPUs, for the layers of a large model on a mesh.
 
 ``python -m lightning_lip.bench.studies.scale [--output FOLDER]`` writes ``scale.csv`` for Llama-2 7B and 70B, and
-prints it. Nothing of it is measured on such machines: it is arithmetic, and ``tests/bench/test_scale.py`` holds the
-bytes over the network and the bytes of the vectors to what 2 and 4 processes of the plugin count.
+prints it. Nothing is measured: this is arithmetic. ``tests/bench/studies/test_scale.py`` compares the bytes over the
+network and the bytes of the vectors with what the plugin counts on 2 and 4 processes.
 
 A weight W (m, n) is dealt out over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
 (column-wise parallel) or by columns (row-wise). r is the block size; its p vectors' side is n, or m where only columns
