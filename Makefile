@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?=
 ARGS ?=
 
-.PHONY: reproduce test lint format docs pictures bench bench-kernels clean
+.PHONY: reproduce test lint format docs pictures bench bench-kernels bench-gpu clean
 
 reproduce: $(VENV)/.installed
 	$(BIN)/lightning-lip reproduce $(ARGS)
@@ -14,12 +14,13 @@ reproduce: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
-# Types are checked on an installed copy: what users get, not what lies in the checkout.
+# Types and imports are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	rm -rf build/typed build/lib && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
+	cd build/typed && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -42,6 +43,10 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.tracking $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
+
+# On a machine with a GPU; DEV=cpu is a dry run.
+bench-gpu: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN)/python) bash bench/gpu/visit.sh
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

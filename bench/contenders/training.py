@@ -157,6 +157,7 @@ def fit(
     n_before: int,
     n_steps: int,
     precision: Any = "32-true",
+    strategy: str = "auto",
 ) -> tuple[float, float | None]:
     """Train for `n_before + n_steps` steps with a Trainer of its own.
 
@@ -171,6 +172,7 @@ def fit(
         n_before: Steps before the clock starts.
         n_steps: Steps that are timed.
         precision: The Trainer's.
+        strategy: The Trainer's, for one process.
 
     Returns:
         Seconds a step, and of these the seconds in `TimedPenalty`'s hook, None without one.
@@ -189,6 +191,7 @@ def fit(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
             precision=precision,
+            strategy=strategy,
             max_steps=n_before + n_steps,
             callbacks=[*callbacks, clock],
             logger=False,

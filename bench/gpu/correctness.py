@@ -17,11 +17,15 @@ from lightning_lip.bench.studies.kernels import MODELS, kernel, parameters, star
 from lightning_lip.kernels import PENALTY_CODES, iterations_for, power_step
 from lightning_lip.kernels.gpu.iteration import GpuIteration
 
-SHAPES = {
-    "small": [(20, 13), (1, 17)] if DRY else [(1, 1), (1, 17), (20, 13), (20, 20), (257, 1000), (130, 300)],
-    "wide": [(1024, 1024), (64, 4096), (4100, 4096), (768, 3072), (2048, 2048)],
-    "odd": [(1023, 777), (33, 1), (5000, 30), (129, 2047)],
-}
+SHAPES = (
+    {"small": [(20, 13), (1, 17)]}
+    if DRY
+    else {
+        "small": [(1, 1), (1, 17), (20, 13), (20, 20), (257, 1000), (130, 300)],
+        "wide": [(1024, 1024), (64, 4096), (4100, 4096), (768, 3072), (2048, 2048)],
+        "odd": [(1023, 777), (33, 1), (5000, 30), (129, 2047)],
+    }
+)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda w: w.clone(),
     "transposed": lambda w: w.mT.contiguous().mT,

@@ -14,6 +14,9 @@ from lightning_lip.bench.contenders.models import MODELS, mlp, resnet18
 from lightning_lip.bench.contenders.training import synchronise
 from lightning_lip.bench.gpu.measuring import DEVICE, DRY, captured, device_times, host_time, record
 
+SIZES = (13, 1) if DRY else (13, 20, 20, 20, 1)
+"""Of the small networks: in a dry run one layer."""
+
 
 class Case(NamedTuple):
     """A network, the shape of its inputs, and what the penalty is asked for; on the device once it is measured."""
@@ -23,17 +26,18 @@ class Case(NamedTuple):
     options: Callable[[nn.Module], dict[str, Any]] = lambda network: {}
     scale: Callable[[], float | Tensor] = lambda: 1.0
     tf32: bool = False
+    needs_gpu: bool = True
 
 
-def _paper() -> nn.Sequential:
-    return mlp(13, 20, 20, 20, 1)
+def _small(**changes: Any) -> Case:
+    return Case(lambda: mlp(*SIZES), (50, 13), **changes, needs_gpu=False)
 
 
 CASES = {
-    "mlp": Case(_paper, (50, 13)),
-    "scale as a tensor": Case(_paper, (50, 13), scale=lambda: torch.ones((), device=DEVICE)),
-    "callable penalty": Case(_paper, (50, 13), lambda _: {"penalty": lambda log_sigma, log_bound: log_sigma.sum()}),
-    "traced": Case(_paper, (50, 13), lambda _: {"example_input": torch.zeros(2, 13, device=DEVICE)}),
+    "mlp": _small(),
+    "scale as a tensor": _small(scale=lambda: torch.ones((), device=DEVICE)),
+    "callable penalty": _small(options=lambda _: {"penalty": lambda log_sigma, log_bound: log_sigma.sum()}),
+    "traced": _small(options=lambda _: {"example_input": torch.zeros(2, 13, device=DEVICE)}),
     "100 layers": Case(lambda: mlp(*[64] * 101), (50, 64)),
     "resnet18": Case(resnet18, (32, 3, 32, 32), lambda network: {"layers": MODELS["resnet18"].layers(network)}),
     "convolution with TF32": Case(lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), (2, 3, 8, 8), tf32=True),
@@ -42,7 +46,7 @@ CASES = {
 
 
 def waits(name: str) -> None:
-    """Record whether the work before an optimiser's step waits for the device, with every wait an error; and its time."""
+    """Record whether the penalty's work before an optimiser's step waits for the device, and the host's time in it."""
     case = CASES[name]
     if case.tf32:
         torch.backends.fp32_precision = "tf32"
@@ -63,7 +67,7 @@ def waits(name: str) -> None:
     synchronise(DEVICE)
     where = ""
     if not DRY:
-        torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")  # every wait raises
     try:
         penalise()
     except RuntimeError:
@@ -76,12 +80,11 @@ def waits(name: str) -> None:
 
 
 def whole_step() -> None:
-    """Capture forward, backward, penalty and optimiser in one CUDA graph; compare it with the same steps run eagerly."""
+    """Compare steps from one CUDA graph (forward, backward, penalty, optimiser) with the same steps run eagerly."""
     steps, networks = [], []
     for _ in range(2):
         torch.manual_seed(0)
-        network = mlp(13, 20, 20, 20, 1) if DRY else mlp(13, 64, 64, 1)
-        networks.append(network.to(DEVICE))
+        networks.append(mlp(*SIZES).to(DEVICE))
         steps.append(_step(networks[-1], torch.randn(64, 13, device=DEVICE)))
     eager, graph = steps[0], captured(steps[1])
     # The warm-up before a capture makes three steps; the capture itself makes none.

@@ -1,4 +1,4 @@
-"""The kernels alone: device time and host time, beside a loop of cuBLAS calls, torch's peers and the floor of memory."""
+"""The kernels alone, on the device and on the host, beside a loop of cuBLAS calls, torch's peers and memory's floor."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from lightning_lip.kernels import iterations_for
 from lightning_lip.kernels.gpu.iteration import predicted_traffic
 
 BLOCK_SIZES = (8,) if DRY else (1, 8)
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32",) if DRY else ("float32", "bfloat16")
 LLAMA_BLOCK = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
-SHAPES: dict[str, Shapes] = MODELS | {"24 x 2048^2": [(2048, 2048)] * 24, "8 blocks of Llama-7B": LLAMA_BLOCK * 8}
 SMALL = "MLP 13-20-20-20-1"
+LARGE = {"24 x 2048^2": [(2048, 2048)] * 24, "8 blocks of Llama-7B": LLAMA_BLOCK * 8}
+SHAPES: dict[str, Shapes] = {SMALL: MODELS[SMALL][:1]} if DRY else MODELS | LARGE
 MAX_FLAT_BYTES = 4e9
 """Beyond this the floor's own copy of weights and gradients would not fit beside them."""
 

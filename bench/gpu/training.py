@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
-from lightning_lip.bench.contenders.models import MODELS, BenchModel, gpt2_blocks, mlp
+from lightning_lip.bench.contenders.models import MODELS, BenchModel, gpt2_blocks
 from lightning_lip.bench.contenders.peers import penalty, plain, task_of
-from lightning_lip.bench.contenders.training import Training, fit
+from lightning_lip.bench.contenders.training import fit
 from lightning_lip.bench.gpu.kernels import BLOCK_SIZES
 from lightning_lip.bench.gpu.measuring import DEVICE, DRY, record
 from lightning_lip.bench.steps.measure import N_BEFORE, PLAIN, in_turn, percentiles
@@ -37,24 +31,13 @@ def steps(name: str, precision: str) -> None:
     )
 
 
-def strategy(name: str, precision: Any) -> None:
-    """Train with the penalty and the monitor in one process under a strategy: under DDP over NCCL, gloo on a CPU."""
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets = (torch.randn(64, n, generator=generator) for n in (13, 1))
-    callback = LipschitzPenalty(1e-3)
-    trainer = pl.Trainer(
-        accelerator="cpu" if DRY else "gpu",
-        devices=1,
-        strategy=name,
-        precision=precision,
-        max_epochs=1 if DRY else 10,
-        log_every_n_steps=1,
-        logger=False,
-        callbacks=[callback, LipschitzMonitor()],
-        enable_progress_bar=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Training(mlp(13, 64, 64, 1), classes=False), DataLoader(TensorDataset(inputs, targets), batch_size=32))
-    found = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    record(strategy=name, precision=precision, product=float(callback.regularizer.bound()), metrics=found)
+def strategy(name: str, precision: str) -> None:
+    """Train with the penalty and the monitor in one process under a strategy: DDP is over NCCL, on a CPU over gloo."""
+    task, batch = task_of(MODELS["paper"], DEVICE)
+    contender = penalty(8)(task)
+    (callback,) = contender.callbacks
+    assert isinstance(callback, LipschitzPenalty)
+    # More steps than the default interval of logging, so that the monitor acts.
+    n_steps = 1 if DRY else 100
+    seconds, _ = fit(contender.training, [callback, LipschitzMonitor()], batch, 1, n_steps, precision, name)
+    record(strategy=name, precision=precision, ms=1e3 * seconds, product=float(callback.regularizer.bound()))
