@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from functools import partial
 
 import torch
 
@@ -27,12 +28,8 @@ def memory() -> None:
     """Record the GB/s of a copy, of reading alone, and of reading and writing in place, from cache to main memory."""
     for n_bytes in (2**22,) if DRY else (2**22, 2**25, 2**28, 2**30):
         source, target = (torch.ones(n_bytes // 4, device=DEVICE) for _ in range(2))
-        calls = {
-            "copy": lambda a=source, b=target: b.copy_(a),
-            "read": lambda a=source: a.sum(),
-            "read and write": lambda a=source: a.add_(1e-9),
-        }
-        times = device_times(calls, 0.4)
+        copy, touch = partial(target.copy_, source), partial(source.add_, 1e-9)
+        times = device_times({"copy": copy, "read": source.sum, "read and write": touch}, 0.4)
         moved = {"copy": 2 * n_bytes, "read": n_bytes, "read and write": 2 * n_bytes}
         record(n_bytes=n_bytes, GBps={name: round(moved[name] / us[1] / 1e3, 1) for name, us in times.items()})
 

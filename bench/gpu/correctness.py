@@ -68,7 +68,8 @@ def against_fp64(name: str, dtype: str) -> None:
 
 
 def _errors(weights: list[Tensor], start: list[Tensor]) -> dict[str, float]:
-    want = power_step(*([x.double().cpu() for x in xs] for xs in (weights, start)), n_iterations=2)
+    exact, block = ([x.double().cpu() for x in xs] for xs in (weights, start))
+    want = power_step(exact, block, 2)
     iteration = _poisoned(weights, start)
     step = iteration.power_step(weights, 2)
     grads = [torch.zeros_like(w, dtype=torch.float32) for w in weights]

@@ -49,7 +49,8 @@ def waits(name: str) -> None:
     """Record whether the penalty's work before an optimiser's step waits for the device, and the host's time in it."""
     case = CASES[name]
     if case.tf32:
-        torch.backends.fp32_precision = "tf32"
+        backends: Any = torch.backends
+        backends.fp32_precision = "tf32"
     network = case.network().to(DEVICE)
     inputs, scale = torch.randn(*case.input_shape, device=DEVICE), case.scale()
     regularizer = LipschitzRegularizer(network, 1e-3, **case.options(network))

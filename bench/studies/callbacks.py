@@ -113,7 +113,7 @@ class ComesAndGoes(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Last in the list of callbacks: only Lightning's own end of this step is still to come.
         if trainer.fit_loop.epoch_loop._batches_that_stepped % BLOCK != BLOCK - 1:

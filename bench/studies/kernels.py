@@ -94,7 +94,7 @@ def autograd_loop(weights: Sequence[nn.Parameter]) -> Contender:
                 left = F.normalize(torch.mv(weight, vectors[index]), dim=0)
                 vectors[index] = F.normalize(torch.mv(weight.T, left), dim=0)
             norms.append(left @ torch.mv(weight, vectors[index]))
-        (COEFFICIENT * torch.stack(norms).prod()).backward()
+        torch.autograd.backward(COEFFICIENT * torch.stack(norms).prod())
 
     return call
 

@@ -32,12 +32,12 @@ Parallel = Literal["columns", "rows"]
 
 
 class Layer(NamedTuple):
-    """``count`` layers with a weight of shape (out, in)."""
+    """So many copies of a layer, with a weight of shape (out, in)."""
 
     out: int
     into: int
     parallel: Parallel
-    count: int = 1
+    copies: int = 1
 
 
 class Traffic(NamedTuple):
@@ -75,7 +75,7 @@ def traffic(
     d, t = data_parallel, tensor_parallel
     read = over_data = over_tensor = kept = weights = 0.0
     for layer in layers:
-        m, n, k = layer.out, layer.into, layer.count
+        m, n, k = layer.out, layer.into, layer.copies
         r = min(block_size, m, n)
         only_columns = layer.parallel == "rows" and t > 1 and d == 1
         p = m if only_columns else n

@@ -199,8 +199,9 @@ def reference(feature: str, coefficient: float) -> Tensor:
     net = make_net().double()
     weights = [p for p in net.parameters() if p.dim() == 2]
     batches = [(x.double(), y.double()) for x, y in make_batches()]
-    n = FEATURES[feature].get("accumulate_grad_batches", 1)
-    clip, how = (FEATURES[feature].get(f"gradient_clip_{key}") for key in ("val", "algorithm"))
+    options = FEATURES[feature]
+    n = options.get("accumulate_grad_batches", 1)
+    how = options.get("gradient_clip_algorithm")
     optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
 
     def loss_of(group: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -210,15 +211,15 @@ def reference(feature: str, coefficient: float) -> Tensor:
 
     for start in range(0, N_BATCHES, n):
 
-        def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> Tensor:
+        def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> float:
             optimizer.zero_grad()
             loss = loss_of(group)
-            loss.backward()
+            torch.autograd.backward(loss)
             if how == "norm":
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
+                nn.utils.clip_grad_norm_(net.parameters(), options["gradient_clip_val"])
             elif how == "value":
-                nn.utils.clip_grad_value_(net.parameters(), clip)
-            return loss
+                nn.utils.clip_grad_value_(net.parameters(), options["gradient_clip_val"])
+            return float(loss)
 
         optimizer.step(closure)
     return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -245,6 +246,7 @@ class Module(pl.LightningModule):
         loss = F.mse_loss(self.net(inputs), targets)
         if not self.automatic_optimization:
             optimizers = self.optimizers()
+            assert isinstance(optimizers, list)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             self.manual_backward(loss)

@@ -91,7 +91,7 @@ def test_the_vectors_of_one_process():
 
 def test_sizes_of_the_models():
     for model, billions in (("Llama-2 7B", 6.607), ("Llama-2 70B", 68.71)):
-        n_weights = sum(layer.out * layer.into * layer.count for layer in MODELS[model])
+        n_weights = sum(layer.out * layer.into * layer.copies for layer in MODELS[model])
         assert n_weights / 1e9 == pytest.approx(billions, rel=1e-3)
         assert traffic(MODELS[model], 1024).weights == pytest.approx(4 * n_weights / 1024)
 
