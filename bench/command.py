@@ -20,7 +20,7 @@ def bench(
     device: str = "cpu",
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measure what the penalty costs in whole training steps, beside what is used in its place.
+    """Measure what the penalty costs in whole training steps, beside its alternatives.
 
     Trains each model with Lightning's Trainer as it is, with LipschitzPenalty, and with torch's spectral_norm,
     deel-torchlip's layers, autograd through power and block iteration and through an SVD, and a gradient penalty, in

@@ -1,4 +1,4 @@
-"""What is trained beside the plain network: the package's penalty, and what is used in its place today.
+"""The networks that are compared with the plain one: with the package's penalty, and with its alternatives.
 
 A peer that changes the network or adds a term to the loss is built here as its users build it. Every term is the same
 function of the norms as the package's penalty, softplus_log with the same coefficient: it stays small for any network.

@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from lightning_lip import LipschitzRegularizer
 from lightning_lip.bench.contenders.models import MODELS, mlp, resnet18
 from lightning_lip.bench.contenders.training import synchronise
-from lightning_lip.bench.gpu.measuring import DEVICE, DRY, captured, device_times, host_time, record
-
-SIZES = (13, 1) if DRY else (13, 20, 20, 20, 1)
-"""Of the small networks: in a dry run one layer."""
+from lightning_lip.bench.gpu.measuring import DEVICE, DRY, SIZES, captured, device_times, host_time, record
 
 
 class Case(NamedTuple):

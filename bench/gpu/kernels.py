@@ -57,7 +57,7 @@ def _launch(shapes: Shapes, dtype: str, r: int) -> int:
 def step(name: str, dtype: str) -> None:
     """Time one step of all layers: the kernels, the iteration alone, the loop of cuBLAS calls, and the floor.
 
-    The host's time is that of launching a call; the device's is taken from replays of CUDA graphs. `GBps` counts the
+    The host's time is that of launching a call; the device's is that of a CUDA graph of it, replayed. `GBps` counts the
     bytes that the floor moves: one read of the weights, and one read and one write of the gradients.
     """
     weights = parameters(SHAPES[name], DEVICE.type, getattr(torch, dtype))
@@ -70,7 +70,7 @@ def step(name: str, dtype: str) -> None:
     if n_bytes < MAX_FLAT_BYTES:
         (flat,) = parameters([(1, sum(w.numel() for w in weights))], DEVICE.type, weights[0].dtype)
         calls |= {"floor": floor([flat]), "one read": flat.detach().sum}
-    host = {key: host_time(call) for key, call in calls.items()}
+    record(model=name, dtype=dtype, host_us={key: host_time(call) for key, call in calls.items()})
     times = device_times({key: captured(call) for key, call in calls.items()}, 3.0)
     moved = {key: n_bytes * (1 if key.startswith(("iteration", "one")) else 3) for key in times}
     record(
@@ -78,7 +78,6 @@ def step(name: str, dtype: str) -> None:
         dtype=dtype,
         n_bytes=n_bytes,
         device_us=times,
-        host_us=host,
         GBps={key: round(moved[key] / us[1] / 1e3, 1) for key, us in times.items()},
         predicted={r: predicted_traffic([w.detach() for w in weights], r)._asdict() for r in BLOCK_SIZES},
     )

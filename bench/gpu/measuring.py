@@ -18,6 +18,9 @@ DRY = os.environ.get("DEV") == "cpu"
 
 DEVICE = torch.device("cpu" if DRY else "cuda")
 
+SIZES = (13, 1) if DRY else (13, 20, 20, 20, 1)
+"""Of the paper's network; in a dry run of a single layer."""
+
 Call = Callable[[], object]
 
 

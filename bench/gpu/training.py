@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
-from lightning_lip.bench.contenders.models import MODELS, BenchModel, gpt2_blocks
+from lightning_lip.bench.contenders.models import MODELS, BenchModel, gpt2_blocks, mlp
 from lightning_lip.bench.contenders.peers import penalty, plain, task_of
 from lightning_lip.bench.contenders.training import fit
 from lightning_lip.bench.gpu.kernels import BLOCK_SIZES
-from lightning_lip.bench.gpu.measuring import DEVICE, DRY, record
+from lightning_lip.bench.gpu.measuring import DEVICE, DRY, SIZES, record
 from lightning_lip.bench.steps.measure import N_BEFORE, PLAIN, in_turn, percentiles
 
 WHOLE = MODELS | {
+    "paper": BenchModel("the paper's MLP", lambda: mlp(*SIZES), (13,), 50),
     "gpt2-12": BenchModel("GPT-2 small", lambda: gpt2_blocks(12), (512, 768), 8, pattern="*.mlp.*"),
 }
 
@@ -33,7 +34,7 @@ def steps(name: str, precision: str) -> None:
 
 def strategy(name: str, precision: str) -> None:
     """Train with the penalty and the monitor in one process under a strategy: DDP is over NCCL, on a CPU over gloo."""
-    task, batch = task_of(MODELS["paper"], DEVICE)
+    task, batch = task_of(WHOLE["paper"], DEVICE)
     contender = penalty(8)(task)
     (callback,) = contender.callbacks
     assert isinstance(callback, LipschitzPenalty)

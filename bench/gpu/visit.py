@@ -135,7 +135,9 @@ def run(plan: Sequence[Step], budget: float) -> int:
     """
     end = time.monotonic() + budget
     # A fork server must not have started CUDA, which no child could use then; if importing did, each step imports anew.
-    start = "forkserver" if run_step(FIRST, PATIENCE * FIRST.limit) else "spawn"
+    start = "forkserver"
+    if not run_step(FIRST, PATIENCE * FIRST.limit):
+        start, plan = "spawn", [FIRST, *plan]
     n_failed = 0
     for step in plan:
         limit = min(PATIENCE * step.limit, end - time.monotonic())

@@ -27,7 +27,7 @@ N_BEFORE = 1
 """Steps of each block before its clock starts: the first one of a fit pays for its start."""
 
 MAP_SHARE = 1.2
-"""How much of a plain step the penalty on convolutions may take, over that of its block's maps alone.
+"""How much of a plain step the penalty on convolutions may take, as a multiple of its block's maps alone.
 
 Those are 2r maps of one input; a plain step makes about 3B: forward, and backward to the inputs and to the weights.
 """
@@ -130,18 +130,18 @@ def measure(
 ) -> Result:
     """Train a model with every contender in turn.
 
-    Contenders take turns in blocks of a few steps, each block a fit of its own that goes on with the weights and the
-    singular vectors of the last: whatever else the machine does falls on all of them. A ratio compares a block with the
-    plain training's in the same round. A peer that is so slow that a block would take more than twice its share of the
-    time has the single step that its memory was counted in; the slowest have one block, where three rounds of all would
-    take too long.
+    Contenders take turns in blocks of a few steps, so that other load on the machine falls on all of them. Each block
+    is a fit of its own, which goes on with the weights and the singular vectors of the last. A ratio compares a block
+    with the plain training's in the same round. Of a peer whose block would take more than twice its share of the time,
+    only the single step is known in which its memory was counted; where three rounds of all would take too long, the
+    slowest have one block.
 
     Args:
         name: The model's name in ``--models``.
         model: The model.
         device: Where it is trained.
         seconds: Time for the rounds, about; up to twice that, until there are three.
-        on_step: Is told what is being done.
+        on_step: Called with what is being done, in words.
     """
     task, batch = task_of(model, device)
     names, shapes = task.names, task.input_shapes

@@ -189,7 +189,7 @@ def interleaved(found: dict[tuple[str, int], Contender], seconds: float) -> dict
         for key, call in found.items():
             if key[0].startswith("(d)") and (rounds >= 5 or (rounds and sum(times[key]) > 2e6)):
                 continue  # hundreds of times slower than the others: they need the time
-            # The contender before left the caches to itself; where that matters, warm them for each alike.
+            # The caches hold the previous contender's data: where that matters, an untimed call comes first.
             if times[key] and times[key][-1] < 5000:
                 call()
             start = time.perf_counter()

@@ -4,16 +4,16 @@
 prints it. Nothing is measured: this is arithmetic. ``tests/bench/studies/test_scale.py`` compares the bytes over the
 network and the bytes of the vectors with what the plugin counts on 2 and 4 processes.
 
-A weight W (m, n) is dealt out over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
+A weight W (m, n) is split over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
 (column-wise parallel) or by columns (row-wise). r is the block size; its p vectors' side is n, or m where only columns
-are dealt out; s bytes a weight. Every GPU, at every step, for each layer:
+are split; s bytes a weight. Every GPU, at every step, for each layer:
 
 - reads W twice, for ``T = V A^T`` and ``Z = T A``, and its gradient once and writes it once:
   ``(2 + 2) s m n / (d t)`` bytes (weights of 2 bytes are widened first: 10 more for each, an fp32 copy among them);
 - adds ``8 r (r + p)`` bytes, G and Z in fp64, to the one flat tensor of all layers that is summed over ranks. Summed in
-  a ring over g ranks, a GPU sends ``2 (g - 1) / g`` times that; a layer that is dealt out over d and over t ranks is
+  a ring over g ranks, a GPU sends ``2 (g - 1) / g`` times that; a layer that is split over d and over t ranks is
   summed over the one, then over the other;
-- where rows and columns are dealt out, sums ``T`` over the t ranks before: ``4 r m / d`` bytes;
+- where rows and columns are split, sums ``T`` over the t ranks before: ``4 r m / d`` bytes;
 - keeps the vectors, ``4 r p`` bytes, and until the next step ``4 (m n / (p d t) + p)`` for u and v.
 
 FSDP2 itself gathers every weight twice and scatters the gradients once: ``3 s m n (d - 1) / (d t)`` bytes sent.
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 Parallel = Literal["columns", "rows"]
-"""How tensor parallelism deals a layer out: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
+"""How tensor parallelism splits a layer: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
 
 
 class Layer(NamedTuple):
@@ -67,7 +67,7 @@ def traffic(
 
     Args:
         layers: The penalised layers.
-        data_parallel: d, the ranks that FSDP2 deals rows out to.
+        data_parallel: d, the ranks over which FSDP2 splits the rows.
         tensor_parallel: t.
         block_size: r.
         weight_bytes: s, 4 for fp32 and 2 for bf16.

@@ -270,7 +270,7 @@ class Module(pl.LightningModule):
 
 
 def train(case: Case) -> None:
-    """Train one case in this process, one of `processes` that were started alike."""
+    """Train one case in this process, one of the `processes` of its setup."""
     setup = STRATEGIES[case.strategy]
     settings = _precision(case.precision) | FEATURES[case.feature]
     trainer = pl.Trainer(
