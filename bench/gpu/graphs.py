@@ -93,7 +93,7 @@ def whole_step() -> None:
         graph()
     synchronise(DEVICE)
     pairs = zip(*(network.parameters() for network in networks), strict=True)
-    gap = max(float((a - b).abs().max()) for a, b in pairs)
+    gap = max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)
     record(largest_difference=gap, device_us=device_times({"eager": eager, "graph": graph}, 1.0))
 
 

@@ -1,5 +1,6 @@
 """A visit without a GPU: every step runs or says why not, and nothing that a step does ends the visit."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_lip.bench.gpu import visit
+from lightning_lip.bench.gpu import kernels, training, visit
 from lightning_lip.bench.gpu.measuring import record
 
 pytestmark = [
@@ -49,6 +50,17 @@ def test_a_dry_run_of_the_whole_visit(tmp_path):
     assert all(row["right"] for row in checked)
     assert (out / "log.txt").read_text().count("== ") == len(ran)
     assert "correctness.smoke" in (out / "summary.txt").read_text()
+
+
+def test_the_steps_of_the_plan_can_be_called_and_are_all_different():
+    for step in visit.PLAN:
+        inspect.signature(step.work).bind(*step.arguments)
+    assert len({step.name for step in visit.PLAN}) == len(visit.PLAN) > 50
+    named = {
+        step.arguments[0] for step in visit.PLAN if step.work.__module__.endswith("gpu.kernels") and step.arguments
+    }
+    assert named == set(kernels.SHAPES)
+    assert {step.arguments[0] for step in visit.PLAN if step.work is training.steps} <= set(training.WHOLE)
 
 
 def test_a_step_that_fails_hangs_or_dies_does_not_end_the_visit(tmp_path, monkeypatch):
