@@ -22,15 +22,13 @@ test: $(VENV)/.installed
 	@echo "The whole test suite: about 10 minutes on two cores."
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
-test-short: $(VENV)/.installed
-	$(BIN)/pytest -n auto --dist loadfile $(SHORT) $(ARGS)
-
-# Types are checked on an installed copy: what users get, not what lies in the checkout.
+# Types and imports are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/python -m pip install --quiet --no-deps --target build/typed .
+	rm -rf build/typed build/lib && $(BIN)/pip install --quiet --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
+	cd build/typed && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -54,7 +52,10 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
 
-# Without --quiet, so that the downloads show their progress.
+# On a machine with a GPU; DEV=cpu is a dry run.
+bench-gpu: $(VENV)/.installed
+	PYTHON=$(abspath $(BIN)/python) bash bench/gpu/visit.sh
+
 $(VENV)/.installed: pyproject.toml
 	@test -e $@ || echo "Setting up $(VENV): pip downloads torch and the rest, up to 6 GB; 2 to 15 minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lip.bench.contenders.models import MODELS
-from lightning_lip.bench.steps import run
+from lightning_lip.bench.steps.run import chosen_device, run
 from lightning_lip.errors import UsageError
 from lightning_lip.reporting.extras import extra
 
@@ -20,7 +20,7 @@ def bench(
     device: str = "cpu",
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Measure what the penalty costs in whole training steps, beside what is used in its place.
+    """Measure what the penalty costs in whole training steps, beside its alternatives.
 
     Trains each model with Lightning's Trainer as it is, with LipschitzPenalty, and with torch's spectral_norm,
     deel-torchlip's layers, autograd through power and block iteration and through an SVD, and a gradient penalty, in
@@ -52,7 +52,7 @@ def bench(
         raise UsageError(f"Expected --out to be a folder, {out} is a file.")
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")
-    return run.run(names, Path(out), quick=quick, device=run.chosen_device(device), threads=threads)
+    return run(names, Path(out), quick=quick, device=chosen_device(device), threads=threads)
 
 
 def chosen_models(models: str | None, quick: bool) -> tuple[str, ...]:

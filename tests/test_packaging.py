@@ -92,6 +92,7 @@ def source_files():
                 ".pyc",
                 ".so",
                 ".o",
+                ".sh",  # runs from a checkout, where nothing is installed
             }
             if path.is_file() and not is_ignored:
                 found[f"{package}/{path.relative_to(folder).as_posix()}"] = path

@@ -1,1 +1,1 @@
-"""What is trained: models, their layers as maps, peers."""
+"""What is trained, and how: models, their layers as maps, peers."""

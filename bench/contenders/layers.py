@@ -1,4 +1,4 @@
-"""Layers as linear maps, apart from the package's own operators: for the peers' loops, and as the truth in fp64."""
+"""Layers as linear maps, without the package's own operators: for the peers' loops, and as the truth in fp64."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lightning_lip.reporting.extras import extra
 Layer = nn.Linear | nn.Conv2d
 
 TOLERANCE = 1e-4
-"""Relative accuracy that is asked of ARPACK for a convolution's norm in fp64: far below the peers' errors there."""
+"""ARPACK's relative tolerance for a convolution's norm in fp64, far below the peers' errors there."""
 
 
 def input_shapes(network: nn.Module, names: Sequence[str], inputs: Tensor) -> dict[str, tuple[int, ...]]:
     """Return the shape of one input of each named layer, as a forward pass on `inputs` shows it.
 
-    Of a linear layer (n,), however many tokens it maps at a time; of a convolution (c_in, h, w).
+    A linear layer's is (n,), however many tokens it maps at a time; a convolution's is (c_in, h, w).
     """
     shapes: dict[str, tuple[int, ...]] = {}
 

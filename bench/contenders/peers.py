@@ -1,4 +1,4 @@
-"""What is trained beside the plain network: the package's penalty, and what is used in its place today.
+"""The networks that are compared with the plain one: with the package's penalty, and with its alternatives.
 
 A peer that changes the network or adds a term to the loss is built here as its users build it. Every term is the same
 function of the norms as the package's penalty, softplus_log with the same coefficient: it stays small for any network.
@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from lightning_lip.bench.contenders.layers import Layer, adjoint, apply
-from lightning_lip.bench.steps.training import TimedPenalty, Training
+from lightning_lip.bench.contenders.layers import Layer, adjoint, apply, input_shapes
+from lightning_lip.bench.contenders.models import BenchModel
+from lightning_lip.bench.contenders.training import Batch, TimedPenalty, Training
 from lightning_lip.penalty.penalties import PenaltyName, get_penalty
 
 COEFFICIENT = 1e-3
@@ -65,6 +66,21 @@ class Task:
     input_shapes: dict[str, tuple[int, ...]]
     classes: bool
     example_input: Tensor
+
+
+def task_of(model: BenchModel, device: torch.device) -> tuple[Task, Batch]:
+    """Return what every contender of a model gets, and the batch of every step, on `device`."""
+    network = model.network()
+    names = model.layers(network)
+    inputs, targets = model.batch(network)
+    task = Task(
+        network=lambda: model.network().to(device),
+        names=names,
+        input_shapes=input_shapes(network, names, inputs[:2]),
+        classes=model.n_classes is not None,
+        example_input=inputs[:2].to(device),
+    )
+    return task, (inputs.to(device), targets.to(device))
 
 
 @dataclass(frozen=True)

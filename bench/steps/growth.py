@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lightning_lip.bench.contenders.models import BenchModel, mlp
-from lightning_lip.bench.contenders.peers import Task, penalty
+from lightning_lip.bench.contenders.peers import penalty, task_of
+from lightning_lip.bench.contenders.training import fit
 from lightning_lip.bench.steps.measure import floor_seconds
-from lightning_lip.bench.steps.training import fit
 
 BATCH_SIZE = 256
 BLOCK_SIZES = (1, 8)
@@ -53,12 +53,9 @@ def growth(sizes: Sequence[tuple[int, int]], device: torch.device, on_step: Call
         model = BenchModel(f"{depth} x {width}", lambda d=depth, w=width: mlp(*[w] * (d + 1)), (width,), BATCH_SIZE)  # type: ignore[misc]
         on_step(f"growth: {depth} layers of width {width}")
         floor = floor_seconds(depth * width**2, device)
+        task, batch = task_of(model, device)
         for block_size in BLOCK_SIZES:
-            network = model.network().to(device)
-            inputs = torch.randn(BATCH_SIZE, width, device=device)
-            task = Task(lambda n=network: n, model.layers(network), {}, classes=False, example_input=inputs[:2])  # type: ignore[misc]
             contender = penalty(block_size)(task)
-            batch = inputs, torch.randn(BATCH_SIZE, width, device=device)
             once, own = fit(contender.training, contender.callbacks, batch, 1, 1)
             samples = [(once, own)]
             if once < SLOW_SECONDS:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.bench.contenders.layers import Layer, exact_norm, input_shapes
+from lightning_lip.bench.contenders.layers import Layer, exact_norm
 from lightning_lip.bench.contenders.models import BenchModel
-from lightning_lip.bench.contenders.peers import EVERY, PEERS, Contender, Peer, Task, plain
+from lightning_lip.bench.contenders.peers import EVERY, PEERS, Contender, Peer, Task, plain, task_of
+from lightning_lip.bench.contenders.training import Batch, fit, synchronise
 from lightning_lip.bench.steps.memory import Memory, memory_of
-from lightning_lip.bench.steps.training import Batch, fit, synchronise
 
 BLOCK_SECONDS = 0.1
 """A block of steps is about as long: many blocks in turn, and each long enough for the clock."""
@@ -27,7 +27,7 @@ N_BEFORE = 1
 """Steps of each block before its clock starts: the first one of a fit pays for its start."""
 
 MAP_SHARE = 1.2
-"""How much of a plain step the penalty on convolutions may take, over that of its block's maps alone.
+"""How much of a plain step the penalty on convolutions may take, as a multiple of its block's maps alone.
 
 Those are 2r maps of one input; a plain step makes about 3B: forward, and backward to the inputs and to the weights.
 """
@@ -130,33 +130,24 @@ def measure(
 ) -> Result:
     """Train a model with every contender in turn.
 
-    Contenders take turns in blocks of a few steps, each block a fit of its own that goes on with the weights and the
-    singular vectors of the last: whatever else the machine does falls on all of them. A ratio compares a block with the
-    plain training's in the same round. A peer that is so slow that a block would take more than twice its share of the
-    time has the single step that its memory was counted in; the slowest have one block, where three rounds of all would
-    take too long.
+    Contenders take turns in blocks of a few steps, so that other load on the machine falls on all of them. Each block
+    is a fit of its own, which goes on with the weights and the singular vectors of the last. A ratio compares a block
+    with the plain training's in the same round. Of a peer whose block would take more than twice its share of the time,
+    only the single step is known in which its memory was counted; where three rounds of all would take too long, the
+    slowest have one block.
 
     Args:
         name: The model's name in ``--models``.
         model: The model.
         device: Where it is trained.
         seconds: Time for the rounds, about; up to twice that, until there are three.
-        on_step: Is told what is being done.
+        on_step: Called with what is being done, in words.
     """
+    task, batch = task_of(model, device)
+    names, shapes = task.names, task.input_shapes
     network = model.network()
-    names = model.layers(network)
-    inputs, targets = model.batch(network)
-    shapes = input_shapes(network, names, inputs[:2])
     n_weights = sum(cast(Tensor, network.get_submodule(layer).weight).numel() for layer in names)
     has_convolutions = any(isinstance(network.get_submodule(layer), nn.Conv2d) for layer in names)
-    task = Task(
-        network=lambda: model.network().to(device),
-        names=names,
-        input_shapes=shapes,
-        classes=model.n_classes is not None,
-        example_input=inputs[:2].to(device),
-    )
-    batch = inputs.to(device), targets.to(device)
     peers = [peer for peer in PEERS if has_convolutions or not peer.for_convolutions]
     missing = {peer.title: module for peer in peers if (module := peer.missing()) is not None}
     peers = [peer for peer in peers if peer.title not in missing]
@@ -204,15 +195,17 @@ def in_turn(
     first: dict[str, tuple[float, float | None]],
     batch: Batch,
     seconds: float,
+    precision: str = "32-true",
 ) -> dict[str, Times]:
     """Return the times of blocks of steps of all contenders, round by round.
 
     Args:
         contenders: By name; `"plain"` is one of them.
-        first: By name, what :func:`~lightning_lip.bench.steps.training.fit` returned for a step that has been made
+        first: By name, what :func:`~lightning_lip.bench.contenders.training.fit` returned for a step that has been made
             already, to size the blocks by.
         batch: The batch of every step.
         seconds: Time for all rounds, about.
+        precision: The Trainer's.
     """
     times = {name: Times() for name in contenders}
     n_steps = {name: block_steps(name, first[name][0]) for name in contenders}
@@ -231,7 +224,7 @@ def in_turn(
         for name in (PLAIN, *others[turn:], *others[:turn]):
             contender = contenders[name]
             start = time.perf_counter()
-            step, own = fit(contender.training, contender.callbacks, batch, N_BEFORE, n_steps[name])
+            step, own = fit(contender.training, contender.callbacks, batch, N_BEFORE, n_steps[name], precision)
             cost[name] = min(cost[name], time.perf_counter() - start)
             of_plain = step if name == PLAIN else of_plain
             times[name].add(step, own, of_plain)
@@ -328,9 +321,9 @@ def _row(
         operator="true" if operator == "reshaped" and not has_convolutions else operator,
         vectors=None if peer is None else peer.vectors,
         n_blocks=len(steps),
-        step_ms=_percentiles(steps),
-        ratio=_percentiles(steps / paired),
-        added_ms=_percentiles(steps - paired),
+        step_ms=percentiles(steps),
+        ratio=percentiles(steps / paired),
+        added_ms=percentiles(steps - paired),
         own_ms=1e3 * float(np.median(times.own)) if times.own else None,
         share=limits[0],
         held_bytes=added.held,
@@ -342,6 +335,7 @@ def _row(
     )
 
 
-def _percentiles(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float, float]:
+def percentiles(values: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float, float]:
+    """Return p20, p50 and p80."""
     p20, p50, p80 = np.percentile(values, [20, 50, 80])
     return float(p20), float(p50), float(p80)

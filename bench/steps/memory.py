@@ -24,12 +24,12 @@ class Memory(NamedTuple):
 
 
 def memory_of(work: Callable[[], object], device: torch.device) -> Memory:
-    """Run `work` and return what it allocated through torch: *exact* for tensors, blind to any other memory.
+    """Run `work` and return what it allocated through torch: *exact* for tensors; other memory is not counted.
 
     On the CPU by torch's profiler, which sees every allocation and release of tensors; on CUDA by the allocator's own
     counters. What `work` returns counts as held.
     """
-    # What exists already is none of this: left out, the collections inside cost nothing.
+    # Objects from before are left out of the garbage collections inside, which then take no time.
     gc.freeze()
     try:
         return _on_cuda(work, device) if device.type == "cuda" else _on_cpu(work)

@@ -6,9 +6,10 @@ memory lies, among others), which is as much as the callbacks take. So each comp
 has the callback in its list for a block of steps and not for the next: model, data, optimiser, loggers and everything
 else are the same objects. It is repeated in fresh processes.
 
-It writes ``callbacks.csv``: microseconds of CPU time a step without and with the callback (of all threads of the
-process, which other programs hardly change), and the ratio of neighbouring blocks. Each is the median over all blocks
-of all processes with its 20th and 80th percentiles; of the ratio there is also the range of the processes' medians.
+It writes ``callbacks.csv``. A row holds the microseconds of CPU time a step, without and with the callback, and the
+ratio of neighbouring blocks: of each the median, the 20th and the 80th percentile over all blocks of all processes; and
+the lowest and highest of the processes' median ratios. CPU time is summed over all threads of the process, and other
+work on the machine hardly changes it.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class Regressor(pl.LightningModule):
 
 
 class ComesAndGoes(pl.Callback):
-    """Takes a callback out of the Trainer's list for a block of steps, puts it back for the next, and times both."""
+    """Takes a callback out of the Trainer's list for some blocks of steps, puts it back for others, and times both."""
 
     def __init__(self, callback: pl.Callback) -> None:
         self.callback = callback
@@ -111,14 +112,14 @@ class ComesAndGoes(pl.Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Any, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # It is the last of the list: all of the step that is ending, but for Lightning's own end of it, is behind.
+        # Last in the list of callbacks: only Lightning's own end of this step is still to come.
         if trainer.fit_loop.epoch_loop._batches_that_stepped % BLOCK != BLOCK - 1:
             return
         is_there = self.callback in trainer.callbacks
         self.times[is_there].append((time.process_time() - self.start) / BLOCK * 1e6)
-        # A new list, since Lightning is going through the old one. In turn with, without, without, with.
+        # A new list, since Lightning is going through the old one. The order is with, without, without, with.
         comes = sum(map(len, self.times.values())) % 4 in (0, 3)
         others = [c for c in trainer.callbacks if c is not self.callback]
         trainer.callbacks = [*others[:-1], self.callback, others[-1]] if comes else others
@@ -127,7 +128,7 @@ class ComesAndGoes(pl.Callback):
 
 def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
     """Return the microseconds a step in blocks without (False) and with the callback, `blocks` of each, in pairs."""
-    # An odd number of blocks an epoch, so that the turn of the epochs falls on either kind.
+    # An odd number of blocks an epoch, so that an epoch ends in a block of either kind equally often.
     x = torch.randn(BLOCK * 50 * 21, 13, generator=torch.Generator().manual_seed(1))
     loader = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=50)
     switch = ComesAndGoes(comparison.callback())

@@ -48,9 +48,9 @@ def train(optimiser: str, target: float | None, metric: str, epochs: int) -> lis
     excess, n_steps = -np.inf, 0
     order = torch.Generator().manual_seed(0)
     for _ in range(epochs):
-        for rows in torch.randperm(len(inputs), generator=order).split(BATCH):
+        for rows in torch.split(torch.randperm(len(inputs), generator=order), BATCH):
             optimizer.zero_grad()
-            F.cross_entropy(model(inputs[rows]), labels[rows]).backward()
+            torch.autograd.backward(F.cross_entropy(model(inputs[rows]), labels[rows]))
             optimizer.step()
             n_steps += 1
             if projector is None:

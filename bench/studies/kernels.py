@@ -2,7 +2,8 @@
 
 ``python -m lightning_lip.bench.studies.kernels [--quick] [--threads N] [--output FOLDER]`` writes ``kernels.csv`` and
 ``kernels.png``. All contenders of a model run in turn, so that whatever else the machine does falls on all of them;
-medians with p20 and p80 of one call, in microseconds.
+medians with p20 and p80 of one call, in microseconds. This measures the CPU;
+:mod:`lightning_lip.bench.gpu` measures a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
-from lightning_lip.kernels.cpu.iteration import CpuIteration
+from lightning_lip.kernels.gpu.iteration import predicted_traffic
 from lightning_lip.reporting.documents import machine, versions, write_csv
 
 Shapes = list[tuple[int, int]]
@@ -38,14 +39,14 @@ MAX_SVD_WORK = 5e9
 COLUMNS = ("model", "contender", "r", "samples", "p20_us", "p50_us", "p80_us", "over_loop", "over_floor")
 
 
-def parameters(shapes: Shapes, device: str = "cpu") -> list[nn.Parameter]:
-    """Return random weights with spectral norms near one, with gradients."""
-    generator = torch.Generator().manual_seed(0)
+def parameters(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """Return random weights with spectral norms near one, with gradients of zeros."""
+    generator = torch.Generator(device).manual_seed(0)
     weights = []
     for m, n in shapes:
-        weight = torch.randn(m, n, generator=generator) / (m**0.5 + n**0.5)
-        weights.append(nn.Parameter(weight.to(device)))
-        weights[-1].grad = torch.zeros(m, n, device=device)
+        weight = torch.randn(m, n, generator=generator, device=device) / (m**0.5 + n**0.5)
+        weights.append(nn.Parameter(weight.to(dtype)))
+        weights[-1].grad = torch.zeros_like(weight, dtype=dtype)
     return weights
 
 
@@ -60,7 +61,7 @@ def start_blocks(weights: Sequence[Tensor], r: int) -> list[Tensor]:
 
 def python_loop(weights: Sequence[nn.Parameter]) -> Contender:
     """(a) One vector a layer, in a loop of mv, normalise and addr_, with the product's derivative."""
-    vectors = [F.normalize(torch.randn(w.shape[1], device=w.device), dim=0) for w in weights]
+    vectors = [F.normalize(torch.randn(w.shape[1], device=w.device), dim=0).to(w.dtype) for w in weights]
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -92,17 +93,17 @@ def autograd_loop(weights: Sequence[nn.Parameter]) -> Contender:
                 left = F.normalize(torch.mv(weight, vectors[index]), dim=0)
                 vectors[index] = F.normalize(torch.mv(weight.T, left), dim=0)
             norms.append(left @ torch.mv(weight, vectors[index]))
-        (COEFFICIENT * torch.stack(norms).prod()).backward()
+        torch.autograd.backward(COEFFICIENT * torch.stack(norms).prod())
 
     return call
 
 
-def torch_spectral_norm(shapes: Shapes) -> Contender:
+def torch_spectral_norm(shapes: Shapes, device: str = "cpu") -> Contender:
     """(c) torch's parametrization: its power iteration, the weight divided by sigma, and the way back."""
-    layers = [nn.Linear(n, m, bias=False) for m, n in shapes]
+    layers = [nn.Linear(n, m, bias=False, device=device) for m, n in shapes]
     for layer in layers:
         nn.utils.parametrizations.spectral_norm(layer)
-    upstream = [torch.full(shape, 1e-3) for shape in shapes]
+    upstream = [torch.full(shape, 1e-3, device=device) for shape in shapes]
 
     def call() -> None:
         torch.autograd.backward([layer.weight for layer in layers], upstream)
@@ -125,8 +126,8 @@ def floor(weights: Sequence[nn.Parameter]) -> Contender:
 
 
 def kernel(weights: Sequence[nn.Parameter], r: int) -> Contender:
-    """One call of the compiled kernel, with the collection of the pointers."""
-    iteration = CpuIteration(weights, start_blocks(weights, r))
+    """One call of the compiled kernel of the weights' device, with the collection of the pointers."""
+    ((_, iteration),) = kernels.iterations_for(weights, start_blocks(weights, r))
     multiplicities = [1] * len(weights)
 
     def call() -> Tensor:
@@ -187,7 +188,7 @@ def interleaved(found: dict[tuple[str, int], Contender], seconds: float) -> dict
         for key, call in found.items():
             if key[0].startswith("(d)") and (rounds >= 5 or (rounds and sum(times[key]) > 2e6)):
                 continue  # hundreds of times slower than the others: they need the time
-            # The contender before left the caches to itself; where that matters, warm them for each alike.
+            # The caches hold the previous contender's data: where that matters, an untimed call comes first.
             if times[key] and times[key][-1] < 5000:
                 call()
             start = time.perf_counter()
@@ -220,61 +221,9 @@ def rows(model: str, times: dict[tuple[str, int], list[float]]) -> list[dict[str
 
 
 def traffic_report(shapes: Shapes, r: int) -> str:
-    """Return the bytes that the GPU kernels would move, where no GPU can be timed."""
+    """Return the bytes that the GPU kernels would move; ``bench/gpu`` times them."""
     weights = [torch.empty(s, device="meta") for s in shapes]
-    n_bytes = sum(4 * w.numel() for w in weights)
-    try:
-        from lightning_lip.kernels.gpu.iteration import predicted_traffic
-    except ImportError:
-        return f"weights {n_bytes / 1e6:.3f} MB, gradients {2 * n_bytes / 1e6:.3f} MB (from shapes)"
     return ", ".join(f"{name} {value / 1e6:.3f} MB" for name, value in predicted_traffic(weights, r)._asdict().items())
-
-
-def gpu_rows(model: str, shapes: Shapes, seconds: float) -> list[dict[str, object]]:
-    """Time the GPU kernels and the loop, each replayed from a CUDA graph, against the floor."""
-    from lightning_lip.kernels.gpu.iteration import GpuIteration
-
-    weights = parameters(shapes, "cuda")
-    found: dict[tuple[str, int], Contender] = {
-        ("(e) floor", 0): floor(weights),
-        ("(a) Python loop", 1): python_loop(weights),
-    }
-    for r in BLOCK_SIZES:
-        iteration = GpuIteration(weights, start_blocks(weights, r))
-        found["kernel", r] = lambda iteration=iteration: iteration.penalise_(  # type: ignore[misc]
-            weights,
-            [w.grad for w in weights],
-            n_iterations=1,
-            code=kernels.PENALTY_CODES["product"],
-            target_log=0.0,
-            scale=COEFFICIENT,
-            multiplicities=[1] * len(weights),
-        )
-    graphs = {key: _captured(call) for key, call in found.items()}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in found}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        for key, graph in graphs.items():
-            begin, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            done.record()
-            done.synchronize()
-            times[key].append(begin.elapsed_time(done) * 1e3)
-    return rows(f"{model} (GPU, CUDA graph)", times)
-
-
-def _captured(call: Contender) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph
 
 
 def plot(path: Path, table: list[dict[str, object]], about: dict[str, object]) -> None:
@@ -319,15 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         seconds = 2.0 if options.quick else options.seconds
         added = rows(model, interleaved(contenders(shapes), seconds))
-        if torch.cuda.is_available():
-            added += gpu_rows(model, shapes, seconds)
         print(f"\n{model}")
         for row in added:
             print("  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us  x loop {over_loop:>9}"
                   "  x floor {over_floor:>9}".format(**row))  # fmt: skip
-        if not torch.cuda.is_available():
-            for r in BLOCK_SIZES:
-                print(f"  no GPU was measured; predicted GPU traffic at r = {r}: {traffic_report(shapes, r)}")
+        for r in BLOCK_SIZES:
+            print(f"  predicted traffic of the GPU kernels at r = {r}: {traffic_report(shapes, r)}")
         table += added
     write_csv(options.output / "kernels.csv", COLUMNS, [[row[c] for c in COLUMNS] for row in table], about)
     try:

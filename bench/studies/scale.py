@@ -1,19 +1,19 @@
 """What a step of the penalty moves and keeps on 1 to 1,024 GPUs, for the layers of a large model on a mesh.
 
 ``python -m lightning_lip.bench.studies.scale [--output FOLDER]`` writes ``scale.csv`` for Llama-2 7B and 70B, and
-prints it. Nothing of it is measured on such machines: it is arithmetic, and ``tests/bench/test_scale.py`` holds the
-bytes over the network and the bytes of the vectors to what 2 and 4 processes of the plugin count.
+prints it. Nothing is measured: this is arithmetic. ``tests/bench/studies/test_scale.py`` compares the bytes over the
+network and the bytes of the vectors with what the plugin counts on 2 and 4 processes.
 
-A weight W (m, n) is dealt out over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
+A weight W (m, n) is split over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
 (column-wise parallel) or by columns (row-wise). r is the block size; its p vectors' side is n, or m where only columns
-are dealt out; s bytes a weight. Every GPU, at every step, for each layer:
+are split; s bytes a weight. Every GPU, at every step, for each layer:
 
 - reads W twice, for ``T = V A^T`` and ``Z = T A``, and its gradient once and writes it once:
   ``(2 + 2) s m n / (d t)`` bytes (weights of 2 bytes are widened first: 10 more for each, an fp32 copy among them);
 - adds ``8 r (r + p)`` bytes, G and Z in fp64, to the one flat tensor of all layers that is summed over ranks. Summed in
-  a ring over g ranks, a GPU sends ``2 (g - 1) / g`` times that; a layer that is dealt out over d and over t ranks is
+  a ring over g ranks, a GPU sends ``2 (g - 1) / g`` times that; a layer that is split over d and over t ranks is
   summed over the one, then over the other;
-- where rows and columns are dealt out, sums ``T`` over the t ranks before: ``4 r m / d`` bytes;
+- where rows and columns are split, sums ``T`` over the t ranks before: ``4 r m / d`` bytes;
 - keeps the vectors, ``4 r p`` bytes, and until the next step ``4 (m n / (p d t) + p)`` for u and v.
 
 FSDP2 itself gathers every weight twice and scatters the gradients once: ``3 s m n (d - 1) / (d t)`` bytes sent.
@@ -28,16 +28,16 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import write_csv
 
 Parallel = Literal["columns", "rows"]
-"""How tensor parallelism deals a layer out: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
+"""How tensor parallelism splits a layer: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
 
 
 class Layer(NamedTuple):
-    """``count`` layers with a weight of shape (out, in)."""
+    """So many copies of a layer, with a weight of shape (out, in)."""
 
     out: int
     into: int
     parallel: Parallel
-    count: int = 1
+    copies: int = 1
 
 
 class Traffic(NamedTuple):
@@ -67,7 +67,7 @@ def traffic(
 
     Args:
         layers: The penalised layers.
-        data_parallel: d, the ranks that FSDP2 deals rows out to.
+        data_parallel: d, the ranks over which FSDP2 splits the rows.
         tensor_parallel: t.
         block_size: r.
         weight_bytes: s, 4 for fp32 and 2 for bf16.
@@ -75,7 +75,7 @@ def traffic(
     d, t = data_parallel, tensor_parallel
     read = over_data = over_tensor = kept = weights = 0.0
     for layer in layers:
-        m, n, k = layer.out, layer.into, layer.count
+        m, n, k = layer.out, layer.into, layer.copies
         r = min(block_size, m, n)
         only_columns = layer.parallel == "rows" and t > 1 and d == 1
         p = m if only_columns else n

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.extras import extra
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return scikit-learn's digits, shuffled: 1400 to train and 397 to test, inputs (., 64) centred."""
-    images, labels = load_digits(return_X_y=True)
+    images, labels = extra("sklearn.datasets", "paper").load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     inputs = torch.from_numpy((images[order] / 16).astype(np.float32))
     inputs -= inputs[:1400].mean(0)
@@ -82,9 +82,9 @@ def train(optimiser: str, penalty: tuple[str, float, float], r: int, k: int, epo
     errors: list[float] = []
     times: list[float] = []
     for _ in range(epochs):
-        for batch in torch.randperm(len(inputs), generator=generator).split(BATCH):
+        for batch in torch.split(torch.randperm(len(inputs), generator=generator), BATCH):
             steps.zero_grad()
-            F.cross_entropy(model(inputs[batch]), targets[batch]).backward()
+            torch.autograd.backward(F.cross_entropy(model(inputs[batch]), targets[batch]))
             of_loss = [_taken(w) for w in weights]
             start = time.perf_counter()
             regularizer.add_grad_()
@@ -112,7 +112,7 @@ def train(optimiser: str, penalty: tuple[str, float, float], r: int, k: int, epo
     )
 
 
-def _taken(weight: nn.Parameter) -> Tensor:
+def _taken(weight: Tensor) -> Tensor:
     """Return the gradient and leave zeros in its place, so that the penalty's own gradient can be seen."""
     assert weight.grad is not None
     gradient = weight.grad.clone()
@@ -121,7 +121,7 @@ def _taken(weight: nn.Parameter) -> Tensor:
 
 
 @torch.no_grad()
-def _error(weight: nn.Parameter) -> float:
+def _error(weight: Tensor) -> float:
     """Return by how much ``u^T W v`` of the penalty's gradient falls short of the spectral norm, relative to it."""
     assert weight.grad is not None
     direction = weight.grad.double()

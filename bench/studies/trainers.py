@@ -3,7 +3,7 @@
 ``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy,
 precision and feature of the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is
 relative to what the penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a
-tolerance of its own, or the error that refuses it; ``tests/bench/test_trainers.py`` holds each to that.
+tolerance of its own, or the error that refuses it; ``tests/bench/studies/test_trainers.py`` holds each to that.
 
 The reference shares no code with the plugin: a plain PyTorch loop in fp64 on whole batches, whose loss holds
 ``coefficient * prod_l ||W_l||_2`` by ``torch.linalg.matrix_norm``.
@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
     Attributes:
         strategy: A key of :data:`STRATEGIES`.
-        precision: A key of :data:`PRECISIONS`.
+        precision: A key of :data:`TOLERANCES`, as Trainer names it.
         feature: A key of :data:`FEATURES`.
         tolerance: The largest distance allowed; None where the case is refused.
         refused: What the error must say where the case is refused.
@@ -72,12 +72,12 @@ class Case(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """A strategy: processes, how many of them share the data, how the network is laid out."""
+    """A strategy: its processes, how many of them share the data, and how the network is laid out."""
 
     processes: int
     data_parallel: int
     strategy: Callable[[], Strategy | str]
-    layout: Callable[[nn.Sequential, DeviceMesh], None] | None = None
+    layouts: tuple[Callable[[nn.Sequential, DeviceMesh], None], ...] = ()
     spawned: bool = False
 
 
@@ -93,20 +93,10 @@ def _tensor_parallel(net: nn.Sequential, mesh: DeviceMesh) -> None:
     parallelize_module(net, mesh["tensor_parallel"], plan)
 
 
-def _both(net: nn.Sequential, mesh: DeviceMesh) -> None:
-    _tensor_parallel(net, mesh)
-    _fsdp2(net, mesh)
-
-
 def _model_parallel(data: int, tensor: int) -> Callable[[], Strategy]:
     return lambda: ModelParallelStrategy(
         data_parallel_size=data, tensor_parallel_size=tensor, save_distributed_checkpoint=False
     )
-
-
-def _scaler() -> torch.amp.GradScaler:
-    # From the default scale the first steps overflow and are skipped, as they would be in the reference too.
-    return torch.amp.GradScaler("cpu", init_scale=1024.0)
 
 
 STRATEGIES = {
@@ -115,20 +105,10 @@ STRATEGIES = {
     "DDP, static graph": Setup(2, 2, lambda: DDPStrategy(static_graph=True)),
     "DDP, find_unused_parameters": Setup(2, 2, lambda: "ddp_find_unused_parameters_true"),
     "DDP, spawned": Setup(2, 2, lambda: "ddp_spawn", spawned=True),
-    "FSDP2": Setup(2, 2, _model_parallel(2, 1), _fsdp2),
-    "tensor parallel": Setup(2, 1, _model_parallel(1, 2), _tensor_parallel),
-    "FSDP2 x tensor parallel": Setup(4, 2, _model_parallel(2, 2), _both),
+    "FSDP2": Setup(2, 2, _model_parallel(2, 1), (_fsdp2,)),
+    "tensor parallel": Setup(2, 1, _model_parallel(1, 2), (_tensor_parallel,)),
+    "FSDP2 x tensor parallel": Setup(4, 2, _model_parallel(2, 2), (_tensor_parallel, _fsdp2)),
     "FSDP1": Setup(2, 2, FSDPStrategy),
-}
-
-PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
-    "64-true": lambda: {"precision": "64-true"},
-    "32-true": lambda: {"precision": "32-true"},
-    "bf16-mixed": lambda: {"precision": "bf16-mixed"},
-    "16-mixed": lambda: {
-        "plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
-    },
-    "bf16-true": lambda: {"precision": "bf16-true"},
 }
 
 FEATURES: dict[str, dict[str, Any]] = {
@@ -143,8 +123,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
 }
 
-# What rounding costs, by precision: of fp64 alone, of fp32 over the steps, and of a forward pass in bf16 or fp16.
-_TOLERANCE = {"64-true": 1e-10, "32-true": 1e-4, "bf16-mixed": 0.02, "16-mixed": 5e-3, "bf16-true": 0.15}
+# What rounding may cost at each precision: in fp64 alone, in fp32 over the steps, in a forward pass in bf16 or fp16.
+TOLERANCES = {"64-true": 1e-10, "32-true": 1e-4, "bf16-mixed": 0.02, "16-mixed": 5e-3, "bf16-true": 0.15}
 
 # The second optimiser's penalty sees the weights that the first has just moved; in the loss it does not.
 _BY_HAND = 2e-3
@@ -153,11 +133,11 @@ _LINE_SEARCH = "cannot serve LBFGS with a line search"
 
 
 def _cases(strategy: str, precisions: Iterable[str], features: Iterable[str] = ("Adam",)) -> list[Case]:
-    return [Case(strategy, p, f, _TOLERANCE[p]) for p in precisions for f in features]
+    return [Case(strategy, p, f, TOLERANCES[p]) for p in precisions for f in features]
 
 
 CASES = [
-    *_cases("one process", PRECISIONS),
+    *_cases("one process", TOLERANCES),
     *_cases("one process", ["64-true"], ["fused Adam", "SGD with momentum", "LBFGS"]),
     *_cases("one process", ["64-true"], ["accumulation over 3", "clipping by norm", "clipping by value"]),
     Case("one process", "64-true", "two optimisers, by hand", _BY_HAND),
@@ -220,8 +200,9 @@ def reference(feature: str, coefficient: float) -> Tensor:
     net = make_net().double()
     weights = [p for p in net.parameters() if p.dim() == 2]
     batches = [(x.double(), y.double()) for x, y in make_batches()]
-    n = FEATURES[feature].get("accumulate_grad_batches", 1)
-    clip, how = (FEATURES[feature].get(f"gradient_clip_{key}") for key in ("val", "algorithm"))
+    options = FEATURES[feature]
+    n = options.get("accumulate_grad_batches", 1)
+    how = options.get("gradient_clip_algorithm")
     optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
 
     def loss_of(group: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -231,15 +212,15 @@ def reference(feature: str, coefficient: float) -> Tensor:
 
     for start in range(0, N_BATCHES, n):
 
-        def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> Tensor:
+        def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> float:
             optimizer.zero_grad()
             loss = loss_of(group)
-            loss.backward()
+            torch.autograd.backward(loss)
             if how == "norm":
-                nn.utils.clip_grad_norm_(net.parameters(), clip)
+                nn.utils.clip_grad_norm_(net.parameters(), options["gradient_clip_val"])
             elif how == "value":
-                nn.utils.clip_grad_value_(net.parameters(), clip)
-            return loss
+                nn.utils.clip_grad_value_(net.parameters(), options["gradient_clip_val"])
+            return float(loss)
 
         optimizer.step(closure)
     return torch.cat([p.detach().flatten() for p in net.parameters()])
@@ -253,12 +234,10 @@ class Module(pl.LightningModule):
         self.case = case
         self.net = make_net()
         self.automatic_optimization = case.feature != "two optimisers, by hand"
-        self.trained: Tensor | None = None
 
     def configure_model(self) -> None:
         """Lay the network out over the mesh, where the strategy has one."""
-        layout = STRATEGIES[self.case.strategy].layout
-        if layout is not None:
+        for layout in STRATEGIES[self.case.strategy].layouts:
             assert self.device_mesh is not None
             layout(self.net, self.device_mesh)
 
@@ -268,6 +247,7 @@ class Module(pl.LightningModule):
         loss = F.mse_loss(self.net(inputs), targets)
         if not self.automatic_optimization:
             optimizers = self.optimizers()
+            assert isinstance(optimizers, list)
             for optimizer in optimizers:
                 optimizer.zero_grad()
             self.manual_backward(loss)
@@ -285,20 +265,15 @@ class Module(pl.LightningModule):
     def on_train_end(self) -> None:
         """Gather the weights while the processes still stand, and write them for whoever started them."""
         whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in self.parameters()]
-        self.trained = torch.cat([p.detach().double().flatten() for p in whole])
+        trained = torch.cat([p.detach().double().flatten() for p in whole])
         if self.trainer.is_global_zero:
-            torch.save(self.trained, os.environ["TRAINED"])
+            torch.save(trained, os.environ["TRAINED"])
 
 
 def train(case: Case) -> None:
-    """Train one case in this process, one of `processes` that were started alike."""
+    """Train one case in this process, one of the `processes` of its setup."""
     setup = STRATEGIES[case.strategy]
-    rank = int(os.environ.get("RANK", 0)) // (setup.processes // setup.data_parallel)
-    share = setup.data_parallel if not setup.spawned else 1
-    data = [(x[rank::share], y[rank::share]) for x, y in make_batches()]
-    if setup.spawned:  # each spawned process takes its rows by itself
-        data = _Shared(setup.data_parallel)
-    settings = PRECISIONS[case.precision]() | FEATURES[case.feature]
+    settings = _precision(case.precision) | FEATURES[case.feature]
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=setup.processes,
@@ -312,23 +287,32 @@ def train(case: Case) -> None:
         callbacks=[LipschitzPenalty(COEFFICIENT)],
         **settings,
     )
-    trainer.fit(Module(case), torch.utils.data.DataLoader(data, batch_size=None))
+    trainer.fit(Module(case), torch.utils.data.DataLoader(Rows(setup), batch_size=None))
 
 
-class _Shared(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """The batches, of which each process takes its own rows when it asks."""
+def _precision(name: str) -> dict[str, Any]:
+    if name != "16-mixed":
+        return {"precision": name}
+    # From the default scale the first steps overflow and are skipped, as they would be in the reference too.
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=scaler)}
 
-    def __init__(self, share: int) -> None:
+
+class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """The batches, of each the rows of the process that asks: spawned processes exist only once training has begun."""
+
+    def __init__(self, setup: Setup) -> None:
         self._batches = make_batches()
-        self._share = share
+        self._share, self._replicas = setup.data_parallel, setup.processes // setup.data_parallel
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        rank = torch.distributed.get_rank()
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         inputs, targets = self._batches[index]
-        return inputs[rank :: self._share], targets[rank :: self._share]
+        mine = slice(rank // self._replicas, None, self._share)
+        return inputs[mine], targets[mine]
 
 
 def run(cases: Sequence[Case], folder: Path) -> list[Row]:

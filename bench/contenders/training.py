@@ -61,16 +61,16 @@ class Training(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer:
-        # One for all fits, which then are one training.
+        # The same optimiser for every fit: each goes on where the last one ended.
         if self._optimizer is None:
             self._optimizer = torch.optim.Adam(self.parameters(), lr=1e-4)
         return self._optimizer
 
 
 class TimedPenalty(LipschitzPenalty):
-    """The penalty, which notes what it adds to each step: the time in its hook before the optimiser's step.
+    """The penalty, with a clock: it sums the time spent in its hook before the optimiser's step.
 
-    On a CUDA device that is the time of its work there, between two events: nothing waits.
+    On a CUDA device that is the time of its work there, between two events: the host does not wait.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -106,7 +106,7 @@ class TimedPenalty(LipschitzPenalty):
 class _Clock(Callback):
     """Times whole steps, from the end of step `n_before` to the end of the fit.
 
-    It comes last among the callbacks, so that theirs are inside.
+    It must be the last of the callbacks, so that the time of the others is included.
     """
 
     def __init__(self, n_before: int, n_steps: int, on_start: Callable[[], None]) -> None:
@@ -138,7 +138,7 @@ class _Clock(Callback):
 
 
 class _Repeated(Dataset[Batch]):
-    """One batch, over and over: what loading costs is not the question."""
+    """One batch, over and over: loading is not measured."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -151,7 +151,13 @@ class _Repeated(Dataset[Batch]):
 
 
 def fit(
-    training: Training, callbacks: Sequence[Callback], batch: Batch, n_before: int, n_steps: int
+    training: Training,
+    callbacks: Sequence[Callback],
+    batch: Batch,
+    n_before: int,
+    n_steps: int,
+    precision: Any = "32-true",
+    strategy: str = "auto",
 ) -> tuple[float, float | None]:
     """Train for `n_before + n_steps` steps with a Trainer of its own.
 
@@ -165,6 +171,8 @@ def fit(
         batch: The batch of every step, on that device.
         n_before: Steps before the clock starts.
         n_steps: Steps that are timed.
+        precision: The Trainer's.
+        strategy: The Trainer's, for one process.
 
     Returns:
         Seconds a step, and of these the seconds in `TimedPenalty`'s hook, None without one.
@@ -182,6 +190,8 @@ def fit(
         trainer = pl.Trainer(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
+            precision=precision,
+            strategy=strategy,
             max_steps=n_before + n_steps,
             callbacks=[*callbacks, clock],
             logger=False,

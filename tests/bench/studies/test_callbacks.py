@@ -5,7 +5,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 
-from lightning_lip.bench.studies import callbacks as step
+from lightning_lip.bench.studies import callbacks
 
 
 class Counts(pl.Callback):
@@ -20,10 +20,10 @@ class Counts(pl.Callback):
 
 @pytest.mark.parametrize("tensorboard", [False, True])
 def test_the_callback_comes_and_goes(tensorboard, monkeypatch):
-    monkeypatch.setattr(step, "BLOCK", 5)
+    monkeypatch.setattr(callbacks, "BLOCK", 5)
     there, always = Counts(), Counts()
-    comparison = step.Comparison("", lambda: there, lambda: [always], tensorboard=tensorboard)
-    times = step.measure(comparison, blocks=4)
+    comparison = callbacks.Comparison("", lambda: there, lambda: [always], tensorboard=tensorboard)
+    times = callbacks.measure(comparison, blocks=4)
     assert len(times[False]) == len(times[True]) == 4
     assert all(time > 0 for values in times.values() for time in values)
     assert always.batches == list(range(5 * 12))
@@ -33,15 +33,15 @@ def test_the_callback_comes_and_goes(tensorboard, monkeypatch):
 
 def test_command_writes_a_row_for_each_comparison(tmp_path, monkeypatch, capsys):
     fake = {False: [100.0, 110.0, 120.0], True: [105.0, 121.0, 126.0]}
-    monkeypatch.setattr(step, "_in_a_process", lambda name, blocks: fake)
-    step.main(["--quick", "--output", str(tmp_path)])
+    monkeypatch.setattr(callbacks, "_in_a_process", lambda name, blocks: fake)
+    callbacks.main(["--quick", "--output", str(tmp_path)])
     lines = [line for line in (tmp_path / "callbacks.csv").read_text().splitlines() if not line.startswith("#")]
     rows = list(csv.DictReader(lines))
-    assert [row["callback"] for row in rows] == list(step.COMPARISONS)
+    assert [row["callback"] for row in rows] == list(callbacks.COMPARISONS)
     assert {(row["processes"], row["blocks"], row["ratio_p50"]) for row in rows} == {("2", "6", "1.0500")}
     assert "1.05" in capsys.readouterr().out
 
 
 def test_failure_of_a_process_is_told():
     with pytest.raises(RuntimeError, match="invalid choice"):
-        step._in_a_process("no such comparison", 1)
+        callbacks._in_a_process("no such comparison", 1)

@@ -12,7 +12,7 @@ from lightning_lip import LipschitzRegularizer
 from lightning_lip.bench.studies.scale import MODELS, Layer, traffic
 
 SHAPES = [(48, 20, "columns"), (24, 48, "rows"), (5, 24, "columns")]
-"""(out, in, how tensor parallelism deals it out); 5 rows are dealt out unevenly over 2 and 4 ranks of FSDP2."""
+"""(out, in, how tensor parallelism splits it); 5 rows are split unevenly over 2 and 4 ranks of FSDP2."""
 
 SCRIPT = """
 import json, os, sys
@@ -76,7 +76,7 @@ def test_counted_bytes_are_those_of_the_formula(tmp_path, data, tensor):
         for m, n, how in shapes
         for p in [m if how == "rows" and data == 1 and tensor > 1 else n]
     )
-    # One all_reduce a step for each way of sharding; a second where rows and columns are dealt out.
+    # One all_reduce a step for each way of sharding; a second where rows and columns are split.
     assert len(result["counted"]) == {(2, 1): 1, (4, 1): 1, (1, 2): 1, (2, 2): 3}[data, tensor]
 
 
@@ -91,7 +91,7 @@ def test_the_vectors_of_one_process():
 
 def test_sizes_of_the_models():
     for model, billions in (("Llama-2 7B", 6.607), ("Llama-2 70B", 68.71)):
-        n_weights = sum(layer.out * layer.into * layer.count for layer in MODELS[model])
+        n_weights = sum(layer.out * layer.into * layer.copies for layer in MODELS[model])
         assert n_weights / 1e9 == pytest.approx(billions, rel=1e-3)
         assert traffic(MODELS[model], 1024).weights == pytest.approx(4 * n_weights / 1024)
 

@@ -1,0 +1,137 @@
+import csv
+import json
+import sys
+
+import pytest
+import torch
+from support.contenders import SMALL_CONVOLUTIONS
+
+from lightning_lip import bench as package
+from lightning_lip import cli
+from lightning_lip.bench import command
+from lightning_lip.bench.contenders import peers
+from lightning_lip.bench.contenders.models import MODELS
+from lightning_lip.bench.steps import figures, measure, report, run
+from lightning_lip.errors import UsageError
+
+
+@pytest.fixture
+def small_run(monkeypatch):
+    """Quick runs of two small models, with as few steps as the tables need."""
+    monkeypatch.setattr(run, "QUICK_SECONDS", 0.5)
+    monkeypatch.setattr(measure, "MIN_ROUNDS", 2)
+    monkeypatch.setattr(measure, "BLOCK_SECONDS", 0.01)
+    monkeypatch.setitem(MODELS, "mnist", SMALL_CONVOLUTIONS)
+
+
+def test_the_command_writes_tables_document_and_plots(small_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "found"
+    cli.main(["bench", "--quick", "--out", str(out), "--threads", "1"])
+    shown = capsys.readouterr().out
+    document = json.loads((out / "bench.json").read_text())
+    assert [model["model"] for model in document["models"]] == ["paper", "mnist"]
+    assert document["versions"]["torch"] == torch.__version__
+    assert (document["machine"]["threads"], document["machine"]["device"]) == (1, "cpu")
+    lines = [line for line in (out / "steps.csv").read_text().splitlines() if not line.startswith("#")]
+    rows = list(csv.DictReader(lines))
+    assert set(rows[0]) == {
+        *(
+            "model",
+            "model_title",
+            "batch_size",
+            "n_layers",
+            "n_weights",
+            "n_parameters",
+            "has_convolutions",
+            "floor_ms",
+        ),
+        *("contender", "title", "operator", "vectors", "n_blocks", "step_ms_p20", "step_ms_p50", "step_ms_p80"),
+        *("ratio_p20", "ratio_p50", "ratio_p80", "added_ms_p20", "added_ms_p50", "added_ms_p80", "own_ms", "share"),
+        *("held_bytes", "peak_bytes", "allowed_bytes", "error_max", "error_median", "guarantee"),
+    }
+    found = {(row["model"], row["contender"]): row for row in rows}
+    expected = [peer.name for peer in peers.PEERS if not peer.missing()]
+    assert [name for model, name in found if model == "mnist"] == ["plain", *expected]
+    convolutional = {peer.name for peer in peers.PEERS if peer.for_convolutions}
+    assert [name for model, name in found if model == "paper"] == [
+        name for name in ["plain", *expected] if name not in convolutional
+    ]
+    for key, row in found.items():
+        assert float(row["step_ms_p20"]) <= float(row["step_ms_p50"]) <= float(row["step_ms_p80"])
+        assert float(row["added_ms_p20"]) <= float(row["added_ms_p50"]) <= float(row["added_ms_p80"])
+        assert (row["own_ms"] != "") == key[1].startswith("penalty")
+        assert (row["allowed_bytes"] != "") == (key[1] in ("penalty_r8", "penalty_r1"))
+        assert row["vectors"] == {"_r8": "8", "_r1": "1"}.get(key[1][-3:], row["vectors"])
+    assert (found["mnist", "autograd_block_loop"]["vectors"], found["mnist", "autograd_loop"]["vectors"]) == ("8", "1")
+    assert found["paper", "penalty_r8"]["share"] == ""
+    assert float(found["mnist", "penalty_r8"]["share"]) == pytest.approx(1.2 * 16 / (3 * 4))
+    assert found["paper", "exact_svd"]["operator"] == "true"
+    assert found["mnist", "exact_svd"]["operator"] == "reshaped"
+    assert found["mnist", "autograd_loop"]["operator"] == "true"
+    # The kernel as a matrix is not the convolution.
+    assert float(found["paper", "exact_svd"]["error_max"]) < 1e-5 < float(found["mnist", "exact_svd"]["error_max"])
+    growth = [line for line in (out / "growth.csv").read_text().splitlines() if not line.startswith("#")]
+    assert len(list(csv.DictReader(growth))) == 2 * len(run.QUICK_SIZES)
+    assert document["figures"] == ["steps.png", "growth_depth.png", "growth_width.png"]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in document["figures"])
+    assert "small convolutions; batch 4, 3 layers penalised" in shown
+    assert report.SECTIONS["reshaped"].partition(" as ")[0] in shown  # the column may fold the rest
+    assert "A quick run" in shown
+    assert shown.count("The penalty (r = 8) takes") == shown.count("With r = 8 it adds") == 2
+    assert shown.count("The penalty (r = 1) takes") == shown.count("With r = 1 it adds") == 2
+
+
+def test_threads_are_put_back(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "measure", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.bench(str(tmp_path), quick=True, threads=2)
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "resnet50"], "--models to name some of paper, mnist, resnet18, vit, gpt2"),
+        (["--models", ","], "--models to name some of"),
+        (["--threads", "0"], "--threads of at least 1, got 0"),
+        (["--out", __file__], "--out to be a folder"),
+        (["--device", "tpu-ish"], "--device cpu, cuda"),
+        (["--device", "meta"], "--device cpu, cuda"),
+        (["--device", "cuda:99"], "--device cuda:99 to be there"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_message_and_status_2(capsys, monkeypatch, options, message):
+    monkeypatch.setattr(command, "run", lambda *_, **__: pytest.fail("it ran"))
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench", *options])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_models_are_chosen_by_name_in_the_usual_order():
+    assert command.chosen_models("vit, paper", quick=False) == ("paper", "vit")
+    assert command.chosen_models(None, quick=True) == command.QUICK_MODELS
+    assert command.chosen_models(None, quick=False) == tuple(MODELS)
+    with pytest.raises(UsageError, match="got 'paper,resnet50'"):
+        command.chosen_models("paper,resnet50", quick=False)
+    assert set(run.SECONDS) == set(MODELS)
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "scipy"])
+def test_a_missing_extra_names_the_remedy(capsys, monkeypatch, tmp_path, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench", "--quick", "--out", str(tmp_path / "none")])
+    assert exit_info.value.code == 2
+    assert f"needs {module}" in (error := capsys.readouterr().err)
+    assert 'pip install "lightning-lip[bench]"' in error
+    assert not (tmp_path / "none").exists()
+
+
+def test_block_sizes_have_colours_of_their_own():
+    assert figures.COLOURS[1] != figures.COLOURS[8]
+
+
+def test_the_package_is_the_command():
+    assert package.bench is command.bench

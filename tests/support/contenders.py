@@ -1,0 +1,37 @@
+"""Small models for the benchmark's tests, and the true norm of a layer."""
+
+import torch
+from torch import nn
+
+from lightning_lip.bench.contenders import peers
+from lightning_lip.bench.contenders.models import BenchModel, mlp
+
+CPU = torch.device("cpu")
+
+
+def small_convolutions():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.Flatten(),
+        nn.Linear(16, 5),
+    )
+
+
+SMALL_MLP = BenchModel("a small MLP", lambda: mlp(6, 8, 7, 3), (6,), 4)
+SMALL_CONVOLUTIONS = BenchModel("small convolutions", small_convolutions, (2, 6, 6), 4, n_classes=5)
+
+
+def peer_named(name):
+    return next(peer for peer in peers.PEERS if peer.name == name)
+
+
+def dense_norm(layer, shape):
+    """The largest singular value of the layer's matrix, column by column from its own forward pass."""
+    basis = torch.eye(int(torch.tensor(shape).prod()), dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad():
+        outputs = layer.double()(basis) - layer(torch.zeros_like(basis))
+        layer.float()
+    return float(torch.linalg.matrix_norm(outputs.flatten(1), 2))
