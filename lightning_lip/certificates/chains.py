@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -24,7 +24,7 @@ from lightning_lip.constants.modules import (
     SOFTPLUS_THRESHOLD,
     elu,
 )
-from lightning_lip.graph.tracing import TracedModel
+from lightning_lip.graph.tracing import RESHAPES, TracedModel, operation_name
 from lightning_lip.rigorous.chain import Slopes
 
 
@@ -61,25 +61,25 @@ def chain_of(traced: TracedModel) -> Chain | None:
     for node in nodes:
         if len(current.users) != 1 or not node.args or node.args[0] is not current:
             return None
-        name = _name(node)
+        name = operation_name(node)
         if name == "linear":
-            weight = _stored(node.args[1], traced.stored)
+            weight = traced.tensor(node.args[1])
             if weight is None or weight.dim() != 2:
                 return None
             if weights:
                 between.append(inner)
             else:
                 outer = max(abs(inner[0]), abs(inner[1]))
-            weights.append(weight)
+            weights.append(weight.detach())
             token_wise |= node.meta["val"].dim() != 2
             inner = (1.0, 1.0)
-        elif name in _RESHAPES:
+        elif name in RESHAPES:
             # The batch stays in front, so each sample keeps its elements, in their order.
             if node.meta["val"].shape[0] != current.meta["val"].shape[0]:
                 return None
             reshaped |= bool(weights) and node.meta["val"].shape != current.meta["val"].shape
         else:
-            slopes = _slopes(name, node.args[1:], node.kwargs, traced.stored)
+            slopes = _slopes(name, node, traced)
             if slopes is None:
                 return None
             inner = _composed(inner, slopes)
@@ -89,8 +89,6 @@ def chain_of(traced: TracedModel) -> Chain | None:
         return None
     return Chain(tuple(weights), tuple(between), math.nextafter(outer * max(abs(inner[0]), abs(inner[1])), math.inf))
 
-
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 _FIXED: dict[str, Slopes] = {
     "clone": (1.0, 1.0),
@@ -111,10 +109,9 @@ _FIXED: dict[str, Slopes] = {
 }
 
 
-def _slopes(
-    name: str, arguments: Sequence[Any], keywords: Mapping[str, Any], stored: Mapping[str, Callable[[], Tensor]]
-) -> Slopes | None:
-    """Return the slopes of an activation called with these further arguments, or None if they are not known."""
+def _slopes(name: str, node: torch.fx.Node, traced: TracedModel) -> Slopes | None:
+    """Return the slopes of an activation as it is called, or None if they are not known."""
+    arguments: Sequence[Any] = node.args[1:]
     if name == "celu":
         return _FIXED[name] if (arguments[0] if arguments else 1.0) > 0 else None
     if name in _FIXED:
@@ -122,16 +119,16 @@ def _slopes(
     if name == "dropout":
         return None if arguments[1] else (1.0, 1.0)
     if name == "gelu":
-        largest = GELU if keywords.get("approximate", "none") == "none" else GELU_TANH
+        largest = GELU if node.kwargs.get("approximate", "none") == "none" else GELU_TANH
         return (1 - largest, largest)
     if name == "leaky_relu":
         slope = float(arguments[0]) if arguments else 0.01
         return (min(1.0, slope), max(1.0, slope))
     if name == "prelu":
-        weight = _stored(arguments[0], stored)
+        weight = traced.tensor(arguments[0])
         if weight is None or not bool(weight.isfinite().all()):
             return None
-        return (min(1.0, float(weight.min())), max(1.0, float(weight.max())))
+        return (min(1.0, weight.min().item()), max(1.0, weight.max().item()))
     if name == "elu":
         alpha, scale, input_scale = [*arguments, *[1.0] * 3][:3]
         known = alpha >= 0 and scale >= 0 and input_scale > 0
@@ -145,20 +142,6 @@ def _slopes(
         # Not elementwise, but c = 0 then: any map of this constant may stand in the chain.
         return (-SOFTMAX, SOFTMAX)
     return None
-
-
-def _name(node: torch.fx.Node) -> str:
-    """Return the operation's name in aten, without the trailing underscore of in-place ones; empty for others."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return ""
-    return target._schema.name.removeprefix("aten::").removesuffix("_")
-
-
-def _stored(argument: object, stored: Mapping[str, Callable[[], Tensor]]) -> Tensor | None:
-    """Return the live parameter, buffer or constant that an argument is, or None."""
-    read = stored.get(argument.name) if isinstance(argument, torch.fx.Node) else None
-    return None if read is None else read().detach()
 
 
 def _composed(first: Slopes, second: Slopes) -> Slopes:

@@ -14,9 +14,8 @@ from lightning_lip.certificates.chains import chain_of
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
 from lightning_lip.checks import check_model
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.bound import GraphNode, NetworkBound, log_bound_up
+from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
-from lightning_lip.graph.tracing import trace
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -196,22 +195,23 @@ def certify(
     graph = tuple(network.explain())
     sigmas = _estimates(network.operators)
     certified, refused = _certified_norms(network.operators)
-    log_estimate = float(network.log_bound(torch.tensor([_log(s) for s in sigmas], dtype=torch.float64, device="cpu")))
+    log_estimate = float(network.log_bound(_logs(sigmas)))
     estimate = None if math.isnan(log_estimate) else _exp(log_estimate)
     constants = [max((n.constant for n in graph if n.operator == op.name), default=1.0) for op in network.operators]
     if refused:
         parts = tuple(map(_part, network.operators, sigmas, certified, constants))
         return Uncertified(lower, estimate, parts, graph, refused)
     norms = [norm for norm in certified if norm is not None]
-    log_bound, slopes = log_bound_up(network, norms)
-    bounds, skipped = _bounds(model, example_input, network.operators, exp_up(log_bound), max_chain_flops)
+    log_bound = network.log_bound_up(norms)
+    _, slopes = network.log_bound_and_slopes(_logs(norms))
+    bounds, skipped = _bounds(network, exp_up(log_bound), max_chain_flops)
     tighter = min(bounds, key=lambda method: bounds[method])
     upper = bounds[tighter]
     log_upper = min(log_bound, log_up(upper)) if upper < math.inf else log_bound
     parts = tuple(
         _part(operator, sigma, norm, constant, slope, log_bound)
         for operator, sigma, norm, constant, slope in zip(
-            network.operators, sigmas, norms, constants, slopes, strict=True
+            network.operators, sigmas, norms, constants, slopes.tolist(), strict=True
         )
     )
     contradiction = _contradiction(lower, upper, jacobian_dtype)
@@ -258,11 +258,9 @@ def _certified_norms(operators: Sequence[LinearOperator]) -> tuple[list[float | 
     return norms, tuple(refused)
 
 
-def _bounds(
-    model: nn.Module, example_input: object, operators: Sequence[LinearOperator], bound: float, max_flops: float
-) -> tuple[dict[Method, float], tuple[str, ...]]:
+def _bounds(network: NetworkBound, bound: float, max_flops: float) -> tuple[dict[Method, float], tuple[str, ...]]:
     """Return every certified upper bound by method, and what was left out, why."""
-    chain = chain_of(trace(model, example_input)) if all(op.is_matrix for op in operators) else None
+    chain = chain_of(network.traced) if all(op.is_matrix for op in network.operators) else None
     if chain is None:
         return {"graph": bound}, ()
     bounds: dict[Method, float] = {"product": bound}
@@ -315,8 +313,8 @@ def _contradiction(lower: float | None, upper: float, dtype: torch.dtype) -> str
     )
 
 
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf if value == 0 else math.nan
+def _logs(norms: Sequence[float]) -> Tensor:
+    return torch.tensor(norms, dtype=torch.float64, device="cpu").log()
 
 
 def _exp(value: float) -> float:

@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 
-__all__ = ["GraphNode", "NetworkBound", "log_bound_up"]
+__all__ = ["GraphNode", "NetworkBound"]
 
 REASONS = {
     "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
@@ -77,10 +77,22 @@ class NetworkBound:
 
     Attributes:
         operators: The L operators, each distinct weight once, in forward order; ``multiplicity`` is its number of uses.
+        traced: The graph that the bound was derived from.
+        selected_ids: The ids of the parameters that belong to selected layers; of all parameters, unless it is set.
     """
 
-    def __init__(self, operators: Sequence[LinearOperator], program: BoundProgram, nodes: Sequence[GraphNode]) -> None:
+    kind: ClassVar[Literal["bound"]] = "bound"
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        operators: Sequence[LinearOperator],
+        program: BoundProgram,
+        nodes: Sequence[GraphNode],
+    ) -> None:
+        self.traced = traced
         self.operators = list(operators)
+        self.selected_ids = {id(p) for op in self.operators for p in op.parameters}
         self._program = program
         self._nodes = list(nodes)
 
@@ -122,7 +134,11 @@ class NetworkBound:
         if not dependent:
             raise ValueError("No output of the model depends on a floating-point tensor in `example_input`.")
         builder.program.result = builder.combine("norm", dependent)
-        return cls(builder.operators, builder.program, list(builder.report.values()))
+        return cls(traced, builder.operators, builder.program, list(builder.report.values()))
+
+    def selected(self, op: LinearOperator) -> list[nn.Parameter]:
+        """Return the parameters of an operator that belong to selected layers."""
+        return [p for p in op.parameters if id(p) in self.selected_ids]
 
     def log_bound(self, log_sigma: Tensor) -> Tensor:
         """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.
@@ -144,48 +160,53 @@ class NetworkBound:
             )
         return self._program.evaluate(log_sigma)
 
+    def log_bound_and_slopes(self, log_sigma: Tensor) -> tuple[float, Tensor]:
+        """Return the logarithm of the bound and its gradient in `log_sigma`, shape (L,).
+
+        The gradient is zero where the bound is, and NaN where the bound is not finite.
+
+        Args:
+            log_sigma: As in :meth:`log_bound`.
+        """
+        with torch.enable_grad():
+            log_sigma = log_sigma.detach().requires_grad_()
+            log_bound = self.log_bound(log_sigma)
+            slopes = torch.zeros_like(log_sigma)
+            if log_bound.requires_grad and bool(log_bound.isfinite()):
+                (slopes,) = torch.autograd.grad(log_bound, log_sigma)
+        value = float(log_bound.detach())
+        return value, slopes if value < math.inf else slopes + math.nan
+
+    def log_bound_up(self, norms: Sequence[float]) -> float:
+        """Return an upper bound of the logarithm of the bound for L norms, rounding included.
+
+        The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum
+        of all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded
+        up.
+
+        Raises:
+            ValueError: If the bound is NaN.
+        """
+        logs = [log_up(norm) for norm in norms]
+        if math.inf in logs:
+            return math.inf
+        value = float(self.log_bound(torch.tensor(logs, dtype=torch.float64, device="cpu")))
+        if math.isnan(value):
+            raise ValueError(
+                "The bound is NaN: a parameter that the network's constants are read from (PReLU's) has become it."
+            )
+        if not math.isfinite(value):
+            return value
+        constants = [log_up(node.constant) for node in self._nodes]
+        uses = [op.multiplicity for op in self.operators]
+        n_roundings = sum(uses) + len(constants) + 16
+        factors = [*zip(logs, uses, strict=True), *((log, 1) for log in constants)]
+        largest = n_roundings + sum(abs(log) * count for log, count in factors if math.isfinite(log))
+        return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest])
+
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""
         return list(self._nodes)
-
-
-def log_bound_up(network: NetworkBound, norms: Sequence[float]) -> tuple[float, list[float]]:
-    """Return an upper bound of the logarithm of the graph's bound, and its slopes in the log norms.
-
-    The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum of
-    all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded up.
-
-    Raises:
-        ValueError: If the bound is NaN.
-    """
-    logs = [log_up(norm) for norm in norms]
-    if math.inf in logs:
-        return math.inf, [math.nan] * len(logs)
-    with torch.enable_grad():
-        log_sigma = torch.tensor(logs, dtype=torch.float64, device="cpu", requires_grad=True)
-        log_bound = network.log_bound(log_sigma)
-        slopes = torch.zeros_like(log_sigma)
-        if log_bound.requires_grad and bool(log_bound.isfinite()):
-            slopes = torch.autograd.grad(log_bound, log_sigma, allow_unused=True)[0]
-    value = float(log_bound.detach())
-    if math.isnan(value):
-        raise ValueError(
-            "The bound is NaN: a parameter that the network's constants are read from (PReLU's) has become it."
-        )
-    if not math.isfinite(value):
-        return value, slopes.tolist()
-    uses = sum(operator.multiplicity for operator in network.operators)
-    constants = [log_up(node.constant) for node in network.explain()]
-    n_roundings = uses + len(constants) + 16
-    largest = n_roundings + sum(
-        abs(log) * count
-        for log, count in [
-            *((log, operator.multiplicity) for log, operator in zip(logs, network.operators, strict=True)),
-            *((log, 1) for log in constants),
-        ]
-        if math.isfinite(log)
-    )
-    return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest]), slopes.tolist()
 
 
 def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:

@@ -77,7 +77,6 @@ class Refused:
     refusals: tuple[Refusal, ...]
 
 
-Value = Dependent | Independent | Refused
 Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
 """``rule(builder, node, arguments by their schema's names) -> value``, or a tuple of values."""
 
@@ -85,11 +84,17 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operations, named without overload; those of aten without their namespace."""
+    """Register a rule for operations, named without overload; those of aten without their namespace.
+
+    Raises:
+        ValueError: If an operation has a rule already: which of the two served would depend on the order of imports.
+    """
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
+        twice = sorted(set(names) & set(RULES))
+        if twice:
+            raise ValueError(f"Expected one rule for each operation, got a second one for {twice}.")
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register

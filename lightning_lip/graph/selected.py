@@ -1,46 +1,60 @@
-"""A traced graph of which some layers are selected: the bound over all of it, the gradient for the selected ones."""
+"""What the norms of a model's selected layers bound: the whole network over its graph, or their own product."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.graph.product import ProductBound
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.selection import Selected, Selection, select
+from lightning_lip.operators.selection import Selected, Selection, find_operators, select
+
+Bound = ProductBound | NetworkBound
 
 
-def trace_selected(
-    model: nn.Module, example_input: Any, layers: Selection | None, exclude: Selection | None
-) -> tuple[NetworkBound | None, set[int] | None]:
-    """Return the bound over the graph that an example input shows, and the ids of the selected parameters in it.
+def bound_of(
+    model: nn.Module, example_input: object, layers: Selection | None = None, exclude: Selection | None = None
+) -> Bound:
+    """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
-    A LightningModule's own ``example_input_array`` serves if no input is given. It was not set for this purpose, so a
-    graph without a known bound is then no error: a warning says why, and the product of the layers remains.
+    In the graph every layer counts, and the selected ones' parameters are marked as such. A LightningModule's own
+    ``example_input_array`` serves if no input is given. It was not set for this purpose, so a graph without a known
+    bound is then no error: a warning says why, and the product of the layers remains.
+
+    Args:
+        model: The model.
+        example_input: A tensor, a tuple of arguments, a dict of keyword arguments, or None.
+        layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
+        exclude: What to leave out.
+
+    Raises:
+        ValueError: If a selection matches nothing, or names layers that do not act on the output.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between
+            `example_input` and the output has no known finite constant.
     """
-    if example_input is not None:
-        network = NetworkBound.trace(model, example_input)
-        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
-    example_input = getattr(model, "example_input_array", None)
-    if example_input is None:
-        return None, None
-    try:
-        network = NetworkBound.trace(model, example_input)
-        return network, _chosen(network.operators, select(model, layers, exclude), must_cover=layers is not None)
-    except ValueError as error:  # UnsupportedLayerError is one
-        warnings.warn(
-            f"The bound over the graph of the module's example_input_array cannot serve; the product of the layers "
-            f"does instead. {error}",
-            stacklevel=3,
-        )
-        return None, None
+    given = getattr(model, "example_input_array", None) if example_input is None else example_input
+    if given is not None:
+        try:
+            network = NetworkBound.trace(model, given)
+            selected = select(model, layers, exclude)
+            network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
+            return network
+        except ValueError as error:  # UnsupportedLayerError is one
+            if example_input is not None:
+                raise
+            warnings.warn(
+                f"The bound over the graph of the module's example_input_array cannot serve; the product of the layers "
+                f"does instead. {error}",
+                stacklevel=3,
+            )
+    return ProductBound(find_operators(model, layers, exclude))
 
 
-def _chosen(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
+def _parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
     """Return the ids of the selected layers' parameters in a traced graph's operators.
 
     Raises:

@@ -68,6 +68,11 @@ class TracedModel:
     modules: list[nn.Module]
     names: dict[int, str]
 
+    def tensor(self, argument: object) -> Tensor | None:
+        """Return the live parameter, buffer or constant that an argument of an operation is; None for anything else."""
+        read = self.stored.get(argument.name) if isinstance(argument, torch.fx.Node) else None
+        return None if read is None else read()
+
 
 def trace(model: nn.Module, example_input: object) -> TracedModel:
     """Trace one forward pass in eval mode; modes and buffers of the model are left as they were.
@@ -234,6 +239,18 @@ def _reader(slots: Mapping[str, Tensor | None], key: str) -> Callable[[], Tensor
         return tensor
 
     return read
+
+
+RESHAPES = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"})
+"""Operations that keep all elements in their order, by :func:`operation_name`."""
+
+
+def operation_name(node: torch.fx.Node) -> str:
+    """Return the operation's name in aten, without the trailing underscore of in-place ones; empty for others."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    return target._schema.name.removeprefix("aten::").removesuffix("_")
 
 
 def module_paths(node: torch.fx.Node) -> list[str]:

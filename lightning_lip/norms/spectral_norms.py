@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_integer
-from lightning_lip.kernels.reference import iterate
 from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
+from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
-from lightning_lip.operators.base import LinearOperator, iterates_on_codomain
+from lightning_lip.operators.base import LinearOperator, MatrixOperator, iterates_on_codomain
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -59,10 +59,15 @@ class SpectralNorms:
         self.seed = seed
         self.backend = backend
         self._groups: list[tuple[list[int], kernels.Iteration]] = []
-        self._others: list[tuple[int, _OperatorIteration]] = []
+        self._others: list[tuple[int, MatrixFreeIteration]] = []
         self._served: list[tuple[torch.device, torch.dtype, torch.Size, Any]] = []
         self._loaded: dict[str, Tensor] = {}
         self._keys: list[str] = []
+        # For `penalise_`: where the weights are kept, if they are parameters that kernels may write gradients of.
+        direct = all(op.direct_parameter is not None for op in self.operators)
+        self._slots = [op.slot for op in self.operators if isinstance(op, MatrixOperator)] if direct else None
+        self._multiplicities = [op.multiplicity for op in self.operators]
+        self._addresses: list[int] = []
 
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
@@ -88,7 +93,55 @@ class SpectralNorms:
             if device is not None:
                 iteration.rank_one_update_(given, coefficients[indices].to(device))
 
-    def whole(self) -> kernels.Iteration | None:
+    def penalise_(
+        self, code: int, log_target: float, factor: float, advance: bool, allowed: Collection[int] | None
+    ) -> Tensor | None:
+        """Iterate, and add the gradient of ``factor * penalty`` to the weights' ``.grad``, in one call of a kernel.
+
+        This is the hot path: at four small layers every microsecond of Python shows.
+
+        Args:
+            code: A built-in penalty of the product: a value of :data:`lightning_lip.kernels.PENALTY_CODES`.
+            log_target: log M.
+            factor: The factor of the penalty.
+            advance: Whether to iterate; with False the present vectors serve.
+            allowed: The ids of the weights that may get a gradient; None for all. Frozen weights get none.
+
+        Returns:
+            ``factor * penalty``, shape (), which the next call may overwrite; None, and nothing done, where no kernel
+            serves all operators at once.
+        """
+        if self._slots is None:
+            return None
+        weights: list[nn.Parameter] = []
+        addresses: list[int] = []
+        grads: list[Tensor | None] = []
+        all_there = allowed is None
+        for parameters, key in self._slots:
+            weight = parameters.get(key)
+            if weight is None:
+                return None
+            weights.append(weight)
+            addresses.append(weight.data_ptr())
+            grad = weight.grad if weight.requires_grad else None
+            all_there = all_there and grad is not None
+            grads.append(grad)
+        if addresses != self._addresses or 0 in addresses:  # a sharded weight has no address of its own
+            self.prepare()
+            self._addresses = addresses
+        iteration = self._whole()
+        if iteration is None:
+            return None
+        if not all_there:
+            for index, own in enumerate(weights):
+                if not own.requires_grad or (allowed is not None and id(own) not in allowed):
+                    grads[index] = None
+                elif grads[index] is None:
+                    grads[index] = own.grad = torch.zeros_like(own)
+        n_iterations = self.n_iterations if advance else 0
+        return iteration.penalise_(weights, grads, n_iterations, code, log_target, factor, self._multiplicities)
+
+    def _whole(self) -> kernels.Iteration | None:
         """Return the iteration that serves all operators, in their order, if there is one such."""
         return self._groups[0][1] if len(self._groups) == 1 and not self._others else None
 
@@ -112,7 +165,7 @@ class SpectralNorms:
     @without_autocast()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
         weights = self.prepare()
-        whole = self.whole()
+        whole = self._whole()
         if whole is not None:
             return whole.power_step(weights, n_iterations)
         nothing = torch.empty(0)
@@ -177,7 +230,7 @@ class SpectralNorms:
 
     def _iterations(
         self, weights: Sequence[Tensor], blocks: Sequence[Tensor], which: Sequence[int]
-    ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, _OperatorIteration]]]:
+    ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, MatrixFreeIteration]]]:
         """Return the iterations of the operators `which`: the kernels' for matrices, one each for the others."""
         sharded = [i for i in which if self.operators[i].is_matrix and is_sharded(weights[i])]
         matrices = [i for i in which if self.operators[i].is_matrix and not is_sharded(weights[i])]
@@ -188,7 +241,7 @@ class SpectralNorms:
         if sharded:
             groups.append((sharded, ShardedIteration([weights[i] for i in sharded], [blocks[i] for i in sharded])))
         others = [i for i in which if not self.operators[i].is_matrix]
-        return groups, [(i, _OperatorIteration(self.operators[i], blocks[i], self.backend)) for i in others]
+        return groups, [(i, MatrixFreeIteration(self.operators[i], blocks[i], self.backend)) for i in others]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -280,12 +333,14 @@ class SpectralNorms:
 
         A layer without a saved block, or with one of another shape or side (a warning says so), starts afresh.
         """
-        self._groups, self._others, self._served = [], [], []
+        self._groups, self._others, self._served, self._addresses = [], [], [], []
         self._loaded = dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the compiled tables behind: they hold addresses of this process."""
-        return self.__dict__ | {"_groups": [], "_others": [], "_served": [], "_loaded": self.state_dict()}
+        return self.__dict__ | {
+            "_groups": [], "_others": [], "_served": [], "_addresses": [], "_loaded": self.state_dict(),
+        }  # fmt: skip
 
 
 def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
@@ -296,53 +351,3 @@ def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
     if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
         other_side = not other_side
     return f"{op.name} (other side)" if other_side else op.name
-
-
-class _OperatorIteration:
-    """The iteration of one operator that is not a matrix, through its own maps."""
-
-    def __init__(self, operator: LinearOperator, vectors: Tensor, backend: kernels.Backend | None) -> None:
-        self._operator = operator
-        self.vectors = vectors
-        size = math.prod(operator.codomain_shape), math.prod(operator.domain_shape)
-        self._rows = kernels.compiled_rows(vectors, *size, backend) if operator.leading_vectors() is None else None
-
-    def power_step(self, n_iterations: int) -> kernels.PowerStep:
-        """Advance the block; see :func:`lightning_lip.kernels.reference.iterate`.
-
-        Where the operator knows its singular vectors there is nothing to iterate.
-        """
-        op = self._operator
-        exact = op.leading_vectors()
-        if exact is not None:
-            left, right = exact
-            return kernels.PowerStep(op.norm(left, right)[None], [left], [right], [self.vectors])
-        step = None
-        for done in range(n_iterations):
-            step = self._compiled_step()
-            if step is None:
-                n_iterations -= done
-                break
-            self.vectors = step[3]
-        if step is None:
-            step = iterate(self._apply, self._adjoint, self.vectors, n_iterations)
-        sigma, left, right, self.vectors = step
-        return kernels.PowerStep(sigma[None], [left], [right], [self.vectors])
-
-    def _apply(self, rows: Tensor) -> Tensor:
-        return self._operator.apply(rows.view(len(rows), *self._operator.domain_shape)).flatten(1)
-
-    def _adjoint(self, rows: Tensor) -> Tensor:
-        return self._operator.adjoint(rows.view(len(rows), *self._operator.codomain_shape)).flatten(1)
-
-    def _compiled_step(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Return what one iteration of the reference returns; None where that must do it."""
-        if self._rows is None:
-            return None
-        images = self._apply(self.vectors).contiguous()
-        products = self._adjoint(images).contiguous()
-        needed = (rows.untyped_storage().data_ptr() for rows in (images, self.vectors))
-        if products.untyped_storage().data_ptr() in needed:  # it is overwritten
-            products = products.clone()
-        finished = self._rows.finish(images, products)
-        return None if finished is None else (*finished, products[0], products)

@@ -111,11 +111,6 @@ class LinearOperator(ABC):
         """The parameter that *is* the matrix (m, n), if kernels may write its gradient in place; else None."""
         return None
 
-    @property
-    def trainable(self) -> bool:
-        """Whether any of the parameters requires a gradient."""
-        return any(p.requires_grad for p in self.parameters)
-
 
 def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient with a factor in it: zeros where that is zero, not 0 * NaN of a weight gone bad."""
@@ -125,15 +120,24 @@ def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
 
 
 class MatrixOperator(LinearOperator):
-    """``x -> W x`` for a weight W of shape (m, n), as in ``nn.Linear``."""
+    """``x -> W x`` for a weight W of shape (m, n), as in ``nn.Linear``.
+
+    Args:
+        name: The module's name in the model.
+        module: The module that owns the weight.
+        key: The weight's name in the module.
+
+    Attributes:
+        slot: The module's dictionary of parameters, and the weight's key there. A look-up in it costs 30 ns, through
+            ``nn.Module.__getattr__`` a microsecond; and unlike a reference to the Parameter it survives
+            ``load_state_dict(assign=True)``.
+    """
 
     is_matrix = True
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, key: str = "weight") -> None:
         super().__init__(name, module)
-        # A look-up in this dict costs 30 ns, through nn.Module.__getattr__ a microsecond; and unlike a reference to
-        # the Parameter it survives `load_state_dict(assign=True)`.
-        self._slots = module._parameters
+        self.slot = (module._parameters, key)
 
     @property
     def domain_shape(self) -> tuple[int, ...]:
@@ -152,11 +156,12 @@ class MatrixOperator(LinearOperator):
 
     @property
     def _parameter(self) -> nn.Parameter:
-        parameter = self._slots.get("weight")
+        parameters, key = self.slot
+        parameter = parameters.get(key)
         if parameter is None:
             raise RuntimeError(
                 f"The weight of layer {self.name!r} is no longer a parameter of its own (parametrised, pruned or "
-                "removed after the layers were selected): select the layers again."
+                "removed after the layers were selected): select the layers again, or trace the model again."
             )
         return parameter
 

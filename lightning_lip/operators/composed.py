@@ -11,27 +11,6 @@ from lightning_lip.operators.base import LinearOperator, MatrixOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
 
 
-class ParameterMatrixOperator(MatrixOperator):
-    """A matrix that a module holds as a parameter of any name and hands to ``F.linear`` or ``matmul`` itself.
-
-    Args:
-        name: The module's name, with the parameter's unless that is ``weight``.
-        module: The module that owns the parameter.
-        key: The parameter's name in the module; its shape is (m, n).
-    """
-
-    def __init__(self, name: str, module: nn.Module, key: str) -> None:
-        super().__init__(name, module)
-        self._key = key
-
-    @property
-    def _parameter(self) -> nn.Parameter:
-        parameter = self._slots.get(self._key)
-        if parameter is None:
-            raise RuntimeError(f"Parameter {self._key!r} of {self.name!r} is gone: trace the model again.")
-        return parameter
-
-
 class ComputedMatrixOperator(MatrixOperator):
     """A matrix that the model's forward computes from its parameters; gradients are pulled back through that.
 
@@ -68,7 +47,7 @@ class DiagonalOperator(LinearOperator):
     """``x -> s * x`` with the n entries of s: batch normalisation in eval mode, a norm's gamma, a learned scale.
 
     Where s multiplies a larger input by broadcasting, each entry stands for all its copies: the norm, ``max|s|``, is
-    the same. :meth:`spectral_norm` gives it *exactly*, no iteration is needed.
+    the same. :meth:`leading_vectors` gives it *exactly*, no iteration is needed.
 
     Args:
         name: The name of the module that owns s.
@@ -121,10 +100,6 @@ class DiagonalOperator(LinearOperator):
         s = self.weight()
         at = torch.nn.functional.one_hot(s.abs().argmax(), s.numel()).to(s.dtype)
         return at * torch.sign(s), at
-
-    def spectral_norm(self) -> Tensor:
-        """Return ``max|s|``, *exact* up to the rounding of s, shape (), differentiable in the parameters."""
-        return self.weight().abs().max()
 
 
 class ScaledOperator(LinearOperator):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_coefficient, check_model, check_state
-from lightning_lip.graph.selected import trace_selected
+from lightning_lip.graph.product import repeated
+from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator
-from lightning_lip.operators.selection import Selection, find_operators
-from lightning_lip.penalty import compiled as penalty_operator
+from lightning_lip.operators.selection import Selection
+from lightning_lip.penalty import compiled
+from lightning_lip.penalty.partial_norm import partial_norm
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 
 
@@ -95,22 +97,18 @@ class LipschitzRegularizer:
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)
-        self._network, self._penalised = trace_selected(model, example_input, layers, exclude)
-        self.operators: list[LinearOperator] = (
-            find_operators(model, layers, exclude) if self._network is None else self._network.operators
-        )
+        self._bound = bound_of(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = self._bound.operators
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
-        self._repeats = [op.multiplicity for op in self.operators]
-        # The penalty that the kernels know, if it is one of theirs, and the weights if all can be served directly.
-        self._code = kernels.PENALTY_CODES.get(penalty) if isinstance(penalty, str) else None
+        self._multiplicities = [op.multiplicity for op in self.operators]
+        # The kernels know the built-in penalties of a product, and their slopes in closed form.
+        known = self._bound.kind == "product" and isinstance(penalty, str)
+        self._code = kernels.PENALTY_CODES[penalty] if known else None
         self._log_target = math.log(target)
-        direct = self._network is None and all(op.direct_parameter is not None for op in self.operators)
-        self._slots = [op.module._parameters for op in self.operators] if direct else None
-        self._addresses: list[int] = []
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
-        self._handle = penalty_operator.register(self)
+        self._handle = compiled.register(self)
 
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
@@ -128,9 +126,9 @@ class LipschitzRegularizer:
         advance = torch.is_grad_enabled() and self._model.training
         if torch.compiler.is_compiling():
             parameters = self.parameters()
-            selected = [p.requires_grad and (self._penalised is None or id(p) in self._penalised) for p in parameters]
-            trainable = [index for index, is_selected in enumerate(selected) if is_selected]
-            return penalty_operator.penalty(parameters, trainable, self._handle, advance)
+            penalised = {id(p) for op in self.operators for p in self.penalised(op)}
+            trainable = [i for i, p in enumerate(parameters) if p.requires_grad and id(p) in penalised]
+            return compiled.penalty(parameters, trainable, self._handle, advance)
         return self.eager_value(advance)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -187,52 +185,12 @@ class LipschitzRegularizer:
         """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
         self._step_version = None
         allowed = None if parameters is None else {id(p) for p in parameters}
-        if self._slots is not None and self._code is not None and not isinstance(scale, Tensor):
-            value = self._add_grad_in_one_call_(self._slots, self._code, scale, advance, allowed)
+        if self._code is not None and not isinstance(scale, Tensor):
+            factor = self.coefficient * scale
+            value = self._norms.penalise_(self._code, self._log_target, factor, advance, allowed)
             if value is not None:
                 return value
         return self._add_grad_in_parts_(scale, advance, allowed)
-
-    def _add_grad_in_one_call_(
-        self,
-        slots: list[dict[str, nn.Parameter | None]],
-        code: int,
-        scale: float,
-        advance: bool,
-        allowed: set[int] | None,
-    ) -> Tensor | None:
-        """Leave a built-in penalty to the kernels: iteration, derivative and update in one call; None if they cannot.
-
-        This is the hot path: at four small layers every microsecond of Python shows.
-        """
-        weights: list[nn.Parameter] = []
-        addresses: list[int] = []
-        grads: list[Tensor | None] = []
-        all_there = allowed is None
-        for slot in slots:
-            weight = slot.get("weight")
-            if weight is None:
-                return None
-            weights.append(weight)
-            addresses.append(weight.data_ptr())
-            grad = weight.grad if weight.requires_grad else None
-            all_there = all_there and grad is not None
-            grads.append(grad)
-        if addresses != self._addresses or 0 in addresses:  # a sharded weight has no address of its own
-            self._norms.prepare()
-            self._addresses = addresses
-        iteration = self._norms.whole()
-        if iteration is None:
-            return None
-        if not all_there:
-            for index, own in enumerate(weights):
-                if not own.requires_grad or (allowed is not None and id(own) not in allowed):
-                    grads[index] = None
-                elif grads[index] is None:
-                    grads[index] = own.grad = torch.zeros_like(own)
-        n_iterations = self._norms.n_iterations if advance else 0
-        factor = self.coefficient * scale
-        return iteration.penalise_(weights, grads, n_iterations, code, self._log_target, factor, self._repeats)
 
     @torch.no_grad()
     @without_autocast()
@@ -240,9 +198,9 @@ class LipschitzRegularizer:
         """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
         step = self._norms.step() if advance else self._norms.current()
         sigma = _double(step.sigma)
-        if self._code is not None and self._network is None:
-            repeats = torch.tensor(self._repeats, device=sigma.device, dtype=sigma.dtype)
-            value, slope = kernels.penalty_slope(self._code, sigma, repeats, self._log_target)
+        if self._code is not None:
+            multiplicities = torch.tensor(self._multiplicities, device=sigma.device, dtype=sigma.dtype)
+            value, slope = kernels.penalty_slope(self._code, sigma, multiplicities, self._log_target)
         else:
             with torch.enable_grad():
                 log_sigma = sigma.log().requires_grad_()
@@ -277,13 +235,14 @@ class LipschitzRegularizer:
 
     def penalised(self, op: LinearOperator) -> list[nn.Parameter]:
         """Return those of an operator's parameters that belong to the selected layers."""
-        return [p for p in op.parameters if self._penalised is None or id(p) in self._penalised]
+        return self._bound.selected(op)
 
     def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
         """Return the operator's norm, differentiable in its penalised parameters only."""
-        if self._penalised is None or len(self.penalised(op)) == len(op.parameters):
+        penalised = self.penalised(op)
+        if len(penalised) == len(op.parameters):
             return op.norm(left, right)
-        return partial_norm(op, self.penalised(op), left, right)
+        return partial_norm(op, penalised, left, right)
 
     def penalty_of(self, log_sigma: Tensor) -> Tensor:
         """Return the penalty without its coefficient for given log spectral norms.
@@ -297,17 +256,11 @@ class LipschitzRegularizer:
         Raises:
             ValueError: If a penalty of the user's own does not return a tensor of shape ().
         """
-        value = self._penalty(self._repeated(log_sigma), self.log_bound_of(log_sigma))
+        value = self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma))
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
         return value
-
-    def _repeated(self, log_sigma: Tensor) -> Tensor:
-        """Repeat the entry of a layer that counts k times k times, so that penalties need not know of it."""
-        if all(k == 1 for k in self._repeats):
-            return log_sigma
-        return log_sigma.repeat_interleave(torch.tensor(self._repeats, device=log_sigma.device))
 
     def sigma(self) -> Tensor:
         """Return the estimates (from below) of the L spectral norms of the present weights, shape (L,), detached.
@@ -341,9 +294,7 @@ class LipschitzRegularizer:
 
     def log_bound_of(self, log_sigma: Tensor) -> Tensor:
         """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
-        if self._network is not None:
-            return self._network.log_bound(log_sigma)
-        return self._repeated(log_sigma).sum()
+        return self._bound.log_bound(log_sigma)
 
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
@@ -366,7 +317,7 @@ class LipschitzRegularizer:
     @property
     def bound_kind(self) -> str:
         """What :meth:`bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
-        return "product" if self._network is None else "bound"
+        return self._bound.kind
 
     @property
     def has_upper(self) -> bool:
@@ -403,7 +354,7 @@ class LipschitzRegularizer:
         Raises:
             TypeError: If the regulariser is traced.
         """
-        if self._network is not None:
+        if self._bound.kind == "bound":
             raise TypeError(
                 "A LipschitzRegularizer over a traced graph cannot be copied or pickled: construct one for the copied "
                 "model, and carry the vectors over with state_dict() and load_state_dict()."
@@ -412,7 +363,7 @@ class LipschitzRegularizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a handle of its own."""
-        self.__dict__.update(state, _handle=penalty_operator.register(self))
+        self.__dict__.update(state, _handle=compiled.register(self))
 
 
 def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
@@ -423,31 +374,3 @@ def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
 def _double(sigma: Tensor) -> Tensor:
     """Return sigma in fp64, where the device has it: L scalars cost nothing, and S keeps its digits."""
     return sigma if sigma.device.type == "mps" else sigma.double()
-
-
-def partial_norm(op: LinearOperator, chosen: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
-    """Return an operator's :meth:`~.LinearOperator.norm`, shape (), differentiable in some of its parameters only."""
-    apply: Callable[..., Tensor] = _PartialNorm.apply  # typed from torch 2.14 on, not before
-    return apply(op, tuple(chosen), left, right, *chosen)
-
-
-class _PartialNorm(torch.autograd.Function):
-    """The norm of an operator, with a gradient for some of its parameters only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, op: LinearOperator, chosen: tuple[Tensor, ...], left: Tensor, right: Tensor, *parameters: Tensor
-    ) -> Tensor:
-        ctx.op, ctx.chosen = op, chosen
-        ctx.save_for_backward(left, right)
-        return op.norm(left, right).detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        left, right = ctx.saved_tensors
-        needed = [p for p in ctx.chosen if p.requires_grad]
-        with torch.enable_grad(), without_autocast():
-            pulled = torch.autograd.grad(ctx.op.norm(left, right), needed, allow_unused=True) if needed else ()
-        by_id = {id(p): g for p, g in zip(needed, pulled, strict=True)}
-        found = (by_id.get(id(p)) for p in ctx.chosen)
-        return (None, None, None, None, *(None if g is None else grads[0].to(g) * g for g in found))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.graph.selected import Bound
 from lightning_lip.projection.caps import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
 from lightning_lip.projection.clipping import FloatArray
-from lightning_lip.projection.layers import ProjectedLayer
+from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets
 from lightning_lip.projection.spectra import Metric
 from lightning_lip.rigorous.rounding import exp_up
 
@@ -27,26 +29,24 @@ class Allocation:
     """Which norms can move, G of the L, and the bound as a function of their logarithms.
 
     Args:
+        bound: The product or the network's bound, of L operators.
         layers: The G layers, at least one; the operators of one layer move together.
         spectra: Their singular values, or the norm alone where they are scaled; the largest is positive.
         frobenius: The Frobenius norms of those that are scaled, None where they are clipped.
         log_norms: Of all operators, shape (L,).
-        multiplicities: How often the network applies each operator, L numbers.
-        network: The bound of the network; None for the product of the norms.
     """
 
     def __init__(
         self,
+        bound: Bound,
         layers: Sequence[ProjectedLayer],
         spectra: Sequence[FloatArray],
         frobenius: Sequence[float | None],
         log_norms: FloatArray,
-        multiplicities: Sequence[int],
-        network: NetworkBound | None,
     ) -> None:
+        self._bound = bound
         self.layers = list(layers)
         self._spectra, self._frobenius = spectra, frobenius
-        self._multiplicities, self._network = multiplicities, network
         # Operators of one parameter move together: log_norms = constant + position of the layer's first.
         self._constant = log_norms.copy()
         self._targets = [index for layer in layers for index in layer.operators]
@@ -54,9 +54,15 @@ class Allocation:
         first = [layers[position].operators[0] for position in self._sources]
         self._constant[self._targets] -= log_norms[first]
 
-    def norm(self, layer: ProjectedLayer) -> float:
-        """Return the norm of a layer before the projection."""
-        return float(self._spectra[self.layers.index(layer)][0])
+    def write_(
+        self, caps: Caps, triplets: Mapping[ClippedLayer, Triplets], originals: Mapping[ProjectedLayer, Tensor]
+    ) -> None:
+        """Write the layers' weights at their caps: clipped by their triplets, or their originals scaled."""
+        for layer, cap, spectrum in zip(self.layers, caps.caps.tolist(), self._spectra, strict=True):
+            if isinstance(layer, ClippedLayer):
+                layer.clip_(triplets[layer], cap)
+            else:
+                layer.scale_(originals[layer], cap / float(spectrum[0]))
 
     def log_norms(self, logs: FloatArray) -> FloatArray:
         """Return the log norms of all operators, shape (L,), for those of the layers, shape (G,)."""
@@ -71,10 +77,11 @@ class Allocation:
             ValueError: If no caps reach the target.
         """
         shared: dict[str, Any] = {"metric": metric, "frobenius": self._frobenius}
-        if self._network is not None:
-            return self._bound_caps(self._network, log_target, method, shared)
-        shared["multiplicities"] = [sum(self._multiplicities[i] for i in layer.operators) for layer in self.layers]
-        log_target -= math.fsum(k * c for k, c in zip(self._multiplicities, self._constant, strict=True))
+        if self._bound.kind == "bound":
+            return self._bound_caps(self._bound, log_target, method, shared)
+        k = self._bound.multiplicities
+        shared["multiplicities"] = [sum(k[i] for i in layer.operators) for layer in self.layers]
+        log_target -= math.fsum(n * constant for n, constant in zip(k, self._constant, strict=True))
         if method == "joint":
             return joint_caps(self._spectra, log_target, **shared)
         if method == "per_layer":
@@ -97,15 +104,10 @@ class Allocation:
 
     def _log_bound(self, network: NetworkBound, logs: FloatArray) -> tuple[float, FloatArray]:
         """Return the logarithm of the network's bound and its gradient, shape (G,)."""
-        with torch.enable_grad():
-            log_norms = torch.from_numpy(self.log_norms(logs)).requires_grad_()
-            value = network.log_bound(log_norms)
-            slopes = (
-                torch.autograd.grad(value, log_norms)[0].numpy() if value.requires_grad else np.zeros(len(log_norms))
-            )
+        value, slopes = network.log_bound_and_slopes(torch.from_numpy(self.log_norms(logs)))
         gradient = np.zeros(len(self.layers))
-        np.add.at(gradient, self._sources, slopes[self._targets])
-        return float(value.detach()), gradient
+        np.add.at(gradient, self._sources, slopes.numpy()[self._targets])
+        return value, gradient
 
 
 def logarithms(norms: Sequence[float] | FloatArray) -> FloatArray:

@@ -69,8 +69,8 @@ def joint_caps(
     log_target``, or a cap is 0. Projecting what was projected changes nothing, bit for bit.
 
     Args:
-        spectra: Singular values of every layer, in any order, >= 0, shapes (r_l,). The largest ones suffice if
-            :func:`needs_more` says so afterwards.
+        spectra: Singular values of every layer, in any order, >= 0, shapes (r_l,). Of a long spectrum the largest
+            values suffice if no cap lies below the smallest of them.
         log_target: log M, finite.
         metric: w_l: ``"relative"`` (1 / sigma_l1^2; in every round the norm at its start), ``"euclidean"`` (1), or one
             positive number per layer.
@@ -245,23 +245,6 @@ def scale_factors(
     layers = Spectra(spectra, "relative", None)
     k = _multiplicities(multiplicities, len(layers.norms))
     return np.full(len(k), _factor(layers.norms, k, _finite(log_target)))
-
-
-def needs_more(spectra: Sequence[ArrayLike], caps: Sequence[float] | FloatArray, lengths: Sequence[int]) -> list[bool]:
-    """Return for every layer whether its caps may be wrong because not all of its singular values were given.
-
-    Caps from the largest values of a spectrum are those of the whole spectrum if no cap lies below the smallest value
-    given. Otherwise compute more of the values and project again.
-
-    Args:
-        spectra: As given to the projection.
-        caps: As returned by it, shape (L,).
-        lengths: How many singular values layer l has in all; 1 for a layer that can only be scaled.
-    """
-    return [
-        n_values > np.size(spectrum) and bool(cap < np.min(np.asarray(spectrum)))
-        for spectrum, cap, n_values in zip(spectra, caps, lengths, strict=True)
-    ]
 
 
 def _result(layers: Spectra, caps: FloatArray, rounds: int, exact: bool) -> Caps:

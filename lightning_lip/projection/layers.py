@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.graph.selected import Bound
 from lightning_lip.kernels.tensors import compute_dtype
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
@@ -202,13 +203,12 @@ class ClippedLayer(ProjectedLayer):
 
 
 def projected_layers(
-    operators: Sequence[LinearOperator], selected: Collection[int] | None, *, clip: bool, block_size: int, seed: int
+    bound: Bound, *, clip: bool, block_size: int, seed: int
 ) -> tuple[list[ProjectedLayer], dict[int, str]]:
     """Return the weights that a projection can change, and why it cannot change those of the other operators.
 
     Args:
-        operators: The L operators of the network.
-        selected: The ids of the parameters that may change; None for all.
+        bound: Of the L operators of the network; what it has selected may change.
         clip: Whether matrices are clipped; otherwise they are scaled like all others.
         block_size: Vectors a clipped layer.
         seed: Of the blocks.
@@ -219,13 +219,14 @@ def projected_layers(
     Raises:
         UnsupportedLayerError: If a weight that could change also acts where it cannot be followed.
     """
+    operators = bound.operators
     found: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
     for index, op in enumerate(operators):
         parameter = _writable(op)
         if isinstance(parameter, str):
             reasons[index] = parameter
-        elif selected is None or id(parameter) in selected:
+        elif any(parameter is selected for selected in bound.selected(op)):
             found.setdefault(id(parameter), []).append(index)
     layers: list[ProjectedLayer] = []
     for key, indices in found.items():

@@ -13,22 +13,18 @@ from torch import nn
 
 from lightning_lip.checks import check_integer, check_model, check_state, check_target
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.bound import log_bound_up
-from lightning_lip.graph.program import log_up
-from lightning_lip.graph.selected import trace_selected
+from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.recorded import RecordedConvolution
-from lightning_lip.operators.selection import Selection, find_operators
+from lightning_lip.operators.selection import Selection
 from lightning_lip.projection.allocation import Allocation, Method, logarithms
 from lightning_lip.projection.caps import Caps
 from lightning_lip.projection.clipping import FloatArray
 from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets, projected_layers
+from lightning_lip.projection.norms import OperatorNorms
 from lightning_lip.projection.spectra import Metric
-from lightning_lip.rigorous.operators import certified_norm
-from lightning_lip.rigorous.rounding import exp_up, sum_up
+from lightning_lip.rigorous.rounding import exp_up
 
 STEP_MARGIN = 1e-4
 """A step aims this far (relative) below the target, for what the estimated norms miss."""
@@ -154,21 +150,13 @@ class LipschitzProjector:
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
         refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
-        self._network, self._selected = trace_selected(model, example_input, layers, exclude)
-        self.operators: list[LinearOperator] = (
-            find_operators(model, layers, exclude) if self._network is None else self._network.operators
-        )
+        self._bound = bound_of(model, example_input, layers, exclude)
+        self.operators: list[LinearOperator] = self._bound.operators
         self._layers, self._reasons = projected_layers(
-            self.operators, self._selected, clip=method != "scaling", block_size=block_size, seed=seed
+            self._bound, clip=method != "scaling", block_size=block_size, seed=seed
         )
         self._clipped = [layer for layer in self._layers if isinstance(layer, ClippedLayer)]
-        clipped = {layer.operators[0] for layer in self._clipped}
-        self._others = [i for i in range(len(self.operators)) if i not in clipped]
-        self._other_norms = SpectralNorms(
-            [self.operators[i] for i in self._others], n_iterations=n_iterations, seed=seed
-        )
-        # How far the certified norm of an operator that is no matrix lies above its estimate, in logarithms.
-        self._slack = dict.fromkeys(self._others, 0.0)
+        self._norms = OperatorNorms(self.operators, self._clipped, n_iterations, seed)
         self._n_steps = 0
         self._movable()
 
@@ -184,7 +172,7 @@ class LipschitzProjector:
     @property
     def bound_kind(self) -> str:
         """What is held: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
-        return "product" if self._network is None else "bound"
+        return self._bound.kind
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -204,7 +192,7 @@ class LipschitzProjector:
         if self._exact_every_n_steps and self._n_steps % self._exact_every_n_steps == 0:
             return self.exact()
         triplets = {layer: layer.ritz(self._n_iterations) for layer in self._clipped}
-        log_norms = self._estimated_log_norms(triplets)
+        log_norms = self._norms.estimated_logs(triplets)
         log_bound = self._log_bound(log_norms)
         movable = self._movable()
         # Frozen layers cannot be lowered by the margin.
@@ -225,11 +213,8 @@ class LipschitzProjector:
             triplets |= {layer: layer.grown() for layer in small}
             allocation = self._allocation(movable, triplets, log_norms)
             caps = allocation.caps(aim, self._method, self._metric)
-        for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
-            if isinstance(layer, ClippedLayer):
-                layer.clip_(triplets[layer], cap)
-            else:
-                layer.scale_(layer.original(), cap / allocation.norm(layer))
+        originals = {layer: layer.original() for layer in allocation.layers if not isinstance(layer, ClippedLayer)}
+        allocation.write_(caps, triplets, originals)
         log_norms = allocation.log_norms(np.log(caps.caps))
         return self._result(caps, log_norms, self._log_bound(log_norms), certified=False)
 
@@ -248,9 +233,9 @@ class LipschitzProjector:
             RuntimeError: If the rounding of the weights' dtype keeps them above the target, or a weight was replaced by
                 another parameter.
         """
-        self._measure_slack()
-        norms = self._certified_norms()
-        log_bound = self._certified_log_bound(norms)
+        self._norms.measure_slack()
+        norms = self._norms.certified()
+        log_bound = self._bound.log_bound_up(norms)
         # Rounded down, for the roundings of this logarithm and of the bound's exponential.
         log_target = math.nextafter(math.nextafter(math.log(self._target), -math.inf), -math.inf) - 2.0**-50
         if log_bound <= log_target:
@@ -263,13 +248,9 @@ class LipschitzProjector:
         margin = CERTIFICATE_SLACK + eps / 8 * sum(op.multiplicity for op in self.operators)
         for _ in range(N_ATTEMPTS):
             caps = allocation.caps(log_target - margin, self._method, self._metric)
-            for layer, cap in zip(allocation.layers, caps.caps.tolist(), strict=True):
-                if isinstance(layer, ClippedLayer):
-                    layer.clip_(triplets[layer], cap)
-                else:
-                    layer.scale_(originals[layer], cap / allocation.norm(layer))
-            norms = self._certified_norms()
-            log_bound = self._certified_log_bound(norms)
+            allocation.write_(caps, triplets, originals)
+            norms = self._norms.certified()
+            log_bound = self._bound.log_bound_up(norms)
             if log_bound <= log_target:
                 for layer, found in triplets.items():
                     layer.keep(found)
@@ -299,7 +280,7 @@ class LipschitzProjector:
         refused = {
             op.name: reason
             for op, reason in ((self.operators[i], reason) for i, reason in self._reasons.items())
-            if any(p.requires_grad and (self._selected is None or id(p) in self._selected) for p in op.parameters)
+            if any(p.requires_grad for p in self._bound.selected(op))
         }
         if refused:
             raise UnsupportedLayerError(
@@ -340,54 +321,10 @@ class LipschitzProjector:
                 f"The {self.bound_kind} is {bound:.6g}, above the target {self._target:.6g}, and no selected layer is "
                 f"trainable: {bound:.6g} is the smallest that can be reached. Raise the target, or unfreeze layers."
             )
-        multiplicities = [op.multiplicity for op in self.operators]
-        return Allocation(layers, spectra, frobenius, log_norms, multiplicities, self._network)
-
-    def _estimated_log_norms(self, triplets: Mapping[ClippedLayer, Triplets]) -> FloatArray:
-        """Return the operators' estimated log norms, shape (L,)."""
-        log_norms = np.empty(len(self.operators))
-        for layer, found in triplets.items():
-            log_norms[layer.operators[0]] = logarithms([float(found.sigma[0])])[0]
-        if self._others:
-            estimates = logarithms(self._other_norms.step().sigma.tolist())
-            log_norms[self._others] = estimates + [self._slack[i] for i in self._others]
-        return self._checked(log_norms)
-
-    def _checked(self, log_norms: FloatArray) -> FloatArray:
-        bad = [op.name for op, log in zip(self.operators, log_norms, strict=True) if not log < math.inf]
-        if bad:
-            raise ValueError(f"The weights of {bad} hold NaN or an infinity: there is nothing to project.")
-        return log_norms
-
-    def _measure_slack(self) -> None:
-        """Note how far the certificates of operators that are no matrices lie above their estimates."""
-        others = [self.operators[i] for i in self._others]
-        if not others or any(isinstance(op, RecordedConvolution) and op.spatial is None for op in others):
-            return
-        estimates = logarithms(self._other_norms.current().sigma.tolist())
-        for index, op, estimate in zip(self._others, others, estimates, strict=True):
-            slack = logarithms([self._certified_norm(op)])[0] - estimate
-            self._slack[index] = float(slack) if math.isfinite(slack) else 0.0
-
-    def _certified_norm(self, op: LinearOperator) -> float:
-        try:
-            return certified_norm(op)
-        except ValueError as error:
-            raise ValueError(f"Layer {op.name!r}: {error}") from None
-
-    def _certified_norms(self) -> list[float]:
-        return [self._certified_norm(op) for op in self.operators]
-
-    def _certified_log_bound(self, norms: Sequence[float]) -> float:
-        if self._network is not None:
-            return log_bound_up(self._network, norms)[0]
-        logs = [log_up(norm) for norm, op in zip(norms, self.operators, strict=True) for _ in range(op.multiplicity)]
-        return -math.inf if -math.inf in logs else sum_up(logs)
+        return Allocation(self._bound, layers, spectra, frobenius, log_norms)
 
     def _log_bound(self, log_norms: FloatArray) -> float:
-        if self._network is None:
-            return float(log_norms @ [op.multiplicity for op in self.operators])
-        return float(self._network.log_bound(torch.from_numpy(log_norms)))
+        return float(self._bound.log_bound(torch.from_numpy(log_norms)))
 
     def _result(self, caps: Caps | None, log_norms: FloatArray, log_bound: float, *, certified: bool) -> Projection:
         norms = dict(zip((op.name for op in self.operators), np.exp(log_norms).tolist(), strict=True))
@@ -399,8 +336,7 @@ class LipschitzProjector:
     def state_dict(self) -> dict[str, Any]:
         """Return blocks and counters, as plain tensors and numbers: loadable with ``weights_only=True``."""
         blocks = {layer.name: layer.block.clone() for layer in self._clipped if layer.block is not None}
-        slack = {self.operators[i].name: slack for i, slack in self._slack.items()}
-        return {"n_steps": self._n_steps, "blocks": blocks, "others": self._other_norms.state_dict(), "slack": slack}
+        return {"n_steps": self._n_steps, "blocks": blocks, **self._norms.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned; the block of a layer that does not fit starts afresh.
@@ -413,8 +349,7 @@ class LipschitzProjector:
         self._n_steps = state["n_steps"]
         for layer in self._clipped:
             layer.load(state["blocks"].get(layer.name))
-        self._other_norms.load_state_dict(state["others"])
-        self._slack = {i: state["slack"].get(self.operators[i].name, 0.0) for i in self._others}
+        self._norms.load(state["others"], state["slack"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to copy what belongs to one model.

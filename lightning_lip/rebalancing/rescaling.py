@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_lip.checks import check_model
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder
-from lightning_lip.graph.tracing import TracedModel, trace
+from lightning_lip.graph.tracing import RESHAPES, TracedModel, operation_name, trace
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.rebalancing.least_product import evened, least_product
@@ -31,7 +31,6 @@ SMALLEST_GAIN = 1e-3
 """For less, the weights are not rounded anew."""
 
 _HOMOGENEOUS = {"relu", "leaky_relu", "prelu", "dropout", "clone", "alias"}
-_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"}
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _layers(traced: TracedModel) -> list[_Layer]:
     """
     builder = Builder(traced)
     nodes = [node for node in traced.graph.nodes if node.op == "call_function"]
-    linear = [node for node in nodes if _operation(node) == "linear"]
+    linear = [node for node in nodes if operation_name(node) == "linear"]
     refused: dict[torch.fx.Node, str] = {}
     chain, inner = linear[:1], set(linear[:1])
     current = linear[0] if linear else None
@@ -195,7 +194,7 @@ def _layers(traced: TracedModel) -> list[_Layer]:
             refused[node] = reason
             if node.args[:1] != (current,):
                 break
-        if _operation(node) == "linear":
+        if operation_name(node) == "linear":
             chain.append(node)
         inner.add(node)
         current = node
@@ -213,7 +212,8 @@ def _layers(traced: TracedModel) -> list[_Layer]:
         addresses |= own
         layers.append(layer)
     for node in nodes if not refused else ():
-        if node not in inner and any(_parameter(argument, traced) is not None for argument in node.all_input_nodes):
+        stored = map(traced.tensor, node.all_input_nodes)
+        if node not in inner and any(isinstance(tensor, nn.Parameter) for tensor in stored):
             refused[node] = "it has parameters, but stands before, behind or beside the chain"
     if refused:
         raise UnsupportedLayerError(
@@ -228,7 +228,7 @@ def _layers(traced: TracedModel) -> list[_Layer]:
 
 def _inner_refusal(node: torch.fx.Node, current: torch.fx.Node, traced: TracedModel) -> str | None:
     """Return why an operation behind `current` may not stand between two layers, or None."""
-    operation = _operation(node)
+    operation = operation_name(node)
     if operation == "linear" and node.args[:1] == (current,):
         # Its weight and bias are looked at with those of the first layer.
         return None
@@ -236,7 +236,7 @@ def _inner_refusal(node: torch.fx.Node, current: torch.fx.Node, traced: TracedMo
         return "it also takes another value, as a residual or a branch does"
     if operation in _HOMOGENEOUS and node.args[:1] == (current,):
         return None
-    if operation in _RESHAPES:
+    if operation in RESHAPES:
         kept = node.meta["val"].shape[-1:] == current.meta["val"].shape[-1:]
         return None if kept else "it reshapes the dimension of the hidden units"
     if "batch_norm" in operation:
@@ -249,8 +249,8 @@ def _layer(node: torch.fx.Node, traced: TracedModel, holders: Counter[int]) -> _
     found: list[nn.Parameter] = []
     arguments = [argument for argument in node.args[1:] if isinstance(argument, torch.fx.Node)]
     for what, argument in zip(("weight", "bias"), arguments, strict=False):
-        parameter = _parameter(argument, traced)
-        if parameter is None:
+        parameter = traced.tensor(argument)
+        if not isinstance(parameter, nn.Parameter):
             return f"its {what} is computed, or no parameter: remove parametrizations and pruning first"
         plain = type(parameter.data) is Tensor and parameter.layout == torch.strided and not parameter.is_meta
         if not plain or parameter.dtype not in (torch.float32, torch.float64):
@@ -272,20 +272,6 @@ def _layer(node: torch.fx.Node, traced: TracedModel, holders: Counter[int]) -> _
     _, name, key = traced.owners[arguments[0].name]
     full = name if key == "weight" else f"{name}.{key}" if name else key
     return _Layer(full, weight, bias)
-
-
-def _parameter(argument: torch.fx.Node, traced: TracedModel) -> nn.Parameter | None:
-    """Return the live parameter that an argument is, or None."""
-    stored = traced.stored[argument.name]() if argument.name in traced.stored else None
-    return stored if isinstance(stored, nn.Parameter) else None
-
-
-def _operation(node: torch.fx.Node) -> str:
-    """Return the operation's name in aten, without the trailing underscore of in-place ones; empty for others."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return ""
-    return target._schema.name.removeprefix("aten::").removesuffix("_")
 
 
 def _finite(parameter: nn.Parameter, name: str) -> Tensor:

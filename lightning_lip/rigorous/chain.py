@@ -26,7 +26,7 @@ from lightning_lip.rigorous.matrix import (
 from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
-    divide_up,
+    frobenius_up,
     gamma,
     ldexp_up,
     multiply_up,
@@ -83,7 +83,7 @@ def combettes_pesquet(weights: Sequence[Tensor], slopes: Sequence[Slopes]) -> fl
     if normalised is None:
         return 0.0
     matrices, norms, exponent = normalised
-    frobenius = [_frobenius_up(matrix) for matrix in matrices]
+    frobenius = [frobenius_up(matrix) for matrix in matrices]
     # The scaled chain's activations keep their slopes: the bound is homogeneous in each matrix.
     linear = [_half_up(abs(low + high)) for low, high in slopes]
     residue = [_half_up(high - low) for low, high in slopes]
@@ -216,17 +216,11 @@ def _half_up(value: float) -> float:
     return 0.0 if value == 0 else ldexp_up(math.nextafter(value, math.inf), -1)
 
 
-def _frobenius_up(matrix: Tensor) -> float:
-    """Return an upper bound of the Frobenius norm."""
-    squared = matrix.square().sum().item()
-    return sqrt_up(sum_up([divide_up(squared, 1 - gamma(matrix.numel())), UNDERFLOW]))
-
-
 def _product_error(left: Tensor, left_error: float, right: Tensor, right_norm: float, right_frobenius: float) -> float:
     """Return an upper bound of ``||fl(left right) - true||``, where `left` is off by `left_error` already."""
-    rounding = multiply_up(gamma(left.shape[1]), _frobenius_up(left), right_frobenius)
+    rounding = multiply_up(gamma(left.shape[1]), frobenius_up(left), right_frobenius)
     # `right` itself was scaled, so it may have lost entries to underflow.
-    underflow = multiply_up(UNDERFLOW, sum_up([_frobenius_up(left), left_error, 1.0]))
+    underflow = multiply_up(UNDERFLOW, sum_up([frobenius_up(left), left_error, 1.0]))
     return sum_up([multiply_up(left_error, right_norm), rounding, underflow])
 
 
@@ -237,7 +231,7 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 def _gram_upper(matrix: Tensor) -> Tensor:
     """Return a matrix S >= W W^T, in the order of symmetric matrices."""
-    frobenius = _frobenius_up(matrix)
+    frobenius = frobenius_up(matrix)
     gram = _symmetric(matrix @ matrix.mT)
     # gamma_{n+1}: the diagonal is rounded once more.
     shift = sum_up([multiply_up(gamma(matrix.shape[1] + 2), frobenius, frobenius), 3 * UNDERFLOW])

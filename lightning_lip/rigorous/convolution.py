@@ -30,6 +30,7 @@ from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
     divide_up,
+    frobenius_up,
     gamma,
     ldexp_up,
     multiply_up,
@@ -97,7 +98,7 @@ def certified_convolution_norm(
 
     Example:
         >>> import torch
-        >>> from lightning_lip.operators.convolution import certified_convolution_norm
+        >>> from lightning_lip.rigorous import certified_convolution_norm
         >>> kernel = torch.ones(1, 1, 3, 3)  # on large images the norm is 9
         >>> 9 <= certified_convolution_norm(kernel, padding=1) < 9.09
         True
@@ -226,7 +227,7 @@ def _largest_symbol(taps: Tensor, axes: Sequence[_Axis]) -> float:
         axes: The frequencies, and the exponents of the taps.
     """
     n_taps, groups, rows, columns = taps.shape
-    frobenius = _frobenius_up(taps)
+    frobenius = frobenius_up(taps.transpose(0, 1).flatten(2))
     symbol_frobenius = multiply_up(sqrt_up(n_taps), frobenius)
     # Entry by entry, real and imaginary part each: sum_t |K_t| (gamma_T |phase| + phase error).
     phase = sum_up([gamma(n_taps) * 2, PHASE_ERROR])
@@ -249,12 +250,6 @@ def _largest_symbol(taps: Tensor, axes: Sequence[_Axis]) -> float:
     gram_gamma = sum_up([gamma(2 * columns + 1), gamma(columns + 2)])
     gram_error = multiply_up(gram_gamma, computed_frobenius, computed_frobenius)
     return sum_up([sqrt_up(sum_up([largest.bound(), gram_error, UNDERFLOW])), symbol_error])
-
-
-def _frobenius_up(taps: Tensor) -> float:
-    """Return an upper bound of the largest group's Frobenius norm; taps (taps, groups, p, q)."""
-    squares = taps.square().sum((0, 2, 3)).max().item()
-    return sqrt_up(sum_up([divide_up(squares, 1 - gamma(taps.numel() + 1)), UNDERFLOW]))
 
 
 def _half_grid(counts: Sequence[int]) -> Tensor:

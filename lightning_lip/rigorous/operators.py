@@ -1,4 +1,4 @@
-"""Certified norms of operators: what each kind needs, on top of the bounds for matrices and convolutions.
+"""Certified norms of operators, on top of the bounds for matrices and convolutions.
 
 An operator does not know its certificate: a new kind is one function here.
 """
@@ -6,7 +6,6 @@ An operator does not know its certificate: a new kind is one function here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import singledispatch
 
 import torch
@@ -24,75 +23,27 @@ from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, multiply_up, sum_up
 
 @singledispatch
 @torch.no_grad()
-def certified_norm(operator: LinearOperator) -> float:
+def certified_norm(operator: LinearOperator, weight: Evaluation | None = None) -> float:
     """Return a *certified upper bound* of an operator's norm.
 
     What its weight is computed from counts as it is stored: see :func:`~lightning_lip.rigorous.evaluation.evaluated`.
 
+    Args:
+        operator: The operator.
+        weight: A weight of the same shape to bound in place of the operator's own.
+
     Raises:
         ValueError: If the weight holds NaN or an infinity, or cannot be computed in fp64.
     """
-    return _of_weight(operator, evaluated(operator.weight))
-
-
-@certified_norm.register
-@torch.no_grad()
-def _(operator: DiagonalOperator) -> float:
-    """Return a *certified upper bound* of the norm, provided s is formed with errors of a few roundings.
-
-    What s is formed of counts as it is stored: see :func:`~lightning_lip.rigorous.evaluation.evaluated`.
-    """
-    largest = float(evaluated(operator.weight).magnitudes().max())
-    if not math.isfinite(largest):
-        raise ValueError(f"Expected finite entries in the scale of {operator.name!r}, got NaN or an infinity.")
-    return largest
-
-
-@certified_norm.register
-@torch.no_grad()
-def _(operator: ScaledOperator) -> float:
-    """Return a *certified upper bound* of the norm.
-
-    s is rounded up to fp32, so that its product with stored fp32 weights is exact in fp64. With fp64 weights, also
-    those computed in fp64, the product is rounded once.
-    """
-    scale = evaluated(operator.scale).magnitudes()
-    if not bool(scale.isfinite().all()):
-        raise ValueError(f"Expected a finite scale in {operator.name!r}, got NaN or an infinity.")
-    raised = scale.float()
-    # The conversion rounds to nearest: one step up is at least the value.
-    raised = torch.nextafter(raised, torch.full_like(raised, math.inf)).double()
-    base = evaluated(operator.base.weight)
-    weight = operator.scaled(base.value, raised)
-    if not bool(weight.isfinite().all()):
-        return multiply_up(float(raised.max()), _of_weight(operator.base, base))
-    if base.error is None and operator.base.weight().dtype != torch.float64:
-        return _of_weight(operator.base, Evaluation(weight, None))
-    # Where the product underflows, it may vanish.
-    error = UNIT_ROUNDOFF * weight.abs() + SMALLEST_NORMAL * (base.value != 0)
-    if base.error is not None:
-        error += operator.scaled(base.error, raised)
-    return _of_weight(operator.base, Evaluation(weight, error * (1 + 8 * UNIT_ROUNDOFF)))
-
-
-def _of_weight(operator: LinearOperator, weight: Evaluation) -> float:
-    """Return the bound for a matrix's or convolution's operator with a weight in place of its own."""
-    if isinstance(operator, (ConvolutionOperator, RecordedConvolution)):
-        return certified_operator_norm(operator, operator.spatial, weight)
+    weight = evaluated(operator.weight) if weight is None else weight
     return sum_up([certified_matrix_norm(weight.value), weight.error_norm()])
 
 
-def certified_operator_norm(
-    operator: LinearOperator, spatial: Sequence[int] | None, weight: Evaluation, grid: int | None = None
-) -> float:
-    """Return a *certified upper bound* of the spectral norm of a convolution's operator.
-
-    Args:
-        operator: The operator; its module is a convolution.
-        spatial: The size of the input; None bounds the operators of all sizes.
-        weight: The kernel.
-        grid: Frequencies along each dimension; None takes 16 a tap.
-    """
+@certified_norm.register(ConvolutionOperator)
+@certified_norm.register(RecordedConvolution)
+@torch.no_grad()
+def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | None = None) -> float:
+    weight = evaluated(operator.weight) if weight is None else weight
     module = check_convolution(operator.module)
 
     def norm(kernel: Tensor, groups: int) -> float:
@@ -105,8 +56,7 @@ def certified_operator_norm(
             padding_mode=module.padding_mode,
             transposed=module.transposed,
             output_padding=tuple(module.output_padding),
-            spatial=spatial,
-            grid=grid,
+            spatial=operator.spatial,
         )
 
     bound = norm(weight.value, module.groups)
@@ -116,3 +66,37 @@ def certified_operator_norm(
     # (padding and strides have no signs), and the root of the sum of their squares bounds the whole.
     ones = torch.ones(1, 1, *weight.value.shape[2:], dtype=torch.float64, device="cpu")
     return sum_up([bound, multiply_up(weight.error_norm(), norm(ones, 1))])
+
+
+@certified_norm.register
+@torch.no_grad()
+def _(operator: DiagonalOperator, weight: Evaluation | None = None) -> float:
+    weight = evaluated(operator.weight) if weight is None else weight
+    largest = float(weight.magnitudes().max())
+    if not math.isfinite(largest):
+        raise ValueError(f"Expected finite entries in the scale of {operator.name!r}, got NaN or an infinity.")
+    return largest
+
+
+@certified_norm.register
+@torch.no_grad()
+def _(operator: ScaledOperator) -> float:
+    # s is rounded up to fp32, so that its product with stored fp32 weights is exact in fp64. With fp64 weights, also
+    # those computed in fp64, the product is rounded once.
+    scale = evaluated(operator.scale).magnitudes()
+    if not bool(scale.isfinite().all()):
+        raise ValueError(f"Expected a finite scale in {operator.name!r}, got NaN or an infinity.")
+    raised = scale.float()
+    # The conversion rounds to nearest: one step up is at least the value.
+    raised = torch.nextafter(raised, torch.full_like(raised, math.inf)).double()
+    base = evaluated(operator.base.weight)
+    weight = operator.scaled(base.value, raised)
+    if not bool(weight.isfinite().all()):
+        return multiply_up(float(raised.max()), certified_norm(operator.base, base))
+    if base.error is None and operator.base.weight().dtype != torch.float64:
+        return certified_norm(operator.base, Evaluation(weight, None))
+    # Where the product underflows, it may vanish.
+    error = UNIT_ROUNDOFF * weight.abs() + SMALLEST_NORMAL * (base.value != 0)
+    if base.error is not None:
+        error += operator.scaled(base.error, raised)
+    return certified_norm(operator.base, Evaluation(weight, error * (1 + 8 * UNIT_ROUNDOFF)))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from torch import Tensor
+
 UNIT_ROUNDOFF = 2.0**-53
 """u: a rounded result is exact * (1 + delta), ``|delta| <= u``, unless it underflows."""
 
@@ -79,3 +81,14 @@ def gamma(n_roundings: int) -> float:
     """
     relative = n_roundings * UNIT_ROUNDOFF
     return divide_up(relative, 1 - relative)
+
+
+def frobenius_up(matrices: Tensor) -> float:
+    """Return an upper bound of the Frobenius norm of a matrix (p, q), or of the largest of many (..., p, q).
+
+    Args:
+        matrices: fp64 on the CPU, of magnitudes whose squares do not overflow.
+    """
+    squares = matrices.square().sum((-2, -1))
+    largest = squares.max().item() if squares.numel() else 0.0
+    return sqrt_up(sum_up([divide_up(largest, 1 - gamma(matrices.shape[-2] * matrices.shape[-1] + 1)), UNDERFLOW]))

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from lightning_lip.certificates import interval as certificates
 from lightning_lip.certificates.interval import Certificate, Uncertified, certified_matrix_norm, certify
 from lightning_lip.constants import modules as constants
-from lightning_lip.graph.bound import NetworkBound, log_bound_up
+from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.paper import PaperRegressor
 from lightning_lip.rigorous import matrix as matrix_norms
 from lightning_lip.rigorous.chain import combettes_pesquet, eclipse_fast
 
@@ -109,6 +110,15 @@ def test_too_costly_chains_keep_the_product():
     assert result.tighter == "product"
     assert len(result.skipped) == 2
     assert all("more than max_chain_flops=10" in reason for reason in result.skipped)
+
+
+def test_a_chain_is_traced_once(monkeypatch):
+    exports = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: exports.append(1) or export(*args, **kwargs))
+    result = certify(PaperRegressor(), torch.zeros(1, 13))
+    assert set(result.bounds) == {"product", "combettes_pesquet", "eclipse_fast"}
+    assert len(exports) == 1
 
 
 def test_a_residual_network_has_the_graph_bound():
@@ -277,9 +287,9 @@ def test_a_slope_that_is_not_finite_is_refused_also_once_it_becomes_so(bad):
     assert certify(model, torch.zeros(1, 3)).refused[0].startswith("1 (PReLU)")
     if math.isnan(bad):
         with pytest.raises(ValueError, match="bound is NaN"):
-            log_bound_up(network, [1.0, 1.0])
+            network.log_bound_up([1.0, 1.0])
     else:
-        assert log_bound_up(network, [1.0, 1.0])[0] == math.inf
+        assert network.log_bound_up([1.0, 1.0]) == math.inf
 
 
 def test_a_constant_that_is_wrong_is_found_out(monkeypatch):

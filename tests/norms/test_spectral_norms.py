@@ -2,13 +2,14 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_lip.kernels.reference import power_step
+from lightning_lip.kernels.reference import PENALTY_CODES, power_step
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.selection import find_operators
 
@@ -346,3 +347,50 @@ def test_saved_vectors_that_are_not_finite_start_afresh():
     norms.load_state_dict({name: torch.full_like(block, torch.nan) for name, block in norms.state_dict().items()})
     with pytest.warns(UserWarning, match="finite values: its iteration starts afresh"):
         assert norms.current().sigma.isfinite().all()
+
+
+def test_one_call_adds_what_step_and_update_add():
+    model, other = net(), net()
+    norms, in_parts = norms_of(model, block_size=4), norms_of(other, block_size=4)
+    model[2].weight.requires_grad_(False)
+    for advance in (True, True, False):
+        value = norms.penalise_(PENALTY_CODES["log"], 0.0, 0.5, advance, {id(model[0].weight)})
+        step = in_parts.step() if advance else in_parts.current()
+        torch.testing.assert_close(value, 0.5 * step.sigma.log().sum(), rtol=1e-6, atol=0)
+        in_parts.rank_one_update_([grad_of(other[0].weight), None, None], 0.5 / step.sigma)
+    torch.testing.assert_close(model[0].weight.grad, other[0].weight.grad, rtol=1e-5, atol=1e-7)
+    assert model[2].weight.grad is None  # frozen
+    assert model[4].weight.grad is None  # not allowed
+
+
+def grad_of(weight):
+    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    return weight.grad
+
+
+def test_one_call_follows_replaced_weights_and_loaded_blocks():
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    start = copy.deepcopy(model.state_dict())
+    norms = norms_of(model)
+    arguments = (PENALTY_CODES["layer_sum"], 0.0, 1.0, True, None)
+    for factor in (1.0, 3.0):
+        model.load_state_dict({key: factor * value for key, value in start.items()}, assign=True)
+        assert norms.penalise_(*arguments).item() == pytest.approx(truth(model).sum().item(), rel=1e-5)
+    norms.load_state_dict(norms.state_dict())
+    assert norms.penalise_(*arguments).item() == pytest.approx(truth(model).sum().item(), rel=1e-5)
+    again = pickle.loads(pickle.dumps(norms))
+    assert again.penalise_(*arguments).item() == pytest.approx(truth(model).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("case", ["computed", "two dtypes", "removed"])
+def test_one_call_is_refused_where_no_kernel_serves_all(case):
+    model = net()
+    norms = norms_of(model)
+    if case == "computed":
+        norms = norms_of(nn.Sequential(model, parametrizations.weight_norm(nn.Linear(1, 3))))
+    if case == "two dtypes":
+        model[0].double()
+    if case == "removed":
+        del model[0].weight
+    assert norms.penalise_(PENALTY_CODES["log"], 0.0, 1.0, True, None) is None
+    assert all(p.grad is None for p in model.parameters())

@@ -472,16 +472,11 @@ def test_half_weights_are_used_in_the_vectors_dtype(dtype):
     assert op.module.weight.grad.dtype == dtype
 
 
-def test_direct_parameter_and_trainable():
+def test_direct_parameter():
     plain, normed = operators_of_one_weight()
     assert plain.direct_parameter is plain.module.weight
     assert normed.direct_parameter is None
     assert {id(p) for p in normed.parameters} == {id(p) for n, p in normed.module.named_parameters() if n != "bias"}
-    for op in (plain, normed):
-        assert op.trainable
-        for p in op.parameters:
-            p.requires_grad_(False)
-        assert not op.trainable
 
 
 def test_an_operator_follows_a_replaced_weight():

@@ -24,13 +24,8 @@ from lightning_lip.graph.builder import (
 )
 from lightning_lip.graph.tracing import module_path, module_paths
 from lightning_lip.models.modules import keeps_forward
-from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.composed import (
-    ComputedMatrixOperator,
-    DiagonalOperator,
-    ParameterMatrixOperator,
-    ScaledOperator,
-)
+from lightning_lip.operators.base import LinearOperator, MatrixOperator
+from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.operators.known import operator_of
 from lightning_lip.operators.paddings import padding_pairs
@@ -63,7 +58,7 @@ def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tupl
         if key == "weight" and keeps_forward(module, nn.Linear):
             return id(module._parameters[key]), operator_of(module, name)
         full = name if key == "weight" else f"{name}.{key}" if name else key
-        return id(module._parameters[key]), ParameterMatrixOperator(full, module, key)
+        return id(module._parameters[key]), MatrixOperator(full, module, key)
     name, module = builder.module_of(node)
     if isinstance(module, nn.Linear) and _is_parametrized(builder, node, weight, module):
         return id(module), operator_of(module, name)
