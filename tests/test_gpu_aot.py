@@ -57,11 +57,11 @@ class Allowance(NamedTuple):
 
 
 PROMISED = ("sweep", "rank_one")
-"""The kernels that touch every weight: no stack and no spill, from the oldest version in SINCE on."""
+"""The kernels that touch every weight: no stack and no spill, from the Triton version SINCE on."""
 SINCE = (3, 8)
 # Triton and ptxas choose the registers, and these are the versions that choose badly. Beside the sweep, kernels run for
-# a few microseconds: what is spilled there is recorded, for any version, and held to the record. The sweep
-# and the update read every weight and gradient, so an entry of theirs may only be older than SINCE.
+# a few microseconds: what is spilled there is recorded, for any version, and held to the record. The sweep and the
+# update read every weight and gradient, so an entry of theirs may only be older than SINCE.
 ALLOWED = [
     Allowance("3.6.0", "sweep-sm_90-float32-r1-p16384-one_pass", 32, 14),
     Allowance("3.6.0", "sweep-sm_90-bfloat16-r1-p16384-one_pass", 8, 4),

@@ -47,7 +47,9 @@ def n_bytes(tensors):
 def test_every_instruction_is_known():
     # The tests that execute a kernel with an unknown instruction are skipped: this one fails in their place.
     unknown = workloads.unknown_instructions()
-    assert not unknown, "The executor (gpu_tools/ptx_grammar.py) does not know:\n" + "\n".join(unknown)
+    if unknown:
+        names = "\n".join(unknown)
+        pytest.fail(f"The executor (gpu_tools/ptx_grammar.py) does not know:\n{names}", pytrace=False)
 
 
 @pytest.mark.parametrize(("name", "size"), workloads.PENALTY_STEPS)
@@ -351,7 +353,7 @@ def test_a_new_spelling_fails_one_test(tmp_path):
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     assert [case.get("name") for case in failed] == [workloads.DECODING], run.stdout[-4000:]
-    message = failed[0].find("failure").get("message")
+    message = failed[0].find("failure").text
     assert "sweep: state space .shared::foo of st in 'st.shared::foo." in message
     assert "rank_one: modifier .frobnicated of ld in " in message
     skipped = [case.find("skipped").get("message") for case in cases if case.find("skipped") is not None]
