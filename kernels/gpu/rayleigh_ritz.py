@@ -203,7 +203,8 @@ def solve(
     for _ in range(N_SQUARINGS):
         # The matrix is symmetric, so rows times rows is its square, symmetric again to the last bit.
         power = tl.sum(power[:, None, :] * power[None, :, :], axis=2)
-        power = power / _largest_diagonal(power, R)
+        # One division for all: as many as there are elements would cost registers, and spill some.
+        power = power * (1.0 / _largest_diagonal(power, R))
     diagonal = _diagonal(power, R)
     best = tl.min(tl.where(diagonal == tl.max(diagonal, axis=0), i, R), axis=0)
     x = tl.sum(tl.where(i[None, :] == best, power, 0.0), axis=1)

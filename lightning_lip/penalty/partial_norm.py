@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from lightning_lip.operators.base import LinearOperator
 
 def partial_norm(op: LinearOperator, chosen: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
     """Return an operator's :meth:`~.LinearOperator.norm`, shape (), differentiable in some of its parameters only."""
-    return _PartialNorm.apply(op, tuple(chosen), left, right, *chosen)  # type: ignore[no-any-return, no-untyped-call]
+    apply: Callable[..., Tensor] = _PartialNorm.apply  # typed from torch 2.14 on, not before
+    return apply(op, tuple(chosen), left, right, *chosen)
 
 
 class _PartialNorm(torch.autograd.Function):

@@ -5,74 +5,43 @@ programs, no divergent barrier (tests/support/gpu/ptx.py).
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 pytest.importorskip("triton", minversion="3.3")
 
-from support.gpu import launch, ptx
+from support.gpu import launch, ptx, ptx_grammar, ptx_memory, workloads
 
 from lightning_lip.kernels import reference
-from lightning_lip.kernels.gpu import iteration as gpu
 from lightning_lip.kernels.gpu import tables as gpu_tables
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled ahead of time under the interpreter", allow_module_level=True)
 
+CASES, blocks, penalised, random = workloads.CASES, workloads.blocks, workloads.penalised, workloads.random
 SIGMA = 2e-6
 ORTHONORMAL = 1e-6
-
-
-def blocks(weights, size, sides=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sides = sides or [min(w.shape) for w in weights]
-    drawn = [
-        torch.randn(side, min(size, *w.shape), generator=generator) for w, side in zip(weights, sides, strict=True)
-    ]
-    return [torch.linalg.qr(x).Q.mT.contiguous() for x in drawn]
-
-
-def random(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + shape[0] + shape[-1])).to(dtype)
-
-
-def penalised(weights, size, **options):
-    """Run a whole penalty step on the executor; returns the object, its memory's books and the gradients."""
-    machine = launch.Machine(**options)
-    iteration = launch.HostIteration(weights, blocks(weights, size), machine)
-    grads = [torch.ones_like(w) for w in weights]
-    for index, grad in enumerate(grads):
-        machine.memory.add(f"grad{index}", grad)
-    iteration.penalise_(
-        weights, grads, n_iterations=1, code=1, target_log=0.5, scale=0.3, multiplicities=[1] * len(weights)
-    )
-    return iteration, machine.memory, grads
 
 
 def n_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-CASES = {
-    # Several tiles in one launch, both orientations, ragged heights.
-    "fp32": [random(20, 20), random(131, 64), random(33, 300)],
-    "bf16": [random(*s, dtype=torch.bfloat16) for s in [(24, 24), (131, 64), (40, 304)]],
-    "fp16": [random(24, 24, dtype=torch.float16), random(40, 304, dtype=torch.float16)],
-    "unaligned": [random(20, 13), random(1, 1), random(1, 17), random(9, 1)],
-    "transposed": [random(44, 20).t(), random(20, 44).t()],
-    "row_strided": [random(60, 48)[::2, 4:40], random(96, 64)[::2, 8:40]],
-    "mixed_alignment": [random(20, 20), random(21, 13)],
-}  # fmt: skip
+def test_every_instruction_is_known():
+    # The tests that execute a kernel with an unknown instruction are skipped: this one fails in their place.
+    unknown = workloads.unknown_instructions()
+    if unknown:
+        names = "\n".join(unknown)
+        pytest.fail(f"The executor (gpu_tools/ptx_grammar.py) does not know:\n{names}", pytrace=False)
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        *[("fp32", 1), ("fp32", 8), ("bf16", 1), ("bf16", 8), ("fp16", 8), ("unaligned", 1), ("unaligned", 8)],
-        *[("transposed", 8), ("row_strided", 8), ("row_strided", 1), ("mixed_alignment", 2)],
-    ],
-)
+@pytest.mark.parametrize(("name", "size"), workloads.PENALTY_STEPS)
 def test_numbers_and_traffic(name, size):
     weights = CASES[name]
     start = blocks(weights, size)
@@ -93,50 +62,20 @@ def test_numbers_and_traffic(name, size):
     assert max(region.furthest_reread for region in memory.regions) == 0
 
 
-def swept(weight, size, p, monkeypatch, **options):
-    """Sweep a matrix whose block is on the side of `p`, even if that is the longer one: wide tiles, few bytes."""
-    n_cols = weight.shape[1]
-    sides = list(zip(weight.shape, weight.stride(), strict=True))
-    (q, q_stride), (_, p_stride) = sides if p == n_cols else sides[::-1]
-    block = gpu_tables.block_class([size])
-    orientation = gpu_tables.ORIENT_P if p_stride == 1 else gpu_tables.ORIENT_Q
-    tile = gpu_tables.choose_tile(p, block, weight.element_size(), orientation)
-    layer = gpu_tables.Layer(q, p, q_stride, p_stride, True, tile)
-    monkeypatch.setattr(gpu, "describe", lambda weight, block: layer)
-    monkeypatch.setattr(gpu, "DEFAULT_PROCESSORS", 1)
-    machine = launch.Machine(**options)
-    (rows,) = blocks([weight], size, [p])
-    iteration = launch.HostIteration([weight], [rows], machine)
-    iteration.power_step([weight], 1)
-    a = weight.double() if p == n_cols else weight.double().t()
+def swept(weight, size, p, monkeypatch):
+    """Return the tile, how often the weight's bytes are read, and how many bytes lie between two reads of one."""
+    iteration, memory, tile, rows = workloads.swept(weight, size, p, monkeypatch)
+    a = weight.double() if p == weight.shape[1] else weight.double().t()
     images = rows.double() @ a.t()
     vector = torch.linalg.eigh(images @ images.t()).eigenvectors[:, -1]
     t = vector @ images
     truth = (t @ a).norm() / t.norm()
     torch.testing.assert_close(iteration._sigma[0].double(), truth, rtol=SIGMA, atol=0)
-    return (
-        tile,
-        machine.memory.total("weight")[0] / n_bytes([weight]),
-        max(r.furthest_reread for r in machine.memory.regions),
-    )
+    ratio = memory.total("weight")[0] / n_bytes([weight])
+    return tile, ratio, max(region.furthest_reread for region in memory.regions)
 
 
-@pytest.mark.parametrize(
-    ("size", "shape", "p", "dtype"),
-    [
-        (1, (6, 8192), 8192, torch.float32),
-        (1, (3, 16384), 16384, torch.float32),
-        (1, (6, 8192), 8192, torch.bfloat16),
-        (1, (8192, 12), 8192, torch.float32),
-        (1, (8192, 16), 8192, torch.bfloat16),
-        (8, (20, 2048), 2048, torch.float32),
-        (8, (20, 2048), 2048, torch.bfloat16),
-        (8, (2048, 16), 2048, torch.float32),
-        (8, (2048, 16), 2048, torch.bfloat16),
-        (16, (20, 1024), 1024, torch.float32),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("size", "shape", "p", "dtype"), workloads.READ_ONCE, ids=str)
 def test_weights_are_read_once_up_to_the_limit(monkeypatch, size, shape, p, dtype):
     tile, ratio, distance = swept(random(*shape, dtype=dtype), size, p, monkeypatch)
     assert not tile.two_pass
@@ -144,17 +83,7 @@ def test_weights_are_read_once_up_to_the_limit(monkeypatch, size, shape, p, dtyp
     assert distance == 0
 
 
-@pytest.mark.parametrize(
-    ("size", "shape", "p", "dtype"),
-    [
-        (8, (20, 4096), 4096, torch.float32),
-        (8, (4096, 20), 4096, torch.float32),
-        (8, (20, 4096), 4096, torch.bfloat16),
-        (1, (10, 17000), 17000, torch.float32),
-        (1, (9216, 12), 9216, torch.float32),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("size", "shape", "p", "dtype"), workloads.READ_TWICE, ids=str)
 def test_wider_weights_are_read_twice_in_a_row(monkeypatch, size, shape, p, dtype):
     tile, ratio, distance = swept(random(*shape, dtype=dtype), size, p, monkeypatch)
     assert tile.two_pass
@@ -174,15 +103,18 @@ def test_results_do_not_depend_on_the_order_of_programs(size):
 
 def test_no_iteration_reads_the_weights_once():
     weights = CASES["fp32"]
-    machine = launch.Machine()
-    iteration = launch.HostIteration(weights, blocks(weights, 8), machine)
-    got = iteration.power_step(weights, 0)
+    got, memory = workloads.ritz_values(weights, 8)
     want = reference.power_step([w.double() for w in weights], [v.double() for v in blocks(weights, 8)], 0)
     torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=SIGMA, atol=0)
-    assert machine.memory.total("weight")[0] == n_bytes(weights)
+    assert memory.total("weight")[0] == n_bytes(weights)
 
 
 # Planted faults: the executor must see each of them.
+
+
+def _penalised_with_fault(name, **options):
+    weights, size, hints = workloads.PLANTED[name]
+    return penalised(weights, size, **hints, **options)
 
 
 def without_barrier(number):
@@ -198,13 +130,14 @@ def without_barrier(number):
 
 def test_a_dropped_barrier_is_caught():
     text = []
-    penalised([random(64, 64)], 8, edit=lambda name, ptx_text: text.append((name, ptx_text)) or ptx_text)
+    weights, size, _ = workloads.PLANTED["barrier"]
+    penalised(weights, size, edit=lambda name, ptx_text: text.append((name, ptx_text)) or ptx_text)
     n_barriers = dict(text)["sweep"].count("bar.sync")
     caught = 0
     for number in range(n_barriers):
         try:
-            penalised([random(64, 64)], 8, edit=without_barrier(number), stop_after="sweep")
-        except ptx.ExecutionError as error:
+            penalised(weights, size, edit=without_barrier(number), stop_after="sweep")
+        except ptx_memory.ExecutionError as error:
             assert "without a barrier" in str(error)  # noqa: PT017
             caught += 1
         except launch.Stop:
@@ -214,17 +147,17 @@ def test_a_dropped_barrier_is_caught():
 
 
 def test_a_false_alignment_hint_is_caught():
-    with pytest.raises(ptx.ExecutionError, match="misaligned 16-byte"):
-        penalised([random(20, 13)], 8, hints={"sweep": {"ALIGNED": True}})
-    with pytest.raises(ptx.ExecutionError, match="misaligned 16-byte"):
-        penalised([random(20, 13)], 1, hints={"rank_one": {"ALIGNED": True}})
+    with pytest.raises(ptx_memory.ExecutionError, match="misaligned 16-byte"):
+        _penalised_with_fault("alignment of the sweep")
+    with pytest.raises(ptx_memory.ExecutionError, match="misaligned 16-byte"):
+        _penalised_with_fault("alignment of the update")
 
 
 def test_a_wrong_mask_is_caught(tmp_path):
     # The last row of the last strip would come from behind the weight.
     old = "mask = (rows < i1)[:, :, None] & (cols < p)[None, None, :]"
-    with pytest.raises(ptx.ExecutionError, match="out-of-bounds"):
-        penalised([random(131, 64)], 8, source=(tmp_path, old, old.replace("rows < i1", "rows < i1 + 1")))
+    with pytest.raises(ptx_memory.ExecutionError, match="out-of-bounds"):
+        _penalised_with_fault("mask", source=(tmp_path, old, old.replace("rows < i1", "rows < i1 + 1")))
 
 
 def test_a_second_read_of_the_weights_is_counted():
@@ -235,8 +168,8 @@ def test_a_second_read_of_the_weights_is_counted():
         ]
         return "".join(twice)
 
-    weights = [random(64, 64)]
-    _, memory, _ = penalised(weights, 8, edit=edit)
+    weights, size, _ = workloads.PLANTED["barrier"]
+    _, memory, _ = penalised(weights, size, edit=edit)
     assert memory.total("weight")[0] == 2 * n_bytes(weights)
     assert max(region.furthest_reread for region in memory.regions) > 0
 
@@ -244,10 +177,192 @@ def test_a_second_read_of_the_weights_is_counted():
 def test_a_race_between_programs_is_caught(tmp_path):
     # All strips would write the partial sum of the first.
     old = "local = (index - tl.load(row + STRIP_BEGIN)) * R * ld"
-    with pytest.raises(ptx.ExecutionError, match="one program of a launch and written by another"):
-        penalised([random(400, 16)], 8, source=(tmp_path, old, "local = (index - index) * R * ld"))
+    with pytest.raises(ptx_memory.ExecutionError, match="one program of a launch and written by another"):
+        _penalised_with_fault("race", source=(tmp_path, old, "local = (index - index) * R * ld"))
 
 
-def test_an_unknown_instruction_is_refused():
+# The grammar: a spelling of what is known changes nothing, and one that is not known is named by one test.
+
+
+def kernel_of(*statements):
+    return ".visible .entry k(\n)\n.reqntid 32\n{\n" + "".join(f"\t{statement};\n" for statement in statements) + "}\n"
+
+
+def parsed(statement):
+    _, (instruction,), _ = ptx_grammar.parse(kernel_of(statement))
+    return instruction._replace(text="")
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"),
+    [
+        ("st.shared.v4.b32 [%r1], {%r2, %r3, %r4, %r5}", "st.shared::cta.v4.b32 [ %r1 + 0 ], { %r2, %r3, %r4, %r5 }"),
+        ("st.shared.b64 [%r1], %rd2", "st.weak.shared::cluster.b64 [%r1], %rd2"),
+        ("ld.param.b64 %rd1, [k_param_3]", "ld.param::entry.b64 %rd1, [k_param_3]"),
+        ("ld.global.v2.b64 {%rd1, %rd2}, [%rd3+8]", "ld.relaxed.gpu.global.cg.v2.b64 {%rd1, %rd2}, [%rd3+8]"),
+        ("st.global.b32 [%rd1], %r2", "st.global.L1::evict_last.b32 [%rd1], {%r2}"),
+        ("ld.global.b32 %r1, [%rd2]", "ld.volatile.global.b32 %r1, [%rd2]"),
+        ("ld.global.b32 %r1, [%rd2]", "ld.global.nc.L2::128B.b32 %r1, [%rd2]"),
+        ("bra $L", "bra.uni $L"),
+    ],
+)  # fmt: skip
+def test_another_spelling_is_the_same_instruction(plain, other):
+    if plain.startswith("bra"):
+        (first, second) = ptx_grammar.parse(kernel_of("$L: ret", plain, other))[1][1:]
+        assert first._replace(text="") == second._replace(text="")
+    else:
+        assert parsed(plain) == parsed(other)
+
+
+def test_a_cache_policy_is_no_operand():
+    hinted = parsed("ld.global.L1::evict_first.L2::cache_hint.b32 {%r1}, [%rd2], %rd3")
+    assert hinted.operands == parsed("ld.global.b32 {%r1}, [%rd2]").operands
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("frobnicate.b32 %r1, %r2", "opcode frobnicate"),
+        ("st.shared::foo.b32 [%r1], %r2", "state space .shared::foo of st"),
+        ("ld.global::cta.b32 %r1, [%rd2]", "state space .global::cta of ld"),
+        ("ld.tensor.b32 %r1, [%rd2]", "modifier .tensor of ld"),
+        ("ld.global.L1::evict_sometimes.b32 %r1, [%rd2]", "modifier .L1::evict_sometimes of ld"),
+        ("ld.global.v16.b32 %r1, [%rd2]", "modifier .v16 of ld"),
+        ("ld.global.v2.b32 {%r1, %r2, %r3}, [%rd2]", "form ld.global.v2.b32"),
+        ("ld.global.L2::cache_hint.b32 %r1, [%rd2]", "2 operands of ld.global.L2::cache_hint.b32"),
+        ("ld.global.b32 %r1, [%rd2], %rd3", "3 operands of ld.global.b32"),
+        ("add.sat.s32 %r1, %r2, %r3", "modifier .sat of add"),
+        ("add.rz.f32 %r1, %r2, %r3", "modifier .rz of add"),
+        ("mul.s32 %r1, %r2, %r3", "form mul.s32"),
+        ("cvt.f32.f64 %r1, %rd2", "form cvt.f32.f64"),
+        ("cvt.rni.s32.f32 %r1, %r2", "modifier .rni of cvt"),
+        ("setp.lo.f32 %p1, %r1, %r2", "form setp.lo.f32"),
+        ("setp.lt.and.s32 %p1, %r1, %r2, %p2", "modifier .and of setp"),
+        ("shfl.sync.bfly.b32 %r1, %r2, 1, 7, -1", "form shfl.sync.bfly.b32"),
+        ("mov.u32 %r1, %clusterid.x", "operand %clusterid.x"),
+        ("ld.shared.b32 %r1, [other_symbol]", "address [other_symbol]"),
+        ("bar.arrive 0", "modifier .arrive of bar"),
+        ("bar.sync 1, 64", "2 operands of bar.sync"),
+        ("bra $L__nowhere", "label"),
+        (".branchtargets $L1", "directive .branchtargets"),
+    ],
+)
+def test_what_is_not_known_is_named(statement, what):
+    with pytest.raises(NotImplementedError) as error:
+        ptx.Program(kernel_of(statement), 0)
+    assert error.value.found == [(statement, what)]
+
+
+def test_a_cluster_of_programs_is_not_known():
+    with pytest.raises(NotImplementedError, match=r"directive \.reqnctapercluster"):
+        ptx.Program(kernel_of("ret").replace("\n{", "\n.reqnctapercluster 2\n{"), 0)
+
+
+def test_all_that_is_unknown_is_named_at_once():
+    with pytest.raises(NotImplementedError) as error:
+        ptx.Program(
+            kernel_of("frobnicate.b32 %r1, %r2", "ret", "frobnicate.b32 %r3, %r4", "add.sat.s32 %r1, %r2, 1"), 0
+        )
+    assert [what for _, what in error.value.found] == ["opcode frobnicate", "modifier .sat of add"]
+
+
+def test_the_executor_does_all_that_the_grammar_knows():
+    for opcode, form in ptx_grammar.FORMS.items():
+        for space in form.spaces or (None,):
+            name = ptx.handler_of(SimpleNamespace(opcode=opcode, space=space))
+            assert opcode in ptx.CONTROL or hasattr(ptx._Execution, name), name
+
+
+def executed(*statements):
+    """Return %r1 of each of the 32 threads after some statements, as unsigned bits."""
+    out = torch.zeros(32, dtype=torch.int32)
+    memory = ptx_memory.Memory()
+    memory.add("out", out)
+    address = ["ld.param.b64 %rd1, [k_param_0]", "mov.u32 %r9, %tid.x", "mad.wide.u32 %rd2, %r9, 4, %rd1"]
+    code = kernel_of(*address, *statements, "st.global.b32 [%rd2], %r1")
+    ptx.Program(code, 0).launch(memory, [out.data_ptr()], [0])
+    return [value % 2**32 for value in out.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("statement", "want"),
+    [
+        ("prmt.b32 %r1, 0x04030201, 0x08070605, 0x7130", 0x08020401),
+        # Selectors with their highest bit set copy the byte's sign.
+        ("prmt.b32 %r1, 0x000080FF, 0, 0x1A98", 0x8000FFFF),
+        ("min.f32 %r1, 0f7FC00000, 0f3F800000", 0x3F800000),
+        ("min.NaN.f32 %r1, 0f7FC00000, 0f3F800000", 0x7FC00000),
+        ("abs.f32 %r1, 0f80000001", 1),
+        ("abs.ftz.f32 %r1, 0f80000001", 0),
+        ("mul.ftz.f32 %r1, 0f80800000, 0f3F000000", 0x80000000),
+        ("redux.sync.max.s32 %r1, %r9, -1", 31),
+        ("shfl.sync.bfly.b32 %r1, 7, 1, 31, -1", 7),
+        ("selp.b32 %r1, 5, 6, 0", 6),
+        ("bfe.s32 %r1, 0xF0, 4, 4", 0xFFFFFFFF),
+        ("shf.l.wrap.b32 %r1, 0x80000000, 1, 1", 3),
+        ("cvt.rn.f16x2.f32 %r1, 0f3F800000, 0f40000000", 0x3C004000),
+    ],
+)  # fmt: skip
+def test_single_instructions(statement, want):
+    assert executed(statement) == [want] * 32
+
+
+def test_a_reduction_over_half_a_warp_is_caught():
+    with pytest.raises(ptx_memory.ExecutionError, match="not all threads take part"):
+        executed("setp.lt.u32 %p1, %r9, 16", "@%p1 redux.sync.max.s32 %r1, %r9, -1")
+
+
+PLUGIN = """
+import re
+import sys
+
+
+def pytest_collection_modifyitems():
+    launch = sys.modules["gpu_tools.launch"]
+    compiled = launch.compiled
+
+    def respelled(kernel, request):
+        text, shared = compiled(kernel, request)
+        text = re.sub(r"\\bst\\.shared(::cta)?\\.", "st.shared::foo.", text)
+        return re.sub(r"\\bld\\.global\\.", "ld.global.frobnicated.", text), shared
+
+    launch.compiled = respelled
+"""
+
+
+@pytest.mark.timeout(900)  # a second process compiles and decodes all kernels
+def test_a_new_spelling_fails_one_test(tmp_path):
+    """With two spellings planted that nothing knows, one test fails, and names both; those that execute are skipped."""
+    Path(tmp_path, "respelling.py").write_text(PLUGIN)
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "respelling", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", "--import-mode=importlib", "-k", "not new_spelling"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *_python_path()])}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    assert [case.get("name") for case in failed] == [workloads.DECODING], run.stdout[-4000:]
+    message = failed[0].find("failure").text
+    assert "sweep: state space .shared::foo of st in 'st.shared::foo." in message
+    assert "rank_one: modifier .frobnicated of ld in " in message
+    skipped = [case.find("skipped").get("message") for case in cases if case.find("skipped") is not None]
+    assert len(skipped) >= len(workloads.PENALTY_STEPS + workloads.READ_ONCE + workloads.READ_TWICE)
+    assert all(f"{workloads.DECODING} fails" in reason for reason in skipped)
+
+
+def _python_path():
+    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+
+
+def test_nothing_is_skipped_for_a_kernel_that_no_test_decodes(monkeypatch):
+    unknown = kernel_of("frobnicate.b32 %r1, %r2")
+    monkeypatch.setattr(launch, "compiled", lambda kernel, request: (unknown, 0))
+    weights = [random(20, 20)]
+    assert all(dict(request.constants).get("R") != 4 for request in workloads.all_requests())
     with pytest.raises(NotImplementedError, match="frobnicate"):
-        ptx.Program(".entry k()\n.reqntid 32\n{\nfrobnicate.b32 %r1, %r2;\n}\n", 0)
+        penalised(weights, 4)
+
+
+def test_nothing_is_skipped_for_an_instruction_that_only_a_planted_fault_has():
+    with pytest.raises(NotImplementedError, match="frobnicate"):
+        _penalised_with_fault("barrier", edit=lambda name, text: text.replace("bar.sync", "frobnicate.sync"))

@@ -88,7 +88,8 @@ class Report:
 
     Attributes:
         registers: Registers a thread (vector registers on AMD).
-        spilled: Bytes of stack and local memory, and spilled registers.
+        stack: Bytes of stack and local memory a thread.
+        spills: Loads and stores of spilled registers (AMD: spilled registers).
         shared: Bytes of shared memory.
         streams: Counts of the accesses of weights and gradients by their width in bits (evict-first on NVIDIA; on AMD
             every global load and store).
@@ -96,7 +97,8 @@ class Report:
     """
 
     registers: int
-    spilled: int
+    stack: int
+    spills: int
     shared: int
     streams: Counter
     atomics: list
@@ -131,7 +133,7 @@ def _inspect_cubin(cubin, shared):
             streams["store", int((width or narrow or [0, 32])[1])] += 1
     spills = sum(operation.startswith(("LDL", "STL")) for operation in operations)
     atomics = [operation for operation in operations if operation.startswith(("ATOM", "RED."))]
-    return Report(registers, stack + local + spills, shared, streams, atomics)
+    return Report(registers, stack + local, spills, shared, streams, atomics)
 
 
 def _inspect_amdgcn(text, shared):
@@ -144,8 +146,8 @@ def _inspect_amdgcn(text, shared):
         streams[kind, bits] += 1
     atomics = re.findall(r"\b(?:global|buffer|flat|ds)_atomic_\w+", text)
     # Scalar registers spill into lanes of vector registers (counted as these), not into memory.
-    spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
-    return Report(number("vgpr_count"), spilled, shared, streams, atomics)
+    spills = number("vgpr_spill_count")
+    return Report(number("vgpr_count"), number("private_segment_fixed_size"), spills, shared, streams, atomics)
 
 
 def all_tiles(block, itemsize, orientation, widths=(32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)):
