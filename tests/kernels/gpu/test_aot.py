@@ -15,10 +15,10 @@ import torch
 
 triton = pytest.importorskip("triton", minversion="3.3")
 
-from support.gpu import aot, planted
+from support.gpu import aot, planted  # noqa: E402
 
-from lightning_lip.kernels.gpu import iteration as gpu
-from lightning_lip.kernels.gpu import tables as gpu_tables
+from lightning_lip.kernels.gpu import iteration as gpu  # noqa: E402
+from lightning_lip.kernels.gpu import tables as gpu_tables  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled ahead of time under the interpreter", allow_module_level=True)

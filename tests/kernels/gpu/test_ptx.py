@@ -38,7 +38,7 @@ def test_every_instruction_is_known():
     unknown = workloads.unknown_instructions()
     if unknown:
         names = "\n".join(unknown)
-        pytest.fail(f"The executor (gpu_tools/ptx_grammar.py) does not know:\n{names}", pytrace=False)
+        pytest.fail(f"The executor (tests/support/gpu/ptx_grammar.py) does not know:\n{names}", pytrace=False)
 
 
 @pytest.mark.parametrize(("name", "size"), workloads.PENALTY_STEPS)
@@ -318,7 +318,7 @@ import sys
 
 
 def pytest_collection_modifyitems():
-    launch = sys.modules["gpu_tools.launch"]
+    launch = sys.modules["support.gpu.launch"]
     compiled = launch.compiled
 
     def respelled(kernel, request):

@@ -1,4 +1,4 @@
-"""What tests/test_gpu_ptx.py runs, and every kernel that this asks for.
+"""What tests/kernels/gpu/test_ptx.py runs, and every kernel that this asks for.
 
 The list of kernels lets one test decode all of them: an instruction that the executor does not know fails that test and
 names itself there. A test that would execute such a kernel is skipped, and only then: its kernel must be on the list.
