@@ -26,7 +26,7 @@ TRAIN_SHARE = 0.8
 
 
 class DataError(ValueError):
-    """The data set at hand is not the one that was asked for."""
+    """An installed package holds another version of the data set."""
 
 
 class Dataset(NamedTuple):

@@ -83,7 +83,7 @@ def interval(values: Values) -> Interval:
 
 
 def wilcoxon(differences: Values, alternative: str) -> float:
-    """The p-value of Wilcoxon's signed-rank test on paired differences; 1 where all are zero.
+    """Return the p-value of Wilcoxon's signed-rank test on paired differences; 1 where all are zero.
 
     Args:
         differences: One per seed; zeros are left out, as Wilcoxon did.
@@ -99,7 +99,7 @@ def wilcoxon(differences: Values, alternative: str) -> float:
 
 
 def sign_test(successes: int, n: int) -> float:
-    """The one-sided binomial p-value that a success is more likely than not."""
+    """Return the one-sided binomial p-value for a success being more likely than not."""
     return float(extra("scipy.stats").binomtest(successes, n, 0.5, alternative="greater").pvalue)
 
 

@@ -234,7 +234,7 @@ def _train(task: SeedTask, parts: Split) -> tuple[nn.Sequential, dict[str, Tenso
                 norms = [torch.linalg.matrix_norm(weight[n_constrained:], 2) for weight in _weights(stacked)]
                 loss = loss + coefficients @ torch.stack(norms).prod(dim=0)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             project(_weights(stacked), task.constrained)
     return network, stacked

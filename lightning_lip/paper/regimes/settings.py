@@ -133,8 +133,8 @@ class Record:
 
     Attributes:
         run: The run.
-        history: By name (`"train_mae"`, `"train_mse"`, `"validation_mae/eta=0.2"`, ...), one value per epoch,
-            all of the weights at the epoch's end.
+        history: By name (`"train_mae"`, `"train_mse"`, `"validation_mae/eta=0.2"`, ...), one value per epoch:
+            the error of the weights at the epoch's end.
         sigmas: The spectral norms of the final weights, first to last layer: exact up to rounding (SVD in
             float64).
         largest_unit_norm: The largest Euclidean norm of a unit's incoming weights at the end.
@@ -148,11 +148,11 @@ class Record:
     n_clipped: int
 
     def final(self, name: str) -> float:
-        """The last epoch's value of a series of `history`."""
+        """Return the last epoch's value of a series of `history`."""
         return self.history[name][-1]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as plain numbers, rounded to 6 significant digits."""
+        """Return the record as plain numbers, rounded to 6 significant digits."""
         return asdict(self.run) | {
             "final": {name: rounded(series[-1]) for name, series in self.history.items()},
             "sigmas": [rounded(sigma) for sigma in self.sigmas],

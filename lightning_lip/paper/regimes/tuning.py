@@ -29,7 +29,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The outcome of the grid search: the table of coefficients, and what it was read from.
+    """The outcome of the grid search: the table of coefficients, and the errors that they were chosen by.
 
     Attributes:
         lambdas: By setting name and regime, a replacement for `settings.LAMBDAS`.
@@ -73,7 +73,7 @@ class Tuning:
 
 
 def tuning_runs(settings: Sequence[Setting], seeds: range, epochs: int) -> list[Run]:
-    """Every run that `choose` needs, each once."""
+    """Return every run that `choose` needs, each once."""
     runs = [
         _run(setting, regime, coefficient, seed, epochs)
         for setting in settings
@@ -107,7 +107,7 @@ def choose(records: Records, settings: Sequence[Setting], seeds: range, epochs: 
 
 
 def sweeps_of(tuning: Tuning | None, setting: Setting) -> list[Sweep]:
-    """The sweeps that a setting's coefficients were read from; none without a tuning."""
+    """Return the sweeps that a setting's coefficients were chosen from; none without a tuning."""
     if tuning is None:
         return []
     return [s for s in tuning.sweeps if s.setting == replace(setting, criterion="")]
