@@ -102,8 +102,8 @@ class LipschitzRegularizer:
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._multiplicities = [op.multiplicity for op in self.operators]
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
-        known = self._bound.kind == "product" and isinstance(penalty, str)
-        self._code = kernels.PENALTY_CODES[penalty] if known else None
+        known = isinstance(penalty, str) and self._bound.kind == "product"
+        self._code = kernels.PENALTY_CODES[str(penalty)] if known else None
         self._log_target = math.log(target)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
@@ -198,17 +198,12 @@ class LipschitzRegularizer:
         """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
         step = self._norms.step() if advance else self._norms.current()
         sigma = _double(step.sigma)
-        if self._code is not None:
-            multiplicities = torch.tensor(self._multiplicities, device=sigma.device, dtype=sigma.dtype)
-            value, slope = kernels.penalty_slope(self._code, sigma, multiplicities, self._log_target)
-        else:
-            with torch.enable_grad():
-                log_sigma = sigma.log().requires_grad_()
-                value = self.penalty_of(log_sigma)
-                constant = not value.requires_grad
-                slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
-            slope = slope / sigma
-        coefficients = slope * (self.coefficient * scale)
+        with torch.enable_grad():
+            log_sigma = sigma.log().requires_grad_()
+            value = self.penalty_of(log_sigma)
+            constant = not value.requires_grad
+            slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
+        coefficients = slope / sigma * (self.coefficient * scale)
         coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
         self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, allowed)
         return (value.detach() * (self.coefficient * scale)).to(step.sigma.dtype)
