@@ -5,7 +5,7 @@ import math
 
 import lightning.pytorch as lightning
 import pytest
-import torch
+from support.trainers import svd_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
@@ -42,16 +42,12 @@ HISTORY = {"CSVLogger": csv_history, "TensorBoardLogger": tensorboard_history}
 
 
 @pytest.fixture
-def check(make_module, make_trainer, regression_data):
+def check(fit):
     """Train with loggers and callbacks; compare the histories of all loggers with the keys wanted."""
 
     def run(package, loggers, callbacks, wanted):
-        module = make_module(package)
-        trainer = make_trainer(package, callbacks=callbacks, logger=loggers, log_every_n_steps=4)
-        trainer.fit(module, regression_data)
-        product = math.prod(
-            float(torch.linalg.matrix_norm(module.net[i].weight.detach().double(), 2)) for i in (0, 2, 4)
-        )
+        module, trainer = fit(*callbacks, package=package, logger=loggers, log_every_n_steps=4)
+        product = math.prod(svd_norms(module))
         for logger in trainer.loggers:
             history = HISTORY[type(logger).__name__](logger)
             assert set(history) == wanted
@@ -83,7 +79,7 @@ def test_two_loggers_of_one_kind(check, tmp_path):
 
 
 @pytest.mark.parametrize("monitored", [False, True], ids=["penalty", "monitor"])
-def test_wandb_offline(make_module, make_trainer, regression_data, pl, tmp_path, monkeypatch, monitored):
+def test_wandb_offline(fit, pl, tmp_path, monkeypatch, monitored):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -93,8 +89,7 @@ def test_wandb_offline(make_module, make_trainer, regression_data, pl, tmp_path,
     monkeypatch.setattr(
         logger.experiment, "log", lambda metrics, *a, **k: (logged.append(dict(metrics)), log(metrics, *a, **k))
     )
-    trainer = make_trainer(pl, callbacks=callbacks(monitored), logger=logger, log_every_n_steps=4)
-    trainer.fit(make_module(pl), regression_data)
+    fit(*callbacks(monitored), package=pl, logger=logger, log_every_n_steps=4)
     ours = [row for row in logged if any(key.startswith("lipschitz/") for key in row)]
     wanted = MONITOR_KEYS if monitored else PENALTY_KEYS
     assert [set(row) for row in ours] == [wanted | {"trainer/global_step"}] * 3
