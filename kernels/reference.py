@@ -237,7 +237,9 @@ def penalty_slope(code: int, sigma: Tensor, multiplicities: Sequence[int], log_t
     uses = [layer for layer, count in enumerate(multiplicities) for _ in range(int(count))]
     log_sigma = sigma.log()
     with torch.enable_grad():
-        repeated = log_sigma.requires_grad_()[torch.tensor(uses, device=sigma.device)]
+        log_sigma.requires_grad_()
+        once = len(uses) == len(sigma)
+        repeated = log_sigma if once else log_sigma[torch.tensor(uses, device=sigma.device)]
         value = penalty(repeated, repeated.sum())
     slope = torch.autograd.grad(value, log_sigma)[0] / sigma
     return value.detach(), torch.where(slope.isfinite() & (sigma > 0), slope, torch.zeros_like(slope))

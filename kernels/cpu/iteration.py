@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu import threads
-from lightning_lip.kernels.cpu.compiled import layers
+from lightning_lip.kernels.cpu.compiled.layers import run, thread
 from lightning_lip.kernels.cpu.compiled.products import band_width
 from lightning_lip.kernels.cpu.loading import load_compiled
 from lightning_lip.kernels.cpu.plan import plan
@@ -138,12 +138,12 @@ class CpuIteration:
         self._has_bf16 = False
         self._threads_for: tuple[int, int] | None = None
         self._take_threads(1)
-        load_compiled("run", lambda: layers.run.compile("void(int64, int64, int64, float64, float64)"))
+        load_compiled("run", lambda: run.compile("void(int64, int64, int64, float64, float64)"))
 
     def _take_threads(self, n_threads: int) -> None:
         """Provide for so many threads: their tasks, scratch for each, and the pool that they come from."""
-        pool, thread, n_threads = threads.team(n_threads, "threads", layers.thread)
-        self._header[at.POOL : at.THREADS + 1] = [pool, thread, n_threads]
+        pool, _, n_threads = team = threads.team(n_threads, "threads", thread)
+        self._header[at.POOL : at.THREADS + 1] = team
         work = plan(self._sides, n_threads * GROUP if pool else 0, PART)
         self._tasks, self._phases = np.array(work.tasks, np.int64), np.array(work.phases, np.int64)
         self._header[at.TASKS : at.N_PHASES + 1] = [
@@ -173,7 +173,7 @@ class CpuIteration:
     def _run(self, n_iterations: int, code: int) -> None:
         if self._is_parallel:
             self._note_threads()
-        layers.run(self._header_address, n_iterations, code, 0.0, 0.0)
+        run(self._header_address, n_iterations, code, 0.0, 0.0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -255,7 +255,7 @@ class CpuIteration:
             self._multiplicities = multiplicities[:]
         if self._is_parallel:
             self._note_threads()
-        layers.run(self._header_address, n_iterations, code, target_log, scale)
+        run(self._header_address, n_iterations, code, target_log, scale)
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.
