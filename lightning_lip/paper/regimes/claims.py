@@ -77,7 +77,7 @@ def comparisons(table: Table) -> dict[str, dict[str, Comparison]]:
 
 
 def epochs_ratios(table: Table) -> list[float]:
-    """Return, by seed, the epochs to a low MAE at the largest eta: those of the layer penalty over the product penalty's."""
+    """Return, by seed, the layer penalty's epochs to a low MAE at the largest eta over the product penalty's."""
     key = validation_key(NOISE_LEVELS[-1])
     ratios = []
     for layer, product in zip(table["layer"], table["product"], strict=True):
