@@ -192,6 +192,7 @@ def fit(
             devices=1 if device.index is None else [device.index],
             precision=precision,
             strategy=strategy,
+            use_distributed_sampler=False,  # it would list the indices of all batches
             max_steps=n_before + n_steps,
             callbacks=[*callbacks, clock],
             logger=False,

@@ -110,7 +110,7 @@ def run_step(step: Step, limit: float, start: str = "forkserver") -> bool:
     """
     context = multiprocessing.get_context(start)
     if start == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([training.__name__, graphs.__name__])
     print(f"== {step.name}, at most {limit:.0f} s", flush=True)
     process = context.Process(target=_work, args=(step,))  # type: ignore[attr-defined]
     process.start()

@@ -220,7 +220,7 @@ def reference(feature: str, coefficient: float) -> Tensor:
                 nn.utils.clip_grad_norm_(net.parameters(), options["gradient_clip_val"])
             elif how == "value":
                 nn.utils.clip_grad_value_(net.parameters(), options["gradient_clip_val"])
-            return float(loss)
+            return float(loss.detach())
 
         optimizer.step(closure)
     return torch.cat([p.detach().flatten() for p in net.parameters()])
