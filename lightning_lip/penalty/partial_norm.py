@@ -14,7 +14,7 @@ from lightning_lip.operators.base import LinearOperator
 
 def partial_norm(op: LinearOperator, chosen: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
     """Return an operator's :meth:`~.LinearOperator.norm`, shape (), differentiable in some of its parameters only."""
-    return _PartialNorm.apply(op, tuple(chosen), left, right, *chosen)  # type: ignore[no-any-return, no-untyped-call]
+    return _PartialNorm.apply(op, tuple(chosen), left, right, *chosen)  # type: ignore[no-any-return]
 
 
 class _PartialNorm(torch.autograd.Function):
