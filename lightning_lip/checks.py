@@ -1,10 +1,11 @@
-"""What users hand over, told apart from what it is mistaken for."""
+"""Checks of what users pass in; each error says what was expected, what was given, and what to do."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
 from numbers import Real
+from typing import TypeGuard
 
 from torch import nn
 
@@ -13,7 +14,7 @@ SHOWN_KEYS = 5
 
 
 def check_model(model: object, what: str) -> None:
-    """Check that a model is one.
+    """Check that a model is a module.
 
     Args:
         model: What was given as the model.
@@ -33,7 +34,7 @@ def check_model(model: object, what: str) -> None:
 
 
 def check_state(state: object, keys: Collection[str], owner: str) -> None:
-    """Check that a state to load is one of that kind.
+    """Check that a state to load has the keys that it needs.
 
     Args:
         state: What was given to ``load_state_dict``.
@@ -90,14 +91,18 @@ def check_numbers(name: str, values: object) -> tuple[float, ...]:
         raise TypeError(f"Expected `{name}` to be a sequence of numbers, (0.1, 0.2) say, got {values!r}.") from None
 
 
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number, finite, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_coefficient(coefficient: float) -> float:
     """Return `coefficient` as a float.
 
     Raises:
         ValueError: If it is not a finite number of at least 0.
     """
-    is_number = isinstance(coefficient, Real) and not isinstance(coefficient, bool)
-    if not (is_number and math.isfinite(coefficient) and coefficient >= 0):
+    if not is_finite_number(coefficient) or coefficient < 0:
         raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
     return float(coefficient)
 
@@ -108,7 +113,6 @@ def check_target(target: float, name: str = "target") -> float:
     Raises:
         ValueError: If it is not a positive finite number.
     """
-    is_number = isinstance(target, Real) and not isinstance(target, bool)
-    if not (is_number and math.isfinite(target) and target > 0):
+    if not is_finite_number(target) or target <= 0:
         raise ValueError(f"Expected `{name}` to be a positive finite number, got {target!r}.")
     return float(target)

@@ -1,4 +1,4 @@
-"""What the rules of a traced graph work with: the kinds of values, their combination, and refusal by name."""
+"""What the rules over a traced graph use: values, how they combine, and refusals that name the operation."""
 
 from __future__ import annotations
 

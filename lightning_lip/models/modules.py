@@ -1,4 +1,4 @@
-"""A user's modules: how they are walked, and left as they were."""
+"""Walking a user's modules, and contexts that leave modes and buffers as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose weights are dealt out to ranks: refused where whole weights are needed, resharded after a forward."""
+"""Models with sharded weights: refused where whole weights are needed, and resharded after a forward pass."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def refuse_sharded(model: nn.Module, what: str, instead: str) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the whole weights that FSDP2 still holds after a forward pass without a backward pass, at no communication.
+    """Free the whole weights that FSDP2 keeps after a forward pass without a backward pass; no communication.
 
-    Such weights (the outermost module's, after a validation) are plain tensors that no optimiser knows.
+    After a validation the outermost module's weights are such: plain tensors, which no optimiser updates.
     """
     for module in model.modules():
         if _is_fsdp(module):

@@ -72,7 +72,7 @@ class SpectralNorms:
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
 
-        The vectors returned may be overwritten by the next call. That of a sharded side is this rank's part.
+        The next call may overwrite the vectors. Of a vector along a sharded side, each rank gets its own part.
         """
         return self._evaluate(self.n_iterations)
 

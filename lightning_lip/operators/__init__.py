@@ -1,1 +1,1 @@
-"""A layer's weight as a linear map: what it is, what it is not, which layers are meant."""
+"""A layer's weight as a linear map: which layers have one, which are refused, and which are selected."""

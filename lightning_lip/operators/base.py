@@ -1,7 +1,4 @@
-"""A module's weight as a linear operator.
-
-What a layer cannot be is as important as what it is: a selected module whose operator is not known is refused by name.
-"""
+"""A module's weight as a linear operator: what an iteration, a penalty and a certificate ask of it."""
 
 from __future__ import annotations
 
@@ -113,7 +110,7 @@ class LinearOperator(ABC):
 
 
 def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
-    """Return a gradient with a factor in it: zeros where that is zero, not 0 * NaN of a weight gone bad."""
+    """Return a gradient that was multiplied by `factor`, as zeros where that is 0: 0 * NaN would be NaN."""
     if isinstance(factor, Tensor):
         return torch.where((factor == 0).to(gradient.device), 0.0, gradient)
     return gradient if factor != 0 else torch.zeros_like(gradient)  # no copy as large as the weight

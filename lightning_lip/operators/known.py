@@ -1,6 +1,6 @@
 """Which modules have a linear operator, and why the others have none.
 
-What a layer cannot be is as important as what it is: a selected module whose operator is not known is refused by name.
+A selected module whose operator is not known is refused by name: its norm is never counted as 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convolutions whose input size is not told: it is recorded in the first forward pass of training."""
+"""Convolutions whose input size is not given: it is recorded in the first forward pass of training."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class _Recorder:
         if self.shape is None:
             self.shape = shape
         elif self.other is None and shape != self.shape:
-            self.other = shape  # told of outside of the forward pass, which may be compiled
+            self.other = shape  # the warning comes later: a compiled forward pass could not give it
 
 
 class RecordedConvolution(LinearOperator):
     """A :class:`ConvolutionOperator` at the size of the first input that the module sees with gradients enabled.
 
-    A forward pre-hook records it, as long as the operator lives or until :meth:`stop_recording`. A later change of size
-    keeps the first one, with one warning.
+    A forward pre-hook records it, until :meth:`stop_recording` or the end of the operator. If the size changes later,
+    the first one stays, and there is one warning.
 
     Args:
         name: The module's name in the model.
@@ -110,7 +110,7 @@ class RecordedConvolution(LinearOperator):
         return self._source.parameters
 
     def weight(self) -> Tensor:
-        """Return the kernel; an own one also while the input's size is unknown."""
+        """Return the kernel; one that is not parametrised also while the input's size is unknown."""
         return self._operator.weight() if parametrize.is_parametrized(self.module, "weight") else self.parameters[0]
 
     def apply(self, inputs: Tensor) -> Tensor:

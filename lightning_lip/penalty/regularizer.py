@@ -102,8 +102,8 @@ class LipschitzRegularizer:
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._multiplicities = [op.multiplicity for op in self.operators]
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
-        known = isinstance(penalty, str) and self._bound.kind == "product"
-        self._code = kernels.PENALTY_CODES[str(penalty)] if known else None
+        is_product = self._bound.kind == "product"
+        self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
         self._log_target = math.log(target)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None

@@ -15,11 +15,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lightning_lip.checks import is_finite_number
 from lightning_lip.projection.clipping import LOG_2, FloatArray
 from lightning_lip.projection.spectra import Metric, Spectra, per_layer
 
@@ -256,7 +256,7 @@ def _multiplicities(multiplicities: Sequence[float] | None, n_layers: int) -> Fl
 
 
 def _finite(log_target: float | None) -> float:
-    if not isinstance(log_target, Real) or not math.isfinite(log_target):
+    if not is_finite_number(log_target):
         raise ValueError(f"Expected a finite `log_target`, the logarithm of a target M > 0, got {log_target!r}.")
     return float(log_target)
 

@@ -128,7 +128,7 @@ def certified_convolution_norm(
     if weight.numel() == 0:
         return 0.0
     axes = [
-        _axis(*settings, padding_mode, grid)
+        axis_of(*settings, padding_mode, grid)
         for settings in zip(kernel_size, strides, dilations, pairs, sizes, strict=True)
     ]
     matrix, exponent = scaled_matrix(weight.reshape(weight.shape[0], -1))
@@ -163,7 +163,7 @@ class _Axis:
     factor: float
 
 
-def _axis(
+def axis_of(
     kernel_size: int,
     stride: int,
     dilation: int,
@@ -172,6 +172,7 @@ def _axis(
     mode: PaddingMode,
     grid: int | None,
 ) -> _Axis:
+    """Return the frequencies of one dimension of a convolution, and what its bound there is multiplied with."""
     circulant = mode == "circular" and any(pair) and sum(pair) == dilation * (kernel_size - 1)
     period = None
     if circulant:
@@ -233,8 +234,8 @@ def _largest_symbol(taps: Tensor, axes: Sequence[_Axis]) -> float:
     phase = sum_up([gamma(n_taps) * 2, PHASE_ERROR])
     symbol_error = sum_up([multiply_up(sqrt_up(2), phase, symbol_frobenius), UNDERFLOW])
     computed_frobenius = sum_up([symbol_frobenius, symbol_error])
-    points = _half_grid([axis.n_frequencies for axis in axes])
-    tables = [_phases(axis) for axis in axes]
+    points = half_grid([axis.n_frequencies for axis in axes])
+    tables = [phases_of(axis) for axis in axes]
     flat = taps.reshape(n_taps, -1)
     largest = LargestEigenvalue(rows)
     step = max(1, CHUNK_ELEMENTS // (groups * rows * columns))
@@ -252,7 +253,7 @@ def _largest_symbol(taps: Tensor, axes: Sequence[_Axis]) -> float:
     return sum_up([sqrt_up(sum_up([largest.bound(), gram_error, UNDERFLOW])), symbol_error])
 
 
-def _half_grid(counts: Sequence[int]) -> Tensor:
+def half_grid(counts: Sequence[int]) -> Tensor:
     """Return the grid's frequencies but for one of each pair +-theta, shape (points, dims), in a mixed order.
 
     A real kernel's symbols at theta and -theta are conjugate. The order is mixed because the first points set the
@@ -267,7 +268,7 @@ def _half_grid(counts: Sequence[int]) -> Tensor:
     return half[torch.randperm(len(half), generator=generator, device="cpu")]
 
 
-def _phases(axis: _Axis) -> Tensor:
+def phases_of(axis: _Axis) -> Tensor:
     """Return ``e^{i q theta}`` for each frequency of the axis and each of its exponents, complex fp64."""
     n = axis.n_frequencies
     angles = [2 * math.pi * m / n for m in range(n)]

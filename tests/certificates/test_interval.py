@@ -1,11 +1,12 @@
 import copy
 import doctest
-import itertools
 import math
 
 import mpmath
 import pytest
 import torch
+from support.networks import Residual, mlp
+from support.truth import norm
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,32 +20,6 @@ from lightning_lip.rigorous.chain import combettes_pesquet, eclipse_fast
 
 # Of a bound of a few operators: certificates 1e-11 each, and the program's rounding terms.
 TIGHT = 1e-9
-
-
-def mlp(*sizes, activation=nn.ReLU, seed=0, scale=1.0):
-    torch.manual_seed(seed)
-    layers = []
-    for n, m in itertools.pairwise(sizes):
-        layers += [nn.Linear(n, m), activation()]
-    model = nn.Sequential(*layers[:-1])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(scale)
-    return model
-
-
-class Residual(nn.Module):
-    def __init__(self, n=5):
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second = nn.Linear(n, n), nn.Linear(n, n)
-
-    def forward(self, x):
-        return x + self.second(self.first(x).relu())
-
-
-def norm(matrix):
-    return torch.linalg.matrix_norm(matrix.detach().double(), 2).item()
 
 
 def test_a_linear_map_is_certified_to_the_last_digits():
@@ -122,15 +97,17 @@ def test_a_chain_is_traced_once(monkeypatch):
 
 
 def test_a_residual_network_has_the_graph_bound():
-    model = Residual()
+    model = Residual(5, 7, 2)
     result = certify(model, torch.zeros(1, 5), torch.randn(30, 5))
-    expected = 1 + norm(model.first.weight) * norm(model.second.weight)
+    block = 1 + norm(model.inner) * norm(model.back)
+    expected = norm(model.out) * block
     assert result.bounds == {"graph": result.upper}
     assert result.tighter == "graph"
     assert expected * (1 - 1e-14) <= result.upper <= expected * (1 + TIGHT)
     assert result.lower <= result.upper
-    # d log(1 + a b) / d log a = a b / (1 + a b)
-    assert all(p.slope == pytest.approx(1 - 1 / expected, rel=1e-6) for p in result.parts)
+    # d log(c (1 + a b)) / d log a = a b / (1 + a b)
+    slopes = {"inner": 1 - 1 / block, "back": 1 - 1 / block, "out": 1}
+    assert {part.name: part.slope for part in result.parts} == pytest.approx(slopes, rel=1e-6)
 
 
 def test_a_convolutional_network_with_normalisation():

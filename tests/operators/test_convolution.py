@@ -17,7 +17,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.reference import iterate
 from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.operators.paddings import most_copies, pad, pad_adjoint, padding_pairs
-from lightning_lip.rigorous.convolution import PHASE_ERROR, _axis, _half_grid, _phases, certified_convolution_norm
+from lightning_lip.rigorous.convolution import PHASE_ERROR, axis_of, certified_convolution_norm, half_grid, phases_of
 from lightning_lip.rigorous.evaluation import Evaluation
 from lightning_lip.rigorous.hermitian import LargestEigenvalue, complex_gram
 from lightning_lip.rigorous.operators import certified_norm
@@ -596,8 +596,8 @@ def test_many_chunks_and_large_matrices(monkeypatch):
 
 def test_phases_against_forty_digits():
     mpmath.mp.dps = 40
-    axis = _axis(5, 1, 1, (0, 0), None, "zeros", 37)
-    phases = _phases(axis)
+    axis = axis_of(5, 1, 1, (0, 0), None, "zeros", 37)
+    phases = phases_of(axis)
     assert phases.shape == (37, 5)
     for j, q in itertools.product(range(37), range(5)):
         angle = 2 * mpmath.pi * j * q / 37
@@ -608,7 +608,7 @@ def test_phases_against_forty_digits():
 
 @pytest.mark.parametrize("counts", [[1], [6], [5, 4], [3, 1, 4]])
 def test_half_grid_holds_one_of_each_conjugate_pair(counts):
-    points = [tuple(p) for p in _half_grid(counts).tolist()]
+    points = [tuple(p) for p in half_grid(counts).tolist()]
     assert len(points) == len(set(points))
     both = {*points, *(tuple(-j % n for j, n in zip(p, counts, strict=True)) for p in points)}
     assert both == set(itertools.product(*map(range, counts)))

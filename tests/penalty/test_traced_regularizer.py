@@ -9,6 +9,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from support.truth import operator_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -59,16 +60,6 @@ class ConvNet(nn.Module):
 
 
 IMAGE = torch.zeros(2, 2, 6, 6)
-
-
-def dense_norms(regularizer):
-    """Return the operators' norms by SVD of their dense matrices, differentiable in the weights."""
-    norms = []
-    for op in regularizer.operators:
-        n = math.prod(op.domain_shape)
-        columns = op.apply(torch.eye(n, dtype=torch.float64).view(n, *op.domain_shape)).flatten(1)
-        norms.append(exact(columns.T))
-    return torch.stack(norms)
 
 
 def gradients(model):
@@ -127,7 +118,7 @@ def test_gradient_through_convolutions_and_batch_norm_is_exact():
     got = gradients(model)
     model.zero_grad()
     model.eval()
-    regularizer.log_bound_of(dense_norms(regularizer).log()).exp().backward()
+    regularizer.log_bound_of(operator_norms(regularizer.operators).log()).exp().backward()
     for name, p in model.named_parameters():
         if not name.endswith("bias"):
             torch.testing.assert_close(got[name], p.grad, rtol=1e-5, atol=1e-7)

@@ -2,13 +2,14 @@
 
 import copy
 import io
-import itertools
 import math
 import pickle
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from support.networks import Residual, mlp
+from support.truth import product
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -18,19 +19,8 @@ from lightning_lip.certificates.interval import certified_matrix_norm
 from lightning_lip.projection.caps import joint_caps
 
 
-def mlp(*sizes, seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    layers = [layer for m, n in itertools.pairwise(sizes) for layer in (nn.Linear(m, n), nn.ReLU())]
-    return nn.Sequential(*layers[:-1]).to(dtype)
-
-
 def weights(model):
     return [module.weight.detach() for module in model.modules() if isinstance(module, nn.Linear)]
-
-
-def product(model):
-    """The product of the true spectral norms, up to rounding."""
-    return math.prod(float(torch.linalg.svdvals(w.double())[0]) for w in weights(model))
 
 
 def certified_product(model):
@@ -50,16 +40,6 @@ def jacobian_norm(model, n):
     model = copy.deepcopy(model).double()
     jacobian = torch.autograd.functional.jacobian(lambda x: model(x)[0], torch.zeros(1, n).double())
     return float(torch.linalg.matrix_norm(jacobian.flatten(1), 2))
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner, self.back, self.out = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.out(x + self.back(torch.relu(self.inner(x))))
 
 
 def convolutional(affine=True):

@@ -1,9 +1,10 @@
 import copy
 import math
-from itertools import pairwise
 
 import pytest
 import torch
+from support.networks import mlp
+from support.truth import linears, product
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -13,22 +14,6 @@ from lightning_lip.paper import PaperRegressor
 
 # Outputs in fp32 against the largest output: each weight is rounded once, 6e-8 of its size.
 TOLERANCE = 1e-5
-
-
-def mlp(*sizes, activation=nn.ReLU, bias=True, seed=0):
-    torch.manual_seed(seed)
-    layers = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out, bias=bias), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def linear_layers(model):
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
-def product(model):
-    return math.prod(float(torch.linalg.matrix_norm(m.weight.detach().double(), 2)) for m in linear_layers(model))
 
 
 def outputs(model, *shape, n=1000):
@@ -49,7 +34,7 @@ def check(model, example_input, *shape, **settings):
     assert old_product * (1 - 1e-12) <= result.product_before <= old_product * (1 + 1e-8)
     assert new_product * (1 - 1e-12) <= result.product_after <= new_product * (1 + 1e-8)
     assert [layer.norm_after for layer in result.layers] == [
-        pytest.approx(float(torch.linalg.matrix_norm(m.weight.detach().double(), 2))) for m in linear_layers(model)
+        pytest.approx(float(torch.linalg.matrix_norm(m.weight.detach().double(), 2))) for m in linears(model)
     ]
     return result
 
@@ -104,7 +89,7 @@ def test_the_factors_are_those_of_the_weights_and_biases():
     assert [layer.name for layer in result.layers] == ["0", "2", "4"]
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     before = torch.ones(6, dtype=torch.float64)
-    for layer, new, original in zip(result.layers, linear_layers(model), linear_layers(old), strict=True):
+    for layer, new, original in zip(result.layers, linears(model), linears(old), strict=True):
         exact = layer.scale[:, None] * original.weight.double() / before
         torch.testing.assert_close(new.weight.double(), exact, rtol=1e-7, atol=0)
         torch.testing.assert_close(new.bias.double(), layer.scale * original.bias.double(), rtol=1e-7, atol=0)

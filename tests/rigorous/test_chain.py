@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from support.truth import norm
 
 from lightning_lip.constants.modules import GELU, SILU
 from lightning_lip.rigorous import chain as chain_bounds
@@ -23,10 +24,6 @@ def random_chain(sizes, seed, scale=1.0, dtype=torch.float32):
         (scale * torch.randn(m, n, generator=generator, dtype=torch.float64)).to(dtype)
         for n, m in itertools.pairwise(sizes)
     ]
-
-
-def norm(matrix):
-    return torch.linalg.matrix_norm(matrix, 2).item()
 
 
 def largest_pattern(weights, slopes):

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from support.networks import Lambda
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize
@@ -21,22 +22,6 @@ from lightning_lip.rigorous.operators import certified_norm
 TIGHT = 1e-10
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Lambda(nn.Module):
-    """A module of a function, with the modules and tensors it uses."""
-
-    def __init__(self, function, **members):
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            if isinstance(member, torch.Tensor) and not isinstance(member, nn.Parameter):
-                self.register_buffer(name, member)
-            else:
-                setattr(self, name, member)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 class Own(nn.Module):

@@ -1,0 +1,176 @@
+import math
+
+import pytest
+import torch
+from support.networks import Lambda, linear
+from support.truth import check_bound, operator_norms, value_of
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_lip.constants import modules as constants
+from lightning_lip.constants.modules import register_constant
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.graph.bound import NetworkBound
+
+POINTWISE = [
+    F.relu, F.relu6, F.gelu, F.silu, F.mish, F.selu, F.hardswish, torch.sigmoid, F.hardsigmoid, torch.tanh, F.elu,
+    F.celu, F.leaky_relu, F.rrelu, F.softplus, F.logsigmoid, F.softsign, F.tanhshrink, F.softshrink, F.hardtanh,
+    torch.erf, torch.sin, torch.cos, torch.abs, torch.neg, torch.atan, torch.asinh,
+    lambda x: F.gelu(x, approximate="tanh"), lambda x: F.threshold(x, 0.1, 0.1), lambda x: x.clamp(-1, 1),
+    lambda x: x.clamp(min=0), lambda x: F.leaky_relu(x, -3.0), lambda x: F.elu(x, 2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", POINTWISE)
+def test_pointwise_functions(function):
+    grid = torch.linspace(-30, 30, 60001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(function(grid).sum(), grid)
+    value = value_of(Lambda(lambda m, x: function(x)), torch.randn(2, 3))
+    steepest = slope.abs().max().item()
+    # torch's backward of hardsigmoid multiplies by an fp32 1/6, 3e-8 too large.
+    assert steepest * (1 - 4e-8) <= value <= steepest * (1 + 1e-4)
+
+
+MODULES = [
+    nn.Softsign(), nn.Tanhshrink(), nn.Softshrink(), nn.Softmin(1), nn.Softmax2d(), nn.LPPool2d(2, 2),
+    nn.LocalResponseNorm(3), nn.PReLU(4, init=-2.0), nn.PReLU(), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, True),
+    nn.ZeroPad2d(1), nn.ReflectionPad2d(2), nn.CircularPad2d(1), nn.Upsample(scale_factor=2), nn.PixelUnshuffle(2),
+    nn.ChannelShuffle(2), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.AdaptiveMaxPool2d(3), nn.Dropout2d(0.3),
+    nn.AdaptiveAvgPool2d((2, None)), nn.Flatten(), nn.Identity(), nn.Softplus(2.0), nn.RReLU(), nn.Unfold(2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: type(m).__name__)
+def test_modules(module):
+    # An in-place operation beside it sends the graph through functionalisation, where functions decompose.
+    check_bound(nn.Sequential(Lambda(lambda m, x: x.clone().add_(1.0)), module), 4, 6, 6, n=2)
+
+
+def test_live_constants_are_read_at_each_evaluation():
+    model = nn.Sequential(nn.PReLU(init=0.5))
+    bound = NetworkBound.trace(model, torch.randn(2, 3))
+    empty = torch.zeros(0)
+    assert bound.log_bound(empty).exp().item() == pytest.approx(1.0)
+    model[0].weight.data.fill_(-4.0)
+    assert bound.log_bound(empty).exp().item() == pytest.approx(4.0)
+    scaled = Lambda(lambda m, x: x * m.s.abs())
+    scaled.register_buffer("s", torch.tensor([1.0, -3.0]))
+    bound = NetworkBound.trace(scaled, torch.randn(2, 2))
+    assert bound.log_bound(empty).exp().item() == pytest.approx(3.0)
+    scaled.s.mul_(2)
+    assert bound.log_bound(empty).exp().item() == pytest.approx(6.0)
+
+
+def test_a_slope_that_is_nan_shows():
+    model = nn.Sequential(nn.PReLU())
+    bound = NetworkBound.trace(model, torch.randn(2, 3))
+    model[0].weight.data.fill_(math.nan)
+    assert bound.log_bound(torch.zeros(0)).isnan()
+
+
+class FiftySoftsign(nn.Softsign):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftyTanhshrink(nn.Tanhshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class FiftySoftshrink(nn.Softshrink):
+    def forward(self, x):
+        return 50 * super().forward(x)
+
+
+class Square(nn.Tanhshrink):
+    def forward(self, x):
+        return x * x
+
+
+class Renamed(nn.Softsign):
+    """A subclass that keeps the forward."""
+
+
+def patched():
+    module = nn.Softsign()
+    module.forward = lambda x: 50 * F.softsign(x)
+    return module
+
+
+@pytest.mark.parametrize("make", [FiftySoftsign, FiftyTanhshrink, FiftySoftshrink, patched])
+def test_a_module_with_a_forward_of_its_own_is_what_that_computes(make):
+    check_bound(nn.Sequential(make()), 4, expected=50.0, scale=5.0)
+    with pytest.raises(UnsupportedLayerError, match="a forward of its own"):
+        constants.lipschitz_constant(make())
+
+
+def test_a_module_with_a_forward_of_its_own_may_have_no_constant():
+    with pytest.raises(UnsupportedLayerError, match="product of two activations"):
+        NetworkBound.trace(nn.Sequential(Square()), torch.randn(2, 4))
+    check_bound(nn.Sequential(Renamed()), 4, expected=1.0)
+    assert constants.lipschitz_constant(Renamed()) == 1.0
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.RMSNorm(3, eps=1e-5)])
+def test_a_normalisation_has_its_gamma_as_operator(module):
+    module.weight.data.copy_(torch.tensor([1.0, -3.0, 2.0]))
+    bound = NetworkBound.trace(nn.Sequential(module), torch.randn(2, 3))
+    (op,) = bound.operators
+    assert operator_norms([op]).item() == 3
+    value = bound.log_bound(torch.tensor([3.0], dtype=torch.float64).log()).exp().item()
+    assert value == pytest.approx(3 / math.sqrt(1e-5))
+
+
+@pytest.fixture
+def rules(monkeypatch):
+    monkeypatch.setattr(constants, "_RULES", {})
+
+
+class Gate(nn.Module):
+    """x times a clipped gate: a product of two activations, of known constant only to who wrote it."""
+
+    def __init__(self):
+        super().__init__()
+        self.limit = 2.0
+
+    def forward(self, x, y=None):
+        return torch.sin(x) * torch.cos(x if y is None else y)
+
+
+@pytest.mark.usefixtures("rules")
+def test_registered_modules_are_one_node():
+    a, gate = linear(4, 4), Gate()
+    model = nn.Sequential(a, gate)
+    with pytest.raises(UnsupportedLayerError, match="1 \\(Gate\\)"):
+        NetworkBound.trace(model, torch.randn(2, 4).double())
+    register_constant(Gate, lambda module: module.limit)
+    bound = NetworkBound.trace(model, torch.randn(2, 4).double())
+    zero = torch.zeros(1, dtype=torch.float64)
+    assert bound.log_bound(zero).exp().item() == pytest.approx(2.0)
+    gate.limit = 5.0
+    assert bound.log_bound(zero).exp().item() == pytest.approx(5.0)
+    assert "forward" not in vars(gate)
+    two = Lambda(lambda m, x: m.g(m.a(x), y=m.a(x)), a=a, g=gate)
+    bound = NetworkBound.trace(two, torch.randn(2, 4).double())
+    assert bound.log_bound(zero).exp().item() == pytest.approx(5 * math.sqrt(2))
+    gate.forward = lambda x: 2 * torch.sin(x)
+    NetworkBound.trace(model, torch.randn(2, 4).double())
+    assert gate(torch.zeros(1)) == 0
+    del gate.forward
+    turned = Lambda(lambda m, x: m.g(x.t()), g=gate)
+    with pytest.raises(UnsupportedLayerError, match="first dimension"):
+        NetworkBound.trace(turned, torch.randn(2, 4))
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_registered_module_returns_one_tensor():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    register_constant(Pair, lambda module: 1.0)
+    with pytest.raises(UnsupportedLayerError, match="one tensor"):
+        NetworkBound.trace(nn.Sequential(Pair()), torch.randn(2, 4))
+    with pytest.raises(UnsupportedLayerError, match="norm_type"):
+        NetworkBound.trace(nn.Sequential(nn.LPPool1d(3, 2)), torch.randn(2, 1, 4))
