@@ -1,4 +1,4 @@
-"""What is true of matrices, operators and networks, by dense decompositions in fp64; matrices whose spectrum is known."""
+"""Truths in fp64: of matrices, operators and networks by dense decompositions; matrices whose spectrum is known."""
 
 import math
 
