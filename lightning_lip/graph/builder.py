@@ -233,8 +233,9 @@ def _check_finite(*constants: float) -> None:
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor."""
-    return tuple(int(n) for n in node.meta["val"].shape)
+    """Return the shape of a node's tensor, or of the first of its tensors."""
+    value = node.meta["val"]
+    return tuple(int(n) for n in (value if isinstance(value, Tensor) else value[0]).shape)
 
 
 def dimensions(value: Dependent, dims: Any) -> list[int]:

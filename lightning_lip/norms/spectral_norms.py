@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -253,26 +253,16 @@ class SpectralNorms:
         below the singular values one by one (Cauchy interlacing); exact where r = min(m, n). This holds in exact
         arithmetic: rounding is not accounted for, so it is no certificate. Infinite for operators that are no matrices.
         """
-        step = self.current()
-        weights = self._weights()
-        of_sharded: dict[int, Tensor] = {}
-        for indices, iteration in self._sharded():
-            of_sharded |= zip(indices, iteration.upper([weights[i] for i in indices]), strict=True)
-        uppers = []
-        for index, (op, weight, block, sigma) in enumerate(
-            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
-        ):
-            if index in of_sharded:
-                uppers.append(of_sharded[index].to(sigma))
-                continue
+
+        def own(op: LinearOperator, weight: Tensor, block: Tensor, sigma: Tensor) -> Tensor:
             if not op.is_matrix:
-                uppers.append(sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf))
-                continue
-            matrix = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
-            images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
-            rest = matrix.square().sum() - images.square().sum()
-            uppers.append(torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma)
-        return torch.stack(uppers)
+                return sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf)
+            scaled = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
+            rest = scaled.square().sum() - _images(scaled, block).square().sum()
+            return torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma
+
+        estimates, uppers = self._of_present(own, ShardedIteration.upper)
+        return torch.stack([upper.to(estimates) for upper in uppers])
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -284,33 +274,39 @@ class SpectralNorms:
         they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. NaN
         where the weight is not finite.
         """
-        step = self.current()
-        weights = self._weights()
-        of_sharded: dict[int, Tensor] = {}
-        for indices, iteration in self._sharded():
-            of_sharded |= zip(indices, iteration.ritz_values([weights[i] for i in indices]), strict=True)
-        values = []
-        for index, (op, weight, block, sigma) in enumerate(
-            zip(self.operators, weights, step.vectors, step.sigma, strict=True)
-        ):
-            if index in of_sharded:
-                values.append(of_sharded[index])
-                continue
+
+        def own(op: LinearOperator, weight: Tensor, block: Tensor, sigma: Tensor) -> Tensor:
             if op.leading_vectors() is not None:
-                values.append(sigma[None])
-                continue
+                return sigma[None]
             if op.is_matrix:
-                matrix = weight.to(block.dtype)
-                images = block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
+                images = _images(weight.to(block.dtype), block)
             else:
                 images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
             # LAPACK raises on NaN and infinity.
             is_finite = bool(images.isfinite().all())
-            values.append(torch.linalg.svdvals(images) if is_finite else images.new_full((len(block),), math.nan))
-        return values
+            return torch.linalg.svdvals(images) if is_finite else images.new_full((len(block),), math.nan)
 
-    def _sharded(self) -> list[tuple[list[int], ShardedIteration]]:
-        return [(indices, it) for indices, it in self._groups if isinstance(it, ShardedIteration)]
+        return self._of_present(own, ShardedIteration.ritz_values)[1]
+
+    def _of_present(
+        self,
+        own: Callable[[LinearOperator, Tensor, Tensor, Tensor], Tensor],
+        of_sharded: Callable[[ShardedIteration, list[Tensor]], Iterable[Tensor]],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the present estimates, shape (L,), and what the functions return for each of the L operators.
+
+        Args:
+            own: Takes an operator, its weight, its block and its estimate.
+            of_sharded: Takes the iteration of sharded weights and these weights, all at once.
+        """
+        step = self.current()
+        weights = self._weights()
+        found: dict[int, Tensor] = {}
+        for indices, iteration in self._groups:
+            if isinstance(iteration, ShardedIteration):
+                found |= zip(indices, of_sharded(iteration, [weights[i] for i in indices]), strict=True)
+        rows = enumerate(zip(self.operators, weights, step.vectors, step.sigma, strict=True))
+        return step.sigma, [found[index] if index in found else own(*row) for index, row in rows]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the blocks by layer name; empty before the first use. For a matrix the shape is (r, min(m, n)).
@@ -341,6 +337,11 @@ class SpectralNorms:
         return self.__dict__ | {
             "_groups": [], "_others": [], "_served": [], "_addresses": [], "_loaded": self.state_dict(),
         }  # fmt: skip
+
+
+def _images(matrix: Tensor, block: Tensor) -> Tensor:
+    """Return the images of a block's vectors, (r, max(m, n)), which live on the shorter side of a matrix (m, n)."""
+    return block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
 
 
 def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:

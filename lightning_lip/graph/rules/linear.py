@@ -261,7 +261,7 @@ def diagonal(
         name, module = builder.module_of(node)
     else:
         module, name, _ = named
-    shape = node_shape(node)
+    shape = shape_of(node)
     key = (kind, *(_identity(source, node) for source in sources))
     if value.pending is not None:
         base_key, base = value.pending
@@ -280,13 +280,6 @@ def _identity(source: Independent | None, node: torch.fx.Node) -> Hashable:
     if source is None:
         return None
     return str(node) if source.owner is None else (id(source.owner[0]), source.owner[2])
-
-
-def node_shape(node: torch.fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor, or of the first of its tensors."""
-    value = node.meta["val"]
-    tensor = value if isinstance(value, Tensor) else value[0]
-    return tuple(int(n) for n in tensor.shape)
 
 
 def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
