@@ -196,8 +196,7 @@ def reference(feature: str, coefficient: float) -> Tensor:
     batches = [(x.double(), y.double()) for x, y in make_batches()]
     options = FEATURES.get(feature, {})
     n = options.get("accumulate_grad_batches", 1)
-    clips: dict[str | None, Any] = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
-    clip = clips.get(options.get("gradient_clip_algorithm"))
+    how = options.get("gradient_clip_algorithm")
     optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
 
     for start in range(0, N_BATCHES, n):
@@ -208,8 +207,10 @@ def reference(feature: str, coefficient: float) -> Tensor:
             task = torch.stack([F.mse_loss(net(x), y) for x, y in group]).mean()
             loss = task + coefficient * norms.prod()
             torch.autograd.backward(loss)
-            if clip is not None:
-                clip(net.parameters(), options["gradient_clip_val"])
+            if how == "norm":
+                nn.utils.clip_grad_norm_(net.parameters(), options["gradient_clip_val"])
+            elif how == "value":
+                nn.utils.clip_grad_value_(net.parameters(), options["gradient_clip_val"])
             return float(loss)
 
         optimizer.step(closure)
