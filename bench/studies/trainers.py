@@ -53,7 +53,7 @@ class Case(NamedTuple):
     Attributes:
         strategy: A key of :data:`STRATEGIES`.
         precision: A key of :data:`TOLERANCES`, as Trainer names it.
-        feature: A key of :data:`FEATURES`, or an optimiser.
+        feature: A key of :data:`FEATURES`.
         tolerance: The largest distance allowed; None where the case is refused.
         refused: What the error must say where the case is refused.
     """
@@ -110,12 +110,13 @@ STRATEGIES = {
     "FSDP1": Setup(2, 2, FSDPStrategy),
 }
 
-FEATURES: dict[str, dict[str, Any]] = {
+OPTIMISERS = ("Adam", "fused Adam", "SGD with momentum", "LBFGS", "LBFGS with a line search", "two optimisers, by hand")
+FEATURES: dict[str, dict[str, Any]] = {name: {} for name in OPTIMISERS} | {
     "accumulation over 3": {"accumulate_grad_batches": 3},
     "clipping by norm": {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"},
     "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
 }
-"""What Trainer is given for a feature; the others are optimisers: see :func:`make_optimizer`."""
+"""What Trainer is given for a feature; for an optimiser nothing."""
 
 # What rounding may cost at each precision: in fp64 alone, in fp32 over the steps, in a forward pass in bf16 or fp16.
 TOLERANCES = {"64-true": 1e-10, "32-true": 1e-4, "bf16-mixed": 0.02, "16-mixed": 5e-3, "bf16-true": 0.15}
@@ -194,7 +195,7 @@ def reference(feature: str, coefficient: float) -> Tensor:
     net = make_net().double()
     weights = [p for p in net.parameters() if p.dim() == 2]
     batches = [(x.double(), y.double()) for x, y in make_batches()]
-    options = FEATURES.get(feature, {})
+    options = FEATURES[feature]
     n = options.get("accumulate_grad_batches", 1)
     how = options.get("gradient_clip_algorithm")
     optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
@@ -264,7 +265,7 @@ class Module(pl.LightningModule):
 def train(case: Case) -> None:
     """Train one case in this process, one of the `processes` of its setup."""
     setup = STRATEGIES[case.strategy]
-    settings = _precision(case.precision) | FEATURES.get(case.feature, {})
+    settings = _precision(case.precision) | FEATURES[case.feature]
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
     settings |= dict.fromkeys(quiet, False) | {"callbacks": [LipschitzPenalty(COEFFICIENT)]}
     trainer = pl.Trainer(
