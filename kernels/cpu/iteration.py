@@ -263,8 +263,9 @@ class CpuIteration:
         addresses, strides = [w.data_ptr() for w in weights], [w.stride() for w in weights]
         if addresses == self._weight_addresses and strides == self._weight_strides:
             return
-        for index, (weight, address, stride) in enumerate(zip(weights, addresses, strides, strict=True)):
-            if address == self._weight_addresses[index] and stride == self._weight_strides[index]:
+        found = zip(weights, addresses, strides, self._weight_addresses, self._weight_strides, strict=True)
+        for index, (weight, address, stride, *old) in enumerate(found):
+            if [address, stride] == old:
                 continue
             m, n = self._shapes[index]
             reason = self.why_not(weight, 1)

@@ -19,7 +19,7 @@ def in_a_fork(function, *arguments):
     """Return what a function returns in a forked process."""
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    child = context.Process(target=lambda: queue.put(function(*arguments)))
+    child = context.Process(target=lambda: queue.put(function(*arguments)), daemon=True)
     child.start()
     child.join(60)
     assert child.exitcode == 0
