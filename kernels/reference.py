@@ -155,11 +155,6 @@ def iterate(
     return sigma[..., 0], left, right, orthonormalise(products, fallback=vectors)
 
 
-def _iterate_matrices(matrix: Tensor, vectors: Tensor, n_iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Iterate K matrices of one shape (K, q, p) with blocks (K, r, p)."""
-    return iterate(lambda rows: rows @ matrix.mT, lambda rows: rows @ matrix, vectors, n_iterations)
-
-
 @torch.no_grad()
 @without_autocast()
 def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iterations: int = 1) -> PowerStep:
@@ -186,8 +181,9 @@ def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iteration
     for (shape, *_), indices in by_shape.items():
         batch = torch.stack([weights[i].to(vectors[i].dtype) for i in indices])
         wide = shape[0] < shape[1]
-        blocks_of_shape = torch.stack([vectors[i] for i in indices])
-        result = _iterate_matrices(batch.mT if wide else batch, blocks_of_shape, n_iterations)
+        maps = (batch.mT, batch) if not wide else (batch, batch.mT)
+        apply, adjoint = (lambda rows, to=to: rows @ to for to in maps)
+        result = iterate(apply, adjoint, torch.stack([vectors[i] for i in indices]), n_iterations)
         long_side, short_side = (right, left) if wide else (left, right)
         for position, index in enumerate(indices):
             sigma[index], long_side[index], short_side[index], blocks[index] = (part[position] for part in result)

@@ -142,17 +142,10 @@ def gpt2_blocks(depth: int = 4) -> nn.Sequential:
 # GPT-2 small has 12 of these blocks: each costs and gets the same, so that four show the same ratios.
 MODELS = {
     "paper": BenchModel("MLP 13-20-20-20-1", lambda: mlp(13, 20, 20, 20, 1), (13,), 50),
-    "mnist": BenchModel(
-        "MLP 784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), (784,), 256, n_classes=10, share=0.03
-    ),
+    "mnist": BenchModel("MLP 784-1024-1024-10", lambda: mlp(784, 1024, 1024, 10), (784,), 256, 10, share=0.03),
     "resnet18": BenchModel("ResNet-18, 32 x 32 images", resnet18, (3, 32, 32), 32, n_classes=10),
     "vit": BenchModel(
-        "ViT, width 192, 6 blocks, 64 tokens: its MLPs",
-        VisionTransformer,
-        (3, 32, 32),
-        32,
-        n_classes=10,
-        pattern="*.mlp.*",
+        "ViT, width 192, 6 blocks, 64 tokens: its MLPs", VisionTransformer, (3, 32, 32), 32, 10, pattern="*.mlp.*"
     ),
     "gpt2": BenchModel(
         "GPT-2 small, 4 of its 12 blocks, 128 tokens: their MLPs", gpt2_blocks, (128, 768), 8, pattern="*.mlp.*"

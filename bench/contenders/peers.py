@@ -295,6 +295,8 @@ EVERY = 4
 
 BELOW = "estimate from below"
 
+PLAIN_PEER = Peer("plain", "plain training", plain, "-", "none")
+
 PEERS = (
     Peer("penalty_r8", "LipschitzPenalty (r = 8, the default)", penalty(8), BELOW, vectors=8, has_budget=True),
     Peer("penalty_r1", "LipschitzPenalty, r = 1", penalty(1), BELOW, vectors=1, has_budget=True),
@@ -315,19 +317,9 @@ PEERS = (
         for_convolutions=True,
     ),
     Peer(
-        "autograd_block_loop",
-        "autograd through a loop of block iterations (r = 8)",
-        autograd_loop(8),
-        BELOW,
-        vectors=8,
+        "autograd_block_loop", "autograd through a loop of block iterations (r = 8)", autograd_loop(8), BELOW, vectors=8
     ),
-    Peer(
-        "autograd_loop",
-        "autograd through a loop of power iterations (r = 1)",
-        autograd_loop(1),
-        BELOW,
-        vectors=1,
-    ),
+    Peer("autograd_loop", "autograd through a loop of power iterations (r = 1)", autograd_loop(1), BELOW, vectors=1),
     Peer(
         "gradient_penalty",
         "gradient penalty on the inputs",
@@ -340,22 +332,16 @@ PEERS = (
         "torch parametrizations.spectral_norm (r = 1)",
         torch_spectral_norm,
         "norm of the matrix near 1",
-        operator="reshaped",
+        "reshaped",
         vectors=1,
     ),
-    Peer(
-        "exact_svd",
-        "autograd through torch.linalg.matrix_norm(W, 2)",
-        exact_svd,
-        "exact for the matrix",
-        operator="reshaped",
-    ),
+    Peer("exact_svd", "autograd through torch.linalg.matrix_norm(W, 2)", exact_svd, "exact for the matrix", "reshaped"),
     Peer(
         "torchlip",
         "deel-torchlip SpectralLinear, SpectralConv2d",
         torchlip,
         "all singular values of the matrix near 1",
-        operator="reshaped",
+        "reshaped",
         needs="deel.torchlip",
     ),
 )

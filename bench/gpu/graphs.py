@@ -64,15 +64,14 @@ def waits(name: str) -> None:
     network(inputs).square().mean().backward()
     synchronise(DEVICE)
     where = ""
-    if not DRY:
-        torch.cuda.set_sync_debug_mode("error")  # every wait raises
+    set_mode = (lambda mode: None) if DRY else torch.cuda.set_sync_debug_mode
+    set_mode("error")  # every wait raises
     try:
         penalise()
     except RuntimeError:
         where = traceback.format_exc(limit=-4)[-900:]
     finally:
-        if not DRY:
-            torch.cuda.set_sync_debug_mode("default")
+        set_mode("default")
     del old
     record(case=name, waits=bool(where), where=where, host_us=host_time(penalise))
 

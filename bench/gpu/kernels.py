@@ -11,18 +11,10 @@ import torch
 from lightning_lip.bench.contenders.training import synchronise
 from lightning_lip.bench.gpu.correctness import SHAPES as CHECKED
 from lightning_lip.bench.gpu.measuring import DEVICE, DRY, Call, captured, device_times, host_time, record
-from lightning_lip.bench.studies.kernels import (
-    MODELS,
-    Shapes,
-    floor,
-    kernel,
-    parameters,
-    python_loop,
-    start_blocks,
-    torch_spectral_norm,
-)
+from lightning_lip.bench.studies import kernels as study
+from lightning_lip.bench.studies.kernels import MODELS, Shapes, kernel, parameters
 from lightning_lip.kernels import iterations_for
-from lightning_lip.kernels.gpu.iteration import predicted_traffic
+from lightning_lip.kernels.gpu.tables import predicted_traffic
 
 BLOCK_SIZES = (8,) if DRY else (1, 8)
 DTYPES = ("float32",) if DRY else ("float32", "bfloat16")
@@ -62,36 +54,31 @@ def step(name: str, dtype: str) -> None:
     """
     weights = parameters(SHAPES[name], DEVICE.type, getattr(torch, dtype))
     n_bytes = sum(w.numel() * w.element_size() for w in weights)
-    calls: dict[str, Call] = {"loop": python_loop(weights)}
+    calls: dict[str, Call] = {"loop": study.python_loop(weights)}
     for r in BLOCK_SIZES:
-        ((_, iteration),) = iterations_for([w.detach() for w in weights], start_blocks(weights, r))
+        ((_, iteration),) = iterations_for([w.detach() for w in weights], study.start_blocks(weights, r))
         calls[f"kernels r={r}"] = kernel(weights, r)
         calls[f"iteration r={r}"] = lambda iteration=iteration: iteration.power_step(weights, 1)  # type: ignore[misc]
     if n_bytes < MAX_FLAT_BYTES:
         (flat,) = parameters([(1, sum(w.numel() for w in weights))], DEVICE.type, weights[0].dtype)
-        calls |= {"floor": floor([flat]), "one read": flat.detach().sum}
+        calls |= {"floor": study.floor([flat]), "one read": flat.detach().sum}
     record(model=name, dtype=dtype, host_us={key: host_time(call) for key, call in calls.items()})
     times = device_times({key: captured(call) for key, call in calls.items()}, 3.0)
     moved = {key: n_bytes * (1 if key.startswith(("iteration", "one")) else 3) for key in times}
-    record(
-        model=name,
-        dtype=dtype,
-        n_bytes=n_bytes,
-        device_us=times,
-        GBps={key: round(moved[key] / us[1] / 1e3, 1) for key, us in times.items()},
-        predicted={r: predicted_traffic([w.detach() for w in weights], r)._asdict() for r in BLOCK_SIZES},
-    )
+    rates = {key: round(moved[key] / us[1] / 1e3, 1) for key, us in times.items()}
+    predicted = {r: predicted_traffic([w.detach() for w in weights], r)._asdict() for r in BLOCK_SIZES}
+    record(model=name, dtype=dtype, n_bytes=n_bytes, device_us=times, GBps=rates, predicted=predicted)
 
 
 def spectral_norm(name: str) -> None:
     """Time torch's parametrization, forward and backward."""
-    call = torch_spectral_norm(SHAPES[name], DEVICE.type)
+    call = study.torch_spectral_norm(SHAPES[name], DEVICE.type)
     record(model=name, host_us=host_time(call), device_us=device_times({"spectral_norm": call}, 1.0))
 
 
 def compiled_loop(name: str, mode: str | None) -> None:
     """Time the loop of cuBLAS calls under torch.compile; a dry run traces it and compiles nothing."""
-    loop = python_loop(parameters(SHAPES[name], DEVICE.type))
+    loop = study.python_loop(parameters(SHAPES[name], DEVICE.type))
     call = torch.compile(loop, backend="eager") if DRY else torch.compile(loop, mode=mode)
     record(model=name, mode=mode, host_us=host_time(call), device_us=device_times({"compiled": call}, 1.0))
 

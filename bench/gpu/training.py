@@ -24,12 +24,9 @@ def steps(name: str, precision: str) -> None:
     for key, contender in contenders.items():
         first[key] = fit(contender.training, contender.callbacks, batch, N_BEFORE, 1, precision)
     times = in_turn(contenders, first, batch, 0.0 if DRY else 12.0, precision)
-    record(
-        model=name,
-        precision=precision,
-        ms={key: [round(1e3 * s, 4) for s in percentiles(found.steps)] for key, found in times.items()},
-        own_ms={key: round(1e3 * percentiles(found.own)[1], 4) for key, found in times.items() if found.own},
-    )
+    ms = {key: [round(1e3 * s, 4) for s in percentiles(found.steps)] for key, found in times.items()}
+    own = {key: round(1e3 * percentiles(found.own)[1], 4) for key, found in times.items() if found.own}
+    record(model=name, precision=precision, ms=ms, own_ms=own)
 
 
 def strategy(name: str, precision: str) -> None:

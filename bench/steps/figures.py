@@ -14,6 +14,8 @@ COLOURS = {1: "#E69F00", 8: "#0072B2", "step": "#000000", "floor": "#999999", "p
 TICKS = (0.8, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
 """Ratios that are marked: a logarithmic axis' own marks are powers of ten, of which most panels hold one."""
 
+FIGURE: dict[str, Any] = {"dpi": 150, "layout": "constrained"}
+
 Figure = Any
 
 
@@ -39,8 +41,7 @@ def steps(models: list[dict[str, Any]]) -> Figure:
     """Draw each contender's step over the plain training's, with p20 and p80, one panel a model."""
     heights = [len(model["rows"]) - 1 for model in models]
     ticker = extra("matplotlib.ticker", "bench")
-    size = (8.0, 1.0 + 0.3 * sum(heights) + 0.5 * len(models))
-    figure = extra("matplotlib.figure", "bench").Figure(figsize=size, dpi=150, layout="constrained")
+    figure = extra("matplotlib.figure", "bench").Figure((8.0, 1.0 + 0.3 * sum(heights) + 0.5 * len(models)), **FIGURE)
     panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, model in zip(panels, models, strict=True):
         rows = [row for row in model["rows"] if row["contender"] != "plain"][::-1]
@@ -65,7 +66,7 @@ def steps(models: list[dict[str, Any]]) -> Figure:
 
 def growth(points: list[dict[str, Any]], key: str, label: str) -> Figure:
     """Draw the time of a step without the penalty, the penalty's own, and the floor of memory traffic."""
-    figure = extra("matplotlib.figure", "bench").Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = extra("matplotlib.figure", "bench").Figure((6.4, 4.4), **FIGURE)
     axes = figure.subplots()
     for block_size in sorted({point["block_size"] for point in points}):
         chosen = [point for point in points if point["block_size"] == block_size]
@@ -77,8 +78,7 @@ def growth(points: list[dict[str, Any]], key: str, label: str) -> Figure:
         own = [point["own_ms"] for point in chosen]
         axes.plot(sizes, own, color=COLOURS[block_size], marker="o", markersize=4, label=f"penalty, r = {block_size}")
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel=label, ylabel="milliseconds a step")
+    axes.set(xlabel=label, ylabel="milliseconds a step", yscale="log")
     axes.set_title("batch 256", fontsize=9, loc="left")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

@@ -10,11 +10,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lip.bench.contenders.layers import Layer, exact_norm
 from lightning_lip.bench.contenders.models import BenchModel
-from lightning_lip.bench.contenders.peers import EVERY, PEERS, Contender, Peer, Task, plain, task_of
+from lightning_lip.bench.contenders.peers import EVERY, PEERS, PLAIN_PEER, Contender, Peer, task_of
 from lightning_lip.bench.contenders.training import Batch, fit, synchronise
 from lightning_lip.bench.steps.memory import Memory, memory_of
 
@@ -35,7 +35,7 @@ Those are 2r maps of one input; a plain step makes about 3B: forward, and backwa
 PARAMETER_SHARE = 0.01
 """How much of the parameters' memory the penalty may add, beside the r vectors of each layer."""
 
-PLAIN = "plain"
+PLAIN = PLAIN_PEER.name
 
 
 @dataclass
@@ -146,35 +146,44 @@ def measure(
     task, batch = task_of(model, device)
     names, shapes = task.names, task.input_shapes
     network = model.network()
-    n_weights = sum(cast(Tensor, network.get_submodule(layer).weight).numel() for layer in names)
-    has_convolutions = any(isinstance(network.get_submodule(layer), nn.Conv2d) for layer in names)
-    peers = [peer for peer in PEERS if has_convolutions or not peer.for_convolutions]
+    layers = [cast(Layer, network.get_submodule(layer)) for layer in names]
+    n_weights = sum(layer.weight.numel() for layer in layers)
+    n_parameters = sum(p.numel() for p in network.parameters())
+    has_convolutions = any(isinstance(layer, nn.Conv2d) for layer in layers)
+    # Elements of one singular vector of each layer, on the side where the package keeps its block.
+    sides = 0
+    for layer, key in zip(layers, names, strict=True):
+        sides += min(layer.weight.shape) if isinstance(layer, nn.Linear) else math.prod(shapes[key])
+    peers = [PLAIN_PEER, *(peer for peer in PEERS if has_convolutions or not peer.for_convolutions)]
     missing = {peer.title: module for peer in peers if (module := peer.missing()) is not None}
     peers = [peer for peer in peers if peer.title not in missing]
 
     contenders: dict[str, Contender] = {}
     memory: dict[str, Memory] = {}
     first: dict[str, tuple[float, float | None]] = {}
-    for peer_name, prepare in [(PLAIN, plain), *((peer.name, peer.prepare) for peer in peers)]:
-        on_step(f"{name}: {peer_name}")
+    for peer in peers:
+        on_step(f"{name}: {peer.name}")
 
-        def start(prepare: Callable[[Task], Contender] = prepare, peer_name: str = peer_name) -> Contender:
-            contenders[peer_name] = contender = prepare(task)
-            first[peer_name] = fit(contender.training, contender.callbacks, batch, N_BEFORE, 1)
+        def start(peer: Peer = peer) -> Contender:
+            contenders[peer.name] = contender = peer.prepare(task)
+            first[peer.name] = fit(contender.training, contender.callbacks, batch, N_BEFORE, 1)
             # Lightning leaves a module on the CPU: what it holds between steps is to be counted where it is trained.
             contender.training.to(device)
             return contender
 
-        memory[peer_name] = memory_of(start, device)
+        memory[peer.name] = memory_of(start, device)
     on_step(f"{name}: steps in turn")
     times = in_turn(contenders, first, batch, seconds)
     rows = []
-    for peer in (None, *peers):
-        key = PLAIN if peer is None else peer.name
+    for peer in peers:
+        key = peer.name
         on_step(f"{name}: errors of {key}")
         added = Memory(memory[key].peak - memory[PLAIN].peak, memory[key].held - memory[PLAIN].held)
         errors = _errors(contenders[key], names, shapes, device)
-        limits = _limits(peer, model, network, names, shapes, has_convolutions)
+        limits: tuple[float | None, int | None] = None, None
+        if peer.has_budget and peer.vectors is not None:
+            share = MAP_SHARE * 2 * peer.vectors / (3 * model.batch_size) if has_convolutions else model.share
+            limits = share, round(4 * (PARAMETER_SHARE * n_parameters + peer.vectors * sides))
         rows.append(_row(peer, times[key], added, errors, limits, has_convolutions))
     return Result(
         model=name,
@@ -182,7 +191,7 @@ def measure(
         batch_size=model.batch_size,
         n_layers=len(names),
         n_weights=n_weights,
-        n_parameters=sum(p.numel() for p in network.parameters()),
+        n_parameters=n_parameters,
         has_convolutions=has_convolutions,
         floor_ms=1e3 * floor_seconds(n_weights, device),
         missing=missing,
@@ -231,16 +240,12 @@ def in_turn(
         n_rounds, spent = n_rounds + 1, time.perf_counter() - begin
         # The slowest peers make room for the rounds of the others.
         rounds_left = MIN_ROUNDS - n_rounds
-        while peers - left_out and spent + rounds_left * _sum(cost, left_out) > 2 * seconds:
+        while peers - left_out and spent + rounds_left * sum(cost[n] for n in cost.keys() - left_out) > 2 * seconds:
             left_out.add(max(peers - left_out, key=lambda name: cost[name]))
     for name, found in times.items():
         if not found.steps:
             found.add(*first[name], float(np.median(times[PLAIN].steps)))
     return times
-
-
-def _sum(cost: dict[str, float], left_out: set[str]) -> float:
-    return sum(seconds for name, seconds in cost.items() if name not in left_out)
 
 
 def block_steps(name: str, seconds: float) -> int:
@@ -283,30 +288,8 @@ def _errors(
     return errors
 
 
-def _limits(
-    peer: Peer | None,
-    model: BenchModel,
-    network: nn.Module,
-    names: Sequence[str],
-    shapes: dict[str, tuple[int, ...]],
-    has_convolutions: bool,
-) -> tuple[float | None, int | None]:
-    """Return the share of a plain step and the bytes that a contender is to stay within."""
-    if peer is None or not peer.has_budget or peer.vectors is None:
-        return None, None
-    share = MAP_SHARE * 2 * peer.vectors / (3 * model.batch_size) if has_convolutions else model.share
-    n_parameters = sum(p.numel() for p in network.parameters())
-    sides = sum(_vector_side(cast(Layer, network.get_submodule(name)), shapes[name]) for name in names)
-    return share, round(4 * (PARAMETER_SHARE * n_parameters + peer.vectors * sides))
-
-
-def _vector_side(layer: Layer, input_shape: Sequence[int]) -> int:
-    """Return the elements of one singular vector of a layer, on the side where the package keeps its block."""
-    return min(layer.weight.shape) if isinstance(layer, nn.Linear) else math.prod(input_shape)
-
-
 def _row(
-    peer: Peer | None,
+    peer: Peer,
     times: Times,
     added: Memory,
     errors: list[float] | None,
@@ -314,12 +297,11 @@ def _row(
     has_convolutions: bool,
 ) -> Row:
     steps, paired = 1e3 * np.array(times.steps), 1e3 * np.array(times.paired)
-    operator = "none" if peer is None else peer.operator
     return Row(
-        contender=PLAIN if peer is None else peer.name,
-        title="plain training" if peer is None else peer.title,
-        operator="true" if operator == "reshaped" and not has_convolutions else operator,
-        vectors=None if peer is None else peer.vectors,
+        contender=peer.name,
+        title=peer.title,
+        operator="true" if peer.operator == "reshaped" and not has_convolutions else peer.operator,
+        vectors=peer.vectors,
         n_blocks=len(steps),
         step_ms=percentiles(steps),
         ratio=percentiles(steps / paired),
@@ -331,7 +313,7 @@ def _row(
         allowed_bytes=limits[1],
         error_max=None if errors is None else max(errors),
         error_median=None if errors is None else float(np.median(errors)),
-        guarantee="-" if peer is None else peer.guarantee,
+        guarantee=peer.guarantee,
     )
 
 

@@ -13,11 +13,7 @@ from lightning_lip.bench.steps.growth import Point
 from lightning_lip.bench.steps.measure import PLAIN, Result, Row
 from lightning_lip.reporting.console import make_table, print_line
 
-SECTIONS = {
-    "none": None,
-    "true": "the true operators",
-    "reshaped": "kernels as matrices (c_out, -1)",
-}
+SECTIONS = {"none": None, "true": "the true operators", "reshaped": "kernels as matrices (c_out, -1)"}
 
 
 @contextmanager
@@ -38,7 +34,7 @@ def print_result(console: Console, result: Result) -> None:
     grid = make_table(title, ["training"], numbers)
     grid.add_column("the norms are", overflow="fold")
     section = "none"
-    order = [PLAIN, *(key for key in SECTIONS)]
+    order = [PLAIN, *SECTIONS]
     rows = sorted(result.rows, key=lambda row: order.index(PLAIN if row.contender == PLAIN else row.operator))
     for row in rows:
         if result.has_convolutions and row.operator != section and SECTIONS[row.operator]:
@@ -134,14 +130,12 @@ def print_end(console: Console, found: dict[str, Any], folder: Path) -> None:
 
 
 def _cells(row: Row) -> list[str]:
+    step = f"{row.step_ms[1]:.4g}"
+    if row.contender == PLAIN:
+        return [row.title, step, "1"]
     p20, p50, p80 = row.ratio
-    return [
-        row.title,
-        f"{row.step_ms[1]:.4g}",
-        "1" if row.contender == PLAIN else f"{p50:.3f} ({p20:.3f} to {p80:.3f})" if row.n_blocks > 1 else f"{p50:.3g}",
-        "" if row.own_ms is None else f"{row.own_ms:.3g}",
-        "" if row.contender == PLAIN else f"{row.held_bytes / 1e6:+.3f}",
-        "" if row.contender == PLAIN else f"{row.peak_bytes / 1e6:+.3f}",
-        "" if row.error_max is None else f"{row.error_max:.1e}",
-        "" if row.contender == PLAIN else row.guarantee,
-    ]
+    ratio = f"{p50:.3f} ({p20:.3f} to {p80:.3f})" if row.n_blocks > 1 else f"{p50:.3g}"
+    own = "" if row.own_ms is None else f"{row.own_ms:.3g}"
+    error = "" if row.error_max is None else f"{row.error_max:.1e}"
+    memory = [f"{n_bytes / 1e6:+.3f}" for n_bytes in (row.held_bytes, row.peak_bytes)]
+    return [row.title, step, ratio, own, *memory, error, row.guarantee]

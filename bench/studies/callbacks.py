@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +34,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
-from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.bench.contenders.models import mlp
+from lightning_lip.bench.studies.options import run_process, study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
 
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
@@ -70,10 +69,7 @@ COMPARISONS = {
     "penalty, bare Trainer": Comparison("logger=False, no progress bar, no checkpoints", _penalty),
     "empty callback, bare Trainer": Comparison("logger=False, no progress bar, no checkpoints", pl.Callback),
     "monitor": Comparison(
-        "TensorBoard, penalty, no progress bar, no checkpoints",
-        LipschitzMonitor,
-        lambda: [_penalty()],
-        tensorboard=True,
+        "TensorBoard, penalty, no progress bar, no checkpoints", LipschitzMonitor, lambda: [_penalty()], True
     ),
 }
 
@@ -84,9 +80,7 @@ class Regressor(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        sizes = [(13, 20), (20, 20), (20, 20)]
-        hidden = [layer for m, n in sizes for layer in (nn.Linear(m, n), nn.ReLU())]
-        self.net = nn.Sequential(*hidden, nn.Linear(20, 1))
+        self.net = mlp(13, 20, 20, 20, 1)
 
     @override
     def training_step(self, batch: Any) -> torch.Tensor:
@@ -133,9 +127,6 @@ def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
     loader = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), batch_size=50)
     switch = ComesAndGoes(comparison.callback())
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, Any] = {}
-        if comparison.bare:
-            options = {"enable_progress_bar": False, "enable_checkpointing": False}
         trainer = pl.Trainer(
             accelerator="cpu",
             # The first four blocks start kernels and loggers.
@@ -146,7 +137,8 @@ def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
             # The callback is there when training starts, and selects its layers.
             callbacks=[*comparison.always(), switch.callback, switch],
             enable_model_summary=False,
-            **options,
+            enable_progress_bar=not comparison.bare,
+            enable_checkpointing=not comparison.bare,
         )
         trainer.fit(Regressor(), loader)
     return {is_there: times[2:] for is_there, times in switch.times.items()}
@@ -155,11 +147,7 @@ def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
 def _in_a_process(name: str, blocks: int) -> dict[bool, list[float]]:
     """Return what :func:`measure` returns in a fresh process."""
     command = [sys.executable, "-m", "lightning_lip.bench.studies.callbacks", "--worker", name, "--blocks", str(blocks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
-    without, with_it = json.loads(run.stdout.splitlines()[-1])
+    without, with_it = json.loads(run_process(command).splitlines()[-1])
     return {False: without, True: with_it}
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzProjector
+from lightning_lip.bench.contenders.models import mlp
 from lightning_lip.bench.studies.options import study_parser
-from lightning_lip.bench.studies.tracking import digits
+from lightning_lip.bench.studies.tracking import accuracy_of, batches_of, digits
 from lightning_lip.reporting.documents import machine, versions, write_csv
 
 BATCH = 50
@@ -36,9 +36,8 @@ COLUMNS += [f"{what}_us_{p}" for what in ("projection", "svd") for p in ("p20", 
 def train(optimiser: str, target: float | None, metric: str, epochs: int) -> list[Any]:
     """Return one row of the table; without a target nothing is projected."""
     torch.manual_seed(0)
-    inputs, labels, test_inputs, test_labels = digits()
-    sizes = [64, 128, 128, 128, 10]
-    model = nn.Sequential(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())))[:-1]
+    inputs, labels, *test = digits()
+    model = mlp(64, 128, 128, 128, 10)
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
     optimizer = OPTIMIZERS[optimiser](model.parameters())
     projector = None if target is None else LipschitzProjector(model, target, metric=metric)  # type: ignore[arg-type]
@@ -46,29 +45,26 @@ def train(optimiser: str, target: float | None, metric: str, epochs: int) -> lis
         projector.exact()
     times: dict[str, list[float]] = {"projection": [], "svd": []}
     excess, n_steps = -np.inf, 0
-    order = torch.Generator().manual_seed(0)
-    for _ in range(epochs):
-        for rows in torch.split(torch.randperm(len(inputs), generator=order), BATCH):
-            optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(model(inputs[rows]), labels[rows]))
-            optimizer.step()
-            n_steps += 1
-            if projector is None:
-                continue
-            if n_steps % 10 == 0:
-                start = time.perf_counter()
-                for weight in weights:
-                    torch.linalg.svd(weight.detach(), full_matrices=False)
-                times["svd"].append(time.perf_counter() - start)
+    for x, y in batches_of(inputs, labels, BATCH, epochs):
+        optimizer.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(x), y))
+        optimizer.step()
+        n_steps += 1
+        if projector is None:
+            continue
+        if n_steps % 10 == 0:
             start = time.perf_counter()
-            projector.step()
-            times["projection"].append(time.perf_counter() - start)
-            if n_steps % 10 == 0:
-                norms = [float(torch.linalg.matrix_norm(w.detach().double(), 2)) for w in weights]
-                excess = max(excess, float(np.prod(norms)) / projector.target - 1)
-    with torch.no_grad():
-        accuracy = float((model(test_inputs).argmax(1) == test_labels).float().mean())
-    row = [optimiser, target or "", metric, n_steps, f"{accuracy:.3f}", "" if target is None else f"{excess:.1e}"]
+            for weight in weights:
+                torch.linalg.svd(weight.detach(), full_matrices=False)
+            times["svd"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        projector.step()
+        times["projection"].append(time.perf_counter() - start)
+        if n_steps % 10 == 0:
+            norms = [float(torch.linalg.matrix_norm(w.detach().double(), 2)) for w in weights]
+            excess = max(excess, float(np.prod(norms)) / projector.target - 1)
+    accuracy = f"{accuracy_of(model, *test):.3f}"
+    row = [optimiser, target or "", metric, n_steps, accuracy, "" if target is None else f"{excess:.1e}"]
     for taken in times.values():
         row += [f"{1e6 * q:.0f}" for q in np.quantile(taken, [0.2, 0.5, 0.8])] if taken else ["", "", ""]
     return row

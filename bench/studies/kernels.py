@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
-from lightning_lip.kernels.gpu.iteration import predicted_traffic
+from lightning_lip.kernels.gpu.tables import predicted_traffic
 from lightning_lip.reporting.documents import machine, versions, write_csv
 
 Shapes = list[tuple[int, int]]
@@ -50,13 +50,16 @@ def parameters(shapes: Shapes, device: str = "cpu", dtype: torch.dtype = torch.f
     return weights
 
 
+def grad_of(weight: Tensor) -> Tensor:
+    """Return the gradient of a weight that has one."""
+    assert weight.grad is not None
+    return weight.grad
+
+
 def start_blocks(weights: Sequence[Tensor], r: int) -> list[Tensor]:
     """Return orthonormal starting blocks, each of shape (r, min(m, n))."""
-    blocks = []
-    for weight in weights:
-        p = min(weight.shape)
-        blocks.append(torch.linalg.qr(torch.randn(p, min(r, p))).Q.T.contiguous().to(weight.device))
-    return blocks
+    drawn = [torch.randn(min(w.shape), min(r, *w.shape)).to(w.device) for w in weights]
+    return [torch.linalg.qr(columns).Q.T.contiguous() for columns in drawn]
 
 
 def python_loop(weights: Sequence[nn.Parameter]) -> Contender:
@@ -74,9 +77,8 @@ def python_loop(weights: Sequence[nn.Parameter]) -> Contender:
         sigma = torch.stack(norms)
         value = COEFFICIENT * sigma.prod()
         coefficients = value / sigma
-        for index, weight in enumerate(weights):
-            assert weight.grad is not None
-            weight.grad.addr_(left[index] * coefficients[index], vectors[index])
+        for weight, u, c, v in zip(weights, left, coefficients, vectors, strict=True):
+            grad_of(weight).addr_(u * c, v)
         return value
 
     return call
@@ -119,8 +121,7 @@ def floor(weights: Sequence[nn.Parameter]) -> Contender:
         for weight in weights:
             weight.sum()
         for weight in weights:
-            assert weight.grad is not None
-            weight.grad.add_(1e-9)
+            grad_of(weight).add_(1e-9)
 
     return call
 
@@ -131,14 +132,9 @@ def kernel(weights: Sequence[nn.Parameter], r: int) -> Contender:
     multiplicities = [1] * len(weights)
 
     def call() -> Tensor:
+        grads = [w.grad for w in weights]
         return iteration.penalise_(
-            weights,
-            [w.grad for w in weights],
-            n_iterations=1,
-            code=kernels.PENALTY_CODES["product"],
-            target_log=0.0,
-            scale=COEFFICIENT,
-            multiplicities=multiplicities,
+            weights, grads, 1, kernels.PENALTY_CODES["product"], 0.0, COEFFICIENT, multiplicities
         )
 
     return call
@@ -203,20 +199,10 @@ def rows(model: str, times: dict[tuple[str, int], list[float]]) -> list[dict[str
     medians = {key: float(np.median(values)) for key, values in times.items()}
     result: list[dict[str, object]] = []
     for (name, r), values in times.items():
-        p20, p50, p80 = np.percentile(values, [20, 50, 80])
-        result.append(
-            {
-                "model": model,
-                "contender": name,
-                "r": r or "",
-                "samples": len(values),
-                "p20_us": f"{p20:.1f}",
-                "p50_us": f"{p50:.1f}",
-                "p80_us": f"{p80:.1f}",
-                "over_loop": f"{p50 / medians['(a) Python loop', 1]:.3f}",
-                "over_floor": f"{p50 / medians['(e) floor', 0]:.3f}",
-            }
-        )
+        us = np.percentile(values, [20, 50, 80])
+        over = [f"{us[1] / medians[of]:.3f}" for of in (("(a) Python loop", 1), ("(e) floor", 0))]
+        cells = [model, name, r or "", len(values), *(f"{x:.1f}" for x in us), *over]
+        result.append(dict(zip(COLUMNS, cells, strict=True)))
     return result
 
 
@@ -269,9 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds = 2.0 if options.quick else options.seconds
         added = rows(model, interleaved(contenders(shapes), seconds))
         print(f"\n{model}")
-        for row in added:
-            print("  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us  x loop {over_loop:>9}"
-                  "  x floor {over_floor:>9}".format(**row))  # fmt: skip
+        line = "  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us"
+        line += "  x loop {over_loop:>9}  x floor {over_floor:>9}"
+        print(*(line.format(**row) for row in added), sep="\n")
         for r in BLOCK_SIZES:
             print(f"  predicted traffic of the GPU kernels at r = {r}: {traffic_report(shapes, r)}")
         table += added

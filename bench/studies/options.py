@@ -1,8 +1,11 @@
-"""What the command lines of the studies share."""
+"""What the command lines of the studies share, and the processes that they start."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -20,3 +23,12 @@ def study_parser(description: str | None, quick: str | None = None) -> argparse.
     if quick is not None:
         parser.add_argument("--quick", action="store_true", help=quick)
     return parser
+
+
+def run_process(command: Sequence[str], timeout: float | None = None) -> str:
+    """Run a command with one thread and return what it prints; raise RuntimeError with that if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done.stdout

@@ -9,9 +9,9 @@ SVD. It writes ``tracking.csv`` and prints the table that the default block size
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +19,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzRegularizer
+from lightning_lip.bench.contenders.models import mlp
+from lightning_lip.bench.studies.kernels import grad_of
 from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.penalty.penalties import PenaltyName
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.extras import extra
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
 # (name, coefficient, target): strong enough to halve the bound, so that singular values are pressed together and cross.
-PENALTIES = (("product", 1e-3, 1.0), ("softplus_log", 0.1, 1.0))
+PENALTIES: tuple[tuple[PenaltyName, float, float], ...] = (("product", 1e-3, 1.0), ("softplus_log", 0.1, 1.0))
 LEARNING_RATES = {"SGD": 0.5, "Adam": 1e-3}
 BATCH = 128
 DEFAULT_BLOCK_SIZE = 8
+
+
+FORMATS = ("<10", "<14", "3", "3", "10.1e", "10.1e", "8.1%", "8.0f", "7.3f", "7.2f")
+"""How the fields of a :class:`Result` are printed."""
 
 
 class Result(NamedTuple):
@@ -57,74 +64,62 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return inputs[:1400], targets[:1400], inputs[1400:], targets[1400:]
 
 
-def train(optimiser: str, penalty: tuple[str, float, float], r: int, k: int, epochs: int, data: list[Tensor]) -> Result:
+def batches_of(inputs: Tensor, targets: Tensor, size: int, epochs: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches of so many epochs, shuffled in the same way at every call."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        for rows in torch.split(torch.randperm(len(inputs), generator=generator), size):
+            yield inputs[rows], targets[rows]
+
+
+@torch.no_grad()
+def accuracy_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    """Return the share of inputs whose class the model finds."""
+    return float((model(inputs).argmax(1) == targets).float().mean())
+
+
+def train(
+    optimiser: str, penalty: tuple[PenaltyName, float, float], r: int, k: int, epochs: int, data: list[Tensor]
+) -> Result:
     """Train one network and compare sigma with the SVD at every step."""
     torch.manual_seed(0)
     name, coefficient, target = penalty
-    sizes = (64, 128, 128, 128, 10)
-    layers: list[nn.Module] = []
-    for n_in, n_out in pairwise(sizes):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-    model = nn.Sequential(*layers[:-1])
+    model = mlp(64, 128, 128, 128, 10)
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
-    regularizer = LipschitzRegularizer(
-        model,
-        coefficient,
-        name,  # type: ignore[arg-type]
-        target=target,
-        block_size=r,
-        n_iterations=k,
-    )
+    options: dict[str, Any] = {"target": target, "block_size": r, "n_iterations": k}
+    regularizer = LipschitzRegularizer(model, coefficient, name, **options)
     kind = torch.optim.SGD if optimiser == "SGD" else torch.optim.Adam
     steps = kind(model.parameters(), lr=LEARNING_RATES[optimiser])
-    generator = torch.Generator().manual_seed(0)
-    inputs, targets, test_inputs, test_targets = data
-    errors: list[float] = []
-    times: list[float] = []
-    for _ in range(epochs):
-        for batch in torch.split(torch.randperm(len(inputs), generator=generator), BATCH):
-            steps.zero_grad()
-            torch.autograd.backward(F.cross_entropy(model(inputs[batch]), targets[batch]))
-            of_loss = [_taken(w) for w in weights]
-            start = time.perf_counter()
-            regularizer.add_grad_()
-            times.append(time.perf_counter() - start)
-            errors += [_error(w) for w in weights]
-            for weight, grad in zip(weights, of_loss, strict=True):
-                assert weight.grad is not None
-                weight.grad += grad
-            steps.step()
+    inputs, targets, *test = data
+    errors, times = [], []
+    for x, y in batches_of(inputs, targets, BATCH, epochs):
+        steps.zero_grad()
+        torch.autograd.backward(F.cross_entropy(model(x), y))
+        # Zeros in the place of the loss's gradients, so that the penalty's own can be seen.
+        of_loss = [grad_of(w).clone() for w in weights]
+        for weight in weights:
+            grad_of(weight).zero_()
+        start = time.perf_counter()
+        regularizer.add_grad_()
+        times.append(time.perf_counter() - start)
+        errors += [_error(w) for w in weights]
+        for weight, grad in zip(weights, of_loss, strict=True):
+            grad_of(weight).add_(grad)
+        steps.step()
     with torch.no_grad():
-        accuracy = float((model(test_inputs).argmax(1) == test_targets).float().mean())
         log_bound = float(sum(torch.linalg.matrix_norm(w.double(), 2).log() for w in weights))
     finite = np.array([e for e in errors if e == e])
+    median, p99 = np.quantile(finite, [0.5, 0.99]).tolist()
+    cost_us = float(np.median(times)) * 1e6
     return Result(
-        optimiser,
-        name,
-        r,
-        k,
-        float(np.median(finite)),
-        float(np.quantile(finite, 0.99)),
-        float((finite > 0.01).mean()),
-        float(np.median(times)) * 1e6,
-        accuracy,
-        log_bound,
+        optimiser, name, r, k, median, p99, float((finite > 0.01).mean()), cost_us, accuracy_of(model, *test), log_bound
     )
-
-
-def _taken(weight: Tensor) -> Tensor:
-    """Return the gradient and leave zeros in its place, so that the penalty's own gradient can be seen."""
-    assert weight.grad is not None
-    gradient = weight.grad.clone()
-    weight.grad.zero_()
-    return gradient
 
 
 @torch.no_grad()
 def _error(weight: Tensor) -> float:
     """Return by how much ``u^T W v`` of the penalty's gradient falls short of the spectral norm, relative to it."""
-    assert weight.grad is not None
-    direction = weight.grad.double()
+    direction = grad_of(weight).double()
     exact = torch.linalg.svdvals(weight.double())[0]
     # NaN where the penalty asked for nothing.
     return float(1 - (direction * weight.double()).sum() / direction.norm() / exact)
@@ -134,13 +129,9 @@ def choice(results: Sequence[Result]) -> str:
     """Say in words what the table says about the block size."""
 
     def worst(r: int, k: int) -> tuple[float, float, float, float]:
-        runs = [x for x in results if (x.r, x.k) == (r, k)]
-        return (
-            max(x.median for x in runs),
-            max(x.p99 for x in runs),
-            max(x.share_over_1_percent for x in runs),
-            float(np.median([x.cost_us for x in runs])),
-        )
+        runs = [(x.median, x.p99, x.share_over_1_percent, x.cost_us) for x in results if (x.r, x.k) == (r, k)]
+        medians, p99s, shares, costs = zip(*runs, strict=True)
+        return max(medians), max(p99s), max(shares), float(np.median(costs))
 
     lines = ["The worst of the optimisers and penalties:"]
     for r in BLOCK_SIZES:
@@ -170,20 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data = list(digits())
     epochs = 2 if options.quick else options.epochs
     results = []
-    print(
-        f"{'optimiser':10}{'penalty':14}{'r':>3}{'k':>3}{'median':>10}{'p99':>10}{'>1%':>8}{'us':>8}{'acc':>7}{'S':>7}"
-    )
-    for optimiser in LEARNING_RATES:
-        for penalty in PENALTIES:
-            for r in BLOCK_SIZES:
-                for k in ITERATIONS:
-                    x = train(optimiser, penalty, r, k, epochs, data)
-                    results.append(x)
-                    print(
-                        f"{x.optimiser:10}{x.penalty:14}{x.r:3}{x.k:3}{x.median:10.1e}{x.p99:10.1e}"
-                        f"{x.share_over_1_percent:8.1%}{x.cost_us:8.0f}{x.accuracy:7.3f}{x.log_bound:7.2f}",
-                        flush=True,
-                    )
+    print(*Result._fields)
+    for optimiser, penalty, r, k in product(LEARNING_RATES, PENALTIES, BLOCK_SIZES, ITERATIONS):
+        results.append(train(optimiser, penalty, r, k, epochs, data))
+        print(*(format(x, how) for x, how in zip(results[-1], FORMATS, strict=True)), sep="", flush=True)
     print(choice(results))
     about = machine() | versions("numba", "numpy") | {"epochs": epochs}
     write_csv(options.output / "tracking.csv", Result._fields, results, about)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -40,7 +39,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 
 from lightning_lip import LipschitzPenalty
-from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.bench.studies.options import run_process, study_parser
 from lightning_lip.reporting.documents import write_csv
 
 COEFFICIENT = 0.3
@@ -111,17 +110,13 @@ STRATEGIES = {
     "FSDP1": Setup(2, 2, FSDPStrategy),
 }
 
-FEATURES: dict[str, dict[str, Any]] = {
-    "Adam": {},
-    "fused Adam": {},
-    "SGD with momentum": {},
-    "LBFGS": {},
-    "LBFGS with a line search": {},
-    "two optimisers, by hand": {},
+OPTIMISERS = ("Adam", "fused Adam", "SGD with momentum", "LBFGS", "LBFGS with a line search", "two optimisers, by hand")
+FEATURES: dict[str, dict[str, Any]] = {name: {} for name in OPTIMISERS} | {
     "accumulation over 3": {"accumulate_grad_batches": 3},
     "clipping by norm": {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "norm"},
     "clipping by value": {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
 }
+"""What Trainer is given for a feature; for an optimiser nothing."""
 
 # What rounding may cost at each precision: in fp64 alone, in fp32 over the steps, in a forward pass in bf16 or fp16.
 TOLERANCES = {"64-true": 1e-10, "32-true": 1e-4, "bf16-mixed": 0.02, "16-mixed": 5e-3, "bf16-true": 0.15}
@@ -205,16 +200,13 @@ def reference(feature: str, coefficient: float) -> Tensor:
     how = options.get("gradient_clip_algorithm")
     optimizer = make_optimizer("Adam" if feature == "fused Adam" else feature, net.parameters())
 
-    def loss_of(group: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        task = torch.stack([F.mse_loss(net(x), y) for x, y in group]).mean()
-        norms = torch.stack([torch.linalg.matrix_norm(w, 2) for w in weights])
-        return task + coefficient * norms.prod()
-
     for start in range(0, N_BATCHES, n):
 
         def closure(group: Sequence[tuple[Tensor, Tensor]] = batches[start : start + n]) -> float:
             optimizer.zero_grad()
-            loss = loss_of(group)
+            norms = torch.stack([torch.linalg.matrix_norm(w, 2) for w in weights])
+            task = torch.stack([F.mse_loss(net(x), y) for x, y in group]).mean()
+            loss = task + coefficient * norms.prod()
             torch.autograd.backward(loss)
             if how == "norm":
                 nn.utils.clip_grad_norm_(net.parameters(), options["gradient_clip_val"])
@@ -274,18 +266,10 @@ def train(case: Case) -> None:
     """Train one case in this process, one of the `processes` of its setup."""
     setup = STRATEGIES[case.strategy]
     settings = _precision(case.precision) | FEATURES[case.feature]
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "use_distributed_sampler")
+    settings |= dict.fromkeys(quiet, False) | {"callbacks": [LipschitzPenalty(COEFFICIENT)]}
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=setup.processes,
-        strategy=setup.strategy(),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[LipschitzPenalty(COEFFICIENT)],
-        **settings,
+        accelerator="cpu", devices=setup.processes, strategy=setup.strategy(), max_epochs=1, **settings
     )
     trainer.fit(Module(case), torch.utils.data.DataLoader(Rows(setup), batch_size=None))
 
@@ -341,10 +325,7 @@ def _launch(processes: int, indices: list[int], folder: Path) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     command = [*start, "lightning_lip.bench.studies.trainers", "--train", json.dumps(indices), "--output", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    run_process(command, timeout=500)
 
 
 def _train_all(indices: Sequence[int], folder: Path) -> None:
@@ -367,12 +348,10 @@ def write(rows: Sequence[Row], path: Path) -> None:
     """Write the table as CSV."""
     lines = []
     for row in rows:
-        case = row.case
         distance = "" if row.distance is None else f"{row.distance:.1e}"
-        tolerance = "" if case.tolerance is None else f"{case.tolerance:g}"
-        processes = STRATEGIES[case.strategy].processes
-        first = row.error.split(". ")[0] if row.error else ""
-        lines.append([case.strategy, case.precision, case.feature, processes, distance, tolerance, first, row.holds])
+        tolerance = "" if row.case.tolerance is None else f"{row.case.tolerance:g}"
+        processes = STRATEGIES[row.case.strategy].processes
+        lines.append([*row.case[:3], processes, distance, tolerance, row.error.split(". ")[0], row.holds])
     columns = ["strategy", "precision", "feature", "processes", "distance", "tolerance", "refused", "holds"]
     write_csv(path, columns, lines)
 

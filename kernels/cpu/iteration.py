@@ -116,9 +116,9 @@ class CpuIteration:
         for view, (p, _, lanes), block in zip(views[::3], sides, vectors, strict=True):
             self._blocks.append(view.view(p, lanes).zero_().T[: len(block)].copy_(block))
         longs, shorts = views[1::3], views[2::3]
-        wide = [m < n for m, n in shapes]
-        self._left = [short if w else long for long, short, w in zip(longs, shorts, wide, strict=True)]
-        self._right = [long if w else short for long, short, w in zip(longs, shorts, wide, strict=True)]
+        pairs = zip(shapes, longs, shorts, strict=True)
+        singular = [(short, long) if m < n else (long, short) for (m, n), long, short in pairs]
+        self._left, self._right = ([pair[side] for pair in singular] for side in (0, 1))
         self._sigma = torch.full((n_layers,), math.nan, **fp64)
         self._coefficients = torch.zeros(n_layers, **fp32)
         self._scales = torch.ones(n_layers, **fp64)
@@ -146,11 +146,8 @@ class CpuIteration:
         self._header[at.POOL : at.THREADS + 1] = team
         work = plan(self._sides, n_threads * GROUP if pool else 0, PART)
         self._tasks, self._phases = np.array(work.tasks, np.int64), np.array(work.phases, np.int64)
-        self._header[at.TASKS : at.N_PHASES + 1] = [
-            self._tasks.ctypes.data,
-            self._phases.ctypes.data,
-            len(work.phases) - 1,
-        ]
+        addresses = self._tasks.ctypes.data, self._phases.ctypes.data
+        self._header[at.TASKS : at.N_PHASES + 1] = [*addresses, len(work.phases) - 1]
         self._scratch = _parts([work.scratch])[0]
         self._table[:, at.PRODUCTS : at.IMAGES + 1] = self._scratch.data_ptr() + 4 * np.array(work.offsets)
         self._small = torch.empty(n_threads * at.SMALL_SIZE, dtype=torch.float64, device="cpu")
@@ -159,7 +156,7 @@ class CpuIteration:
 
     def _take_band(self) -> None:
         """Provide the fp32 copies that bf16 needs, for each thread."""
-        size = max(_band_size(min(shape), max(shape)) for shape in self._shapes) if self._has_bf16 else 0
+        size = max(max(8 * p, p * band_width(p), q) for p, q, _ in self._sides) if self._has_bf16 else 0
         self._band = torch.empty(int(self._header[at.THREADS]) * size, dtype=torch.float32, device="cpu")
         self._header[at.BAND : at.BAND_SIZE + 1] = [self._band.data_ptr(), size]
 
@@ -170,10 +167,10 @@ class CpuIteration:
             self._take_threads(threads_for[0])
             self._threads_for = threads_for
 
-    def _run(self, n_iterations: int, code: int) -> None:
+    def _run(self, n_iterations: int, code: int, target_log: float = 0.0, scale: float = 0.0) -> None:
         if self._is_parallel:
             self._note_threads()
-        run(self._header_address, n_iterations, code, 0.0, 0.0)
+        run(self._header_address, n_iterations, code, target_log, scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -253,9 +250,7 @@ class CpuIteration:
         if multiplicities != self._multiplicities:
             self._table[:, at.MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
-        if self._is_parallel:
-            self._note_threads()
-        run(self._header_address, n_iterations, code, target_log, scale)
+        self._run(n_iterations, code, target_log, scale)
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.
@@ -268,11 +263,9 @@ class CpuIteration:
         addresses, strides = [w.data_ptr() for w in weights], [w.stride() for w in weights]
         if addresses == self._weight_addresses and strides == self._weight_strides:
             return
-        known = zip(self._weight_addresses, self._weight_strides, strict=True)
-        for index, (weight, layout, old) in enumerate(
-            zip(weights, zip(addresses, strides, strict=True), known, strict=True)
-        ):
-            if layout == old:
+        found = zip(weights, addresses, strides, self._weight_addresses, self._weight_strides, strict=True)
+        for index, (weight, address, stride, *old) in enumerate(found):
+            if [address, stride] == old:
                 continue
             m, n = self._shapes[index]
             reason = self.why_not(weight, 1)
@@ -286,7 +279,7 @@ class CpuIteration:
             self._table[index, at.WEIGHT_LD : at.WEIGHT_ALONG + 1] = self._entry(weight)
             # An address and strides identify the weight as long as no other tensor can be given the address.
             self._aliases[index] = weight.detach()
-            self._weight_addresses[index], self._weight_strides[index] = layout
+            self._weight_addresses[index], self._weight_strides[index] = address, stride
             self.n_refreshes += 1
 
     def _take_grads(self, grads: Sequence[Tensor | None]) -> None:
@@ -323,11 +316,18 @@ class CpuIteration:
         self._some_are_none = None in self._grad_layouts
 
     def _entry(self, matrix: Tensor) -> tuple[int, int, int]:
-        """Return a weight's or gradient's entry of the table, with the buffer that bf16 needs in place."""
+        """Return the leading dimension of a weight or gradient, whether it is bf16, and ALONG, for the table.
+
+        The buffer that bf16 needs is in place afterwards.
+        """
         if matrix.dtype == torch.bfloat16 and not self._has_bf16:
             self._has_bf16 = True
             self._take_band()
-        return _entry(matrix)
+        layout = _layout(matrix.shape, matrix.stride())
+        assert layout is not None
+        dim, stride = layout
+        long_dim = 1 if matrix.shape[0] < matrix.shape[1] else 0
+        return stride, _BF16[matrix.dtype], int(dim == long_dim)
 
     @torch.no_grad()
     def _update_with_torch(self, grads: Sequence[Tensor | None]) -> None:
@@ -356,20 +356,6 @@ def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | N
         return None
     dim = max(usable, key=lambda d: shape[d])
     return dim, strides[1 - dim]
-
-
-def _entry(matrix: Tensor) -> tuple[int, int, int]:
-    """Return a weight's or gradient's leading dimension, whether it is bf16, and ALONG, for the table."""
-    layout = _layout(matrix.shape, matrix.stride())
-    assert layout is not None
-    dim, stride = layout
-    long_dim = 1 if matrix.shape[0] < matrix.shape[1] else 0
-    return stride, _BF16[matrix.dtype], int(dim == long_dim)
-
-
-def _band_size(p: int, q: int) -> int:
-    """Return the elements that the fp32 copies of a bf16 weight or gradient need at a time."""
-    return max(8 * p, p * band_width(p), q)
 
 
 def _lanes(r: int) -> int:

@@ -21,26 +21,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.gpu.tables import (
-    DEFAULT_PROCESSORS,
-    LONG_TASK,
-    MAX_BLOCK_SIZE,
-    RANK_ONE_TILE,
-    SHORT_TASK,
-    GradientPlan,
-    Layer,
-    Plan,
-    Tile,
-    Traffic,
-    block_class,
-    describe,
-    predicted_traffic,
-    round_up,
-)
+from lightning_lip.kernels.gpu import tables
 from lightning_lip.kernels.penalties import PENALTY_CODES
 from lightning_lip.kernels.reference import PowerStep
-
-__all__ = ["GpuIteration", "Traffic", "predicted_traffic"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -100,17 +83,17 @@ class GpuIteration:
         self.dtype = weights[0].dtype
         self.n_refreshes = 0
         self._block_sizes = [block.shape[0] for block in vectors]
-        self._block = block_class(self._block_sizes)
+        self._block = tables.block_class(self._block_sizes)
         self._shapes = [tuple(weight.shape) for weight in weights]
         self._seen: dict[str, list[Any]] = {"weights": [], "grads": []}
         self._addresses = {
             name: torch.zeros(len(weights), dtype=torch.int64, device=self.device) for name in ("weights", "grads")
         }
-        self._plan_for([describe(weight, self._block) for weight in weights])
+        self._plan_for([tables.describe(weight, self._block) for weight in weights])
         self._allocate()
         for view, block in zip(self.vectors, vectors, strict=True):
             view.copy_(block)
-        self._gradient_plans: dict[Any, tuple[GradientPlan, Tensor, Tensor]] = {}
+        self._gradient_plans: dict[Any, tuple[tables.GradientPlan, Tensor, Tensor]] = {}
         self._gradient_key: Any = None
         self._multiplicities: tuple[int, ...] | None = None
 
@@ -128,18 +111,19 @@ class GpuIteration:
             return f"a strided matrix with elements is needed, got layout {weight.layout}, shape {tuple(weight.shape)}"
         if weight.dtype not in DTYPES:
             return f"its dtype is {weight.dtype}; served are {', '.join(str(d) for d in DTYPES)}"
-        if not 1 <= min(block_size, *weight.shape) <= MAX_BLOCK_SIZE:
-            return f"block_size is {block_size}; served are 1 to {MAX_BLOCK_SIZE}"
+        if not 1 <= min(block_size, *weight.shape) <= tables.MAX_BLOCK_SIZE:
+            return f"block_size is {block_size}; served are 1 to {tables.MAX_BLOCK_SIZE}"
         return None
 
     @property
     def vectors(self) -> list[Tensor]:
         """The present blocks: L views of shapes (r_l, min(m_l, n_l)), fp32."""
-        flat, plan = self._vectors, self._plan
-        return [
-            flat[offset * self._block :][: self._block * round_up(layer.p, 16)].view(self._block, -1)[:size, : layer.p]
-            for offset, layer, size in zip(plan.short_offsets, plan.layers, self._block_sizes, strict=True)
-        ]
+        plan, block = self._plan, self._block
+        found = []
+        for offset, layer, size in zip(plan.short_offsets, plan.layers, self._block_sizes, strict=True):
+            rows = self._vectors[offset * block :][: block * tables.round_up(layer.p, 16)].view(block, -1)
+            found.append(rows[:size, : layer.p])
+        return found
 
     @_uncompiled
     @torch.no_grad()
@@ -214,13 +198,12 @@ class GpuIteration:
         self._update(grads)
         return self._value[0]
 
-    def _plan_for(self, layers: list[Layer]) -> None:
+    def _plan_for(self, layers: list[tables.Layer]) -> None:
         """Make the tables of the weights' layouts and put them on the device."""
-        on_gpu = self.device.type == "cuda"
-        processors = (
-            torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else DEFAULT_PROCESSORS
-        )
-        self._plan = plan = Plan(layers, self._block_sizes, self.dtype.itemsize, processors)
+        processors = tables.DEFAULT_PROCESSORS
+        if self.device.type == "cuda":
+            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self._plan = plan = tables.Plan(layers, self._block_sizes, self.dtype.itemsize, processors)
         self._table, self._strips, self._tasks = (x.to(self.device) for x in (plan.table, plan.strips, plan.tasks))
         self._partials = torch.empty(plan.n_partial, device=self.device)
         self._scales = torch.empty(plan.n_strips * self._block, device=self.device)
@@ -279,12 +262,12 @@ class GpuIteration:
                 f"Expected weights of shapes {self._shapes} in {self.dtype}, got {[tuple(w.shape) for w in weights]} "
                 f"in {weights[0].dtype}: make a new object for other weights."
             )
-        layers = [describe(weight, self._block) for weight in weights]
+        layers = [tables.describe(weight, self._block) for weight in weights]
         if layers != self._plan.layers:
             self._plan_for(layers)
         self._refresh("weights", seen, [weight.data_ptr() for weight in weights])
 
-    def _look_at_gradients(self, grads: Sequence[Tensor | None]) -> tuple[GradientPlan, Tensor, Tensor]:
+    def _look_at_gradients(self, grads: Sequence[Tensor | None]) -> tuple[tables.GradientPlan, Tensor, Tensor]:
         seen = [None if grad is None else (grad.data_ptr(), grad.stride(), grad.dtype) for grad in grads]
         if seen != self._seen["grads"]:
             self._refuse_in_capture("gradients")
@@ -292,7 +275,7 @@ class GpuIteration:
                 None if grad is None else (grad.stride(), grad.dtype, grad.data_ptr() % 16 == 0) for grad in grads
             )
             if key not in self._gradient_plans:
-                plan = GradientPlan(grads, self._offsets(left=True), self._offsets(left=False))
+                plan = tables.GradientPlan(grads, self._offsets(left=True), self._offsets(left=False))
                 self._gradient_plans[key] = (plan, plan.table.to(self.device), plan.tiles.to(self.device))
             self._gradient_key = key
             self._refresh("grads", seen, [0 if grad is None else grad.data_ptr() for grad in grads])
@@ -324,13 +307,13 @@ class GpuIteration:
                     self._scales, num_warps=WARPS,
                     **sweep_constants(self.dtype, block, plan.configs[0 if aligned else 1], aligned, only_t),
                 )  # fmt: skip
-        sizes = {"R": block, "BC": columns_at_a_time(block), "SHORT": SHORT_TASK}
+        sizes = {"R": block, "BC": columns_at_a_time(block), "SHORT": tables.SHORT_TASK}
         long_vectors, short_vectors = self._singular[: plan.n_long], self._singular[plan.n_long :]
         tasks = self._tasks[plan.n_short_tasks :] if only_t else self._tasks
         grams = self._grams[plan.n_short_tasks :] if only_t else self._grams
         kernels.reduce[(len(tasks),)](
             self._table, tasks, self._images, self._partials, self._scales, self._rows_z, self._layer_scales, grams,
-            LONG=LONG_TASK, num_warps=WARPS, **sizes,
+            LONG=tables.LONG_TASK, num_warps=WARPS, **sizes,
         )  # fmt: skip
         kernels.solve[(len(plan.layers),)](
             self._table, self._grams, self._layer_scales, self._rotations, self._scalars, self._sigma,
@@ -338,8 +321,8 @@ class GpuIteration:
         )  # fmt: skip
         kernels.form[(len(self._tasks),)](
             self._table, self._tasks, self._images, self._rows_z, self._rotations, self._scalars, self._vectors,
-            self._rows_y, long_vectors, short_vectors, self._grams, LONG=LONG_TASK, ONLY_T=only_t, num_warps=WARPS,
-            **sizes,
+            self._rows_y, long_vectors, short_vectors, self._grams, LONG=tables.LONG_TASK, ONLY_T=only_t,
+            num_warps=WARPS, **sizes,
         )  # fmt: skip
         if block > 1 and not only_t:
             kernels.orthonormalise[(plan.n_short_tasks,)](
@@ -350,7 +333,7 @@ class GpuIteration:
     def _update(self, grads: Sequence[Tensor | None]) -> None:
         kernels = self._kernels()
         plan, table, tiles = self._look_at_gradients(grads)
-        height, width = RANK_ONE_TILE
+        height, width = tables.RANK_ONE_TILE
         with self._on_device():
             for (dtype, aligned), (begin, end) in plan.classes.items():
                 kernels.rank_one[(end - begin,)](
@@ -374,7 +357,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def sweep_constants(
-    dtype: torch.dtype, block: int, tiles: Sequence[Tile], aligned: bool, only_t: bool
+    dtype: torch.dtype, block: int, tiles: Sequence[tables.Tile], aligned: bool, only_t: bool
 ) -> dict[str, Any]:
     """Return the compile-time arguments of the sweep kernel."""
     return {

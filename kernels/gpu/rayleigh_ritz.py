@@ -141,8 +141,19 @@ def _diagonal(matrix, R: tl.constexpr):
 
 
 @triton.jit
-def _largest_diagonal(matrix, R: tl.constexpr):
-    return tl.max(_diagonal(matrix, R), axis=0)
+def _unit_rows(gram, R: tl.constexpr):
+    """Return the Gram matrix of the rows divided by their lengths, and the diagonal matrix of one over these lengths.
+
+    Rows of zeros pad a narrow block; a unit diagonal lets them pass through and stay zero.
+    """
+    i = tl.arange(0, R)
+    same = i[:, None] == i[None, :]
+    down = _diagonal(gram, R)
+    across = tl.sum(tl.where(same, gram, 0.0), axis=0)
+    down = tl.where(down > 0, 1.0 / tl.sqrt(tl.where(down > 0, down, 1.0)), 0.0)
+    across = tl.where(across > 0, 1.0 / tl.sqrt(tl.where(across > 0, across, 1.0)), 0.0)
+    unit = tl.where(same, 1.0, gram * down[:, None] * across[None, :])
+    return unit, tl.where(same, across[None, :] + 0.0 * down[:, None], 0.0)
 
 
 @triton.jit
@@ -152,16 +163,10 @@ def _smallest_pivot(gram, rotation, trace, size, R: tl.constexpr):
     It is zero where a row is so much shorter than the longest one that its length is lost in rounding.
     """
     i = tl.arange(0, R)
-    same = i[:, None] == i[None, :]
     half = tl.sum(rotation[:, :, None] * gram[None, :, :], axis=1)
     rotated = tl.sum(half[:, None, :] * rotation[None, :, :], axis=2)
-    down = tl.sum(tl.where(same, rotated, 0.0), axis=1)
-    across = tl.sum(tl.where(same, rotated, 0.0), axis=0)
-    shortest = tl.min(tl.where(i < size, down, trace), axis=0)
-    down = tl.where(down > 0, 1.0 / tl.sqrt(tl.where(down > 0, down, 1.0)), 0.0)
-    across = tl.where(across > 0, 1.0 / tl.sqrt(tl.where(across > 0, across, 1.0)), 0.0)
-    # A unit diagonal lets the rows of zeros that pad a narrow block pass.
-    rest = tl.where(same, 1.0, rotated * down[:, None] * across[None, :])
+    shortest = tl.min(tl.where(i < size, _diagonal(rotated, R), trace), axis=0)
+    rest = _unit_rows(rotated, R)[0]
     smallest = tl.where(shortest > trace * NOISE, 1.0, 0.0).to(tl.float64)
     for j in range(R):
         column = tl.sum(tl.where(i[None, :] == j, rest, 0.0), axis=1)
@@ -204,7 +209,7 @@ def solve(
         # The matrix is symmetric, so rows times rows is its square, symmetric again to the last bit.
         power = tl.sum(power[:, None, :] * power[None, :, :], axis=2)
         # One division for all: as many as there are elements would cost registers, and spill some.
-        power = power * (1.0 / _largest_diagonal(power, R))
+        power = power * (1.0 / tl.max(_diagonal(power, R), axis=0))
     diagonal = _diagonal(power, R)
     best = tl.min(tl.where(diagonal == tl.max(diagonal, axis=0), i, R), axis=0)
     x = tl.sum(tl.where(i[None, :] == best, power, 0.0), axis=1)
@@ -346,15 +351,8 @@ def orthonormalise(
     row = layers + layer.to(tl.int64) * N_COLUMNS
     if tl.load(scalars + layer * N_SCALARS + USABLE) > 0:
         i = tl.arange(0, R)
-        same = i[:, None] == i[None, :]
         gram = _sum_of_grams(grams, tl.load(row + SHORT_BEGIN).to(tl.int32), tl.load(row + SHORT_END).to(tl.int32), R)
-        down = tl.sum(tl.where(same, gram, 0.0), axis=1)
-        across = tl.sum(tl.where(same, gram, 0.0), axis=0)
-        # Rows of zeros pad a narrow block; a unit diagonal lets them pass through and stay zero.
-        down = tl.where(down > 0, 1.0 / tl.sqrt(tl.where(down > 0, down, 1.0)), 0.0)
-        across = tl.where(across > 0, 1.0 / tl.sqrt(tl.where(across > 0, across, 1.0)), 0.0)
-        gram = tl.where(same, 1.0, gram * down[:, None] * across[None, :])
-        inverse = tl.where(same, across[None, :] + 0.0 * down[:, None], 0.0)
+        gram, inverse = _unit_rows(gram, R)
         for j in range(R):
             column = tl.sum(tl.where(i[None, :] == j, gram, 0.0), axis=1)
             line = tl.sum(tl.where(i[:, None] == j, gram, 0.0), axis=0)

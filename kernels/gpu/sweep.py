@@ -35,13 +35,18 @@ ORIENT_P: tl.constexpr = tl.constexpr(0)
 ORIENT_Q: tl.constexpr = tl.constexpr(1)
 
 
+# Arguments that go together: `weight` is (base, q_stride), a layer's matrix; `memory` is (v_ptr, ld, t_ptr,
+# partial_ptr, scale_ptr), where its block is read and its results are written; TILE holds the fields of tables.Tile.
+
+
 @triton.jit
-def _tile(
-    base, i, i1, c, p, q_stride, p_stride, U: tl.constexpr, BA: tl.constexpr, BP: tl.constexpr, ORIENT: tl.constexpr
-):
+def _tile(weight, i, i1, c, p, p_stride, TILE: tl.constexpr):
     """Load rows [i, i + U BA) and columns [c, c + BP) of A as (U, BA, BP), row i + ba U + u; zeros beyond i1 and p."""
-    rows = i + tl.arange(0, U)[:, None] + tl.arange(0, BA)[None, :] * U
-    cols = c + tl.arange(0, BP)
+    base, q_stride = weight
+    U: tl.constexpr = TILE[1]
+    ORIENT: tl.constexpr = TILE[5]
+    rows = i + tl.arange(0, U)[:, None] + tl.arange(0, TILE[3])[None, :] * U
+    cols = c + tl.arange(0, TILE[0])
     mask = (rows < i1)[:, :, None] & (cols < p)[None, None, :]
     # A literal stride of one is what tells the compiler which axis may be loaded 128 bits at a time.
     if ORIENT == ORIENT_P:
@@ -98,26 +103,16 @@ def _reciprocal(bits):
 
 @triton.jit
 def _advance(
-    tile,
-    i,
-    first: tl.constexpr,
-    step: tl.constexpr,
-    U: tl.constexpr,
-    i1,
-    p,
-    ld,
-    v_ptr,
-    t_ptr,
-    sums,
-    tops,
-    R: tl.constexpr,
-    RG: tl.constexpr,
-    ONLY_T: tl.constexpr,
+    tile, i, first: tl.constexpr, i1, p, memory, sums, tops, R: tl.constexpr, TILE: tl.constexpr, ONLY_T: tl.constexpr
 ):
     """Take the slices u = first, first + step, .. of a tile of U: store their images, add to the sums of all groups.
 
     The block is read again for every tile, from L1: held in registers beside the sums it would spill.
     """
+    v_ptr, ld, t_ptr, _, _ = memory
+    U: tl.constexpr = TILE[1]
+    RG: tl.constexpr = TILE[4]
+    step: tl.constexpr = U // tile.shape[0]
     BA: tl.constexpr = tile.shape[1]
     BP: tl.constexpr = tile.shape[2]
     rows = i + first + tl.arange(0, tile.shape[0])[:, None] * step + tl.arange(0, BA)[None, :] * U
@@ -146,27 +141,15 @@ def _advance(
 
 @triton.jit
 def _one_pass(
-    base,
+    weight,
     i0,
     i1,
     p,
-    q_stride,
     p_stride,
     stride_ptr,
-    ld,
-    v_ptr,
-    t_ptr,
-    partial_ptr,
-    scale_ptr,
+    memory,
     R: tl.constexpr,
-    RG: tl.constexpr,
-    BP: tl.constexpr,
-    U: tl.constexpr,
-    US: tl.constexpr,
-    BA: tl.constexpr,
-    ORIENT: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
     VEC: tl.constexpr,
     ONLY_T: tl.constexpr,
 ):
@@ -175,6 +158,12 @@ def _one_pass(
     The tile is worked off in slices of US rows and groups of RG vectors, which bounds the dot products that are alive
     at a time: their sums over BP are what fills the registers.
     """
+    _, ld, _, partial_ptr, scale_ptr = memory
+    BP: tl.constexpr = TILE[0]
+    U: tl.constexpr = TILE[1]
+    BA: tl.constexpr = TILE[3]
+    RG: tl.constexpr = TILE[4]
+    PREFETCH: tl.constexpr = TILE[6]
     sums = ()
     tops = ()
     for _ in tl.static_range(R // RG):
@@ -182,26 +171,24 @@ def _one_pass(
         tops = tops + (tl.full([], LOWEST, tl.int32),)
     next_stride = p_stride
     if PREFETCH:
-        ahead = _tile(base, i0, i1, 0, p, q_stride, p_stride, U, BA, BP, ORIENT)
+        ahead = _tile(weight, i0, i1, 0, p, p_stride, TILE)
     for i in range(i0, i1, U * BA):
-        if ORIENT == ORIENT_Q:
+        if TILE[5] == ORIENT_Q:
             # The stride goes through memory so that the compiler cannot hoist the addresses of all BP columns out of
             # the loop: at p = 8192 they alone would take 64 registers a thread.
             p_stride = next_stride
-            next_stride = tl.load(stride_ptr, volatile=True)
-            if ALIGNED:
-                next_stride = tl.multiple_of(next_stride, VEC)
+            next_stride = tl.multiple_of(tl.load(stride_ptr, volatile=True), VEC)
         if PREFETCH:
             tile = ahead
-            ahead = _tile(base, i + U * BA, i1, 0, p, q_stride, p_stride, U, BA, BP, ORIENT)
+            ahead = _tile(weight, i + U * BA, i1, 0, p, p_stride, TILE)
         else:
-            tile = _tile(base, i, i1, 0, p, q_stride, p_stride, U, BA, BP, ORIENT)
-        if US == U:
-            sums, tops = _advance(tile, i, 0, 1, U, i1, p, ld, v_ptr, t_ptr, sums, tops, R, RG, ONLY_T)
+            tile = _tile(weight, i, i1, 0, p, p_stride, TILE)
+        if TILE[2] == U:
+            sums, tops = _advance(tile, i, 0, i1, p, memory, sums, tops, R, TILE, ONLY_T)
         else:
             even, odd = _halves(tile)
-            sums, tops = _advance(even, i, 0, 2, U, i1, p, ld, v_ptr, t_ptr, sums, tops, R, RG, ONLY_T)
-            sums, tops = _advance(odd, i, 1, 2, U, i1, p, ld, v_ptr, t_ptr, sums, tops, R, RG, ONLY_T)
+            sums, tops = _advance(even, i, 0, i1, p, memory, sums, tops, R, TILE, ONLY_T)
+            sums, tops = _advance(odd, i, 1, i1, p, memory, sums, tops, R, TILE, ONLY_T)
     if not ONLY_T:
         cols = tl.arange(0, BP)
         for g in tl.static_range(R // RG):
@@ -214,30 +201,16 @@ def _one_pass(
 
 
 @triton.jit
-def _two_pass(
-    base,
-    i0,
-    i1,
-    p,
-    q_stride,
-    p_stride,
-    ld,
-    v_ptr,
-    t_ptr,
-    partial_ptr,
-    scale_ptr,
-    R: tl.constexpr,
-    RG: tl.constexpr,
-    BP: tl.constexpr,
-    U: tl.constexpr,
-    BA: tl.constexpr,
-    ORIENT: tl.constexpr,
-    ONLY_T: tl.constexpr,
-):
+def _two_pass(weight, i0, i1, p, p_stride, memory, R: tl.constexpr, TILE: tl.constexpr, ONLY_T: tl.constexpr):
     """Rows [i0, i1) of one layer of any width, U BA rows at a time: T from a first read, Z from a second right after.
 
     The partial sum lives in memory (L2); this program alone writes it, and reads it back behind a barrier.
     """
+    v_ptr, ld, t_ptr, partial_ptr, scale_ptr = memory
+    BP: tl.constexpr = TILE[0]
+    U: tl.constexpr = TILE[1]
+    BA: tl.constexpr = TILE[3]
+    RG: tl.constexpr = TILE[4]
     tops = ()
     for _ in tl.static_range(R // RG):
         tops = tops + (tl.full([], LOWEST, tl.int32),)
@@ -247,7 +220,7 @@ def _two_pass(
         for _ in tl.static_range(R // RG):
             images = images + (tl.zeros([U, RG, BA], tl.float32),)
         for c in range(0, p, BP):
-            weights = _tile(base, i, i1, c, p, q_stride, p_stride, U, BA, BP, ORIENT).to(tl.float32)
+            weights = _tile(weight, i, i1, c, p, p_stride, TILE).to(tl.float32)
             new_images = ()
             for g in tl.static_range(R // RG):
                 v = _block_rows(v_ptr, g, c, p, ld, RG, BP)
@@ -265,7 +238,7 @@ def _two_pass(
         tops = new_tops
         if not ONLY_T:
             for c in range(0, p, BP):
-                weights = _tile(base, i, i1, c, p, q_stride, p_stride, U, BA, BP, ORIENT).to(tl.float32)
+                weights = _tile(weight, i, i1, c, p, p_stride, TILE).to(tl.float32)
                 cols = c + tl.arange(0, BP)
                 for g in tl.static_range(R // RG):
                     k = g * RG + tl.arange(0, RG)
@@ -319,29 +292,25 @@ def sweep(
         base = tl.multiple_of(base, 16)
     for n in tl.static_range(len(CONFIGS)):
         if config == n:
-            BP: tl.constexpr = CONFIGS[n][0]
-            ORIENT: tl.constexpr = CONFIGS[n][5]
+            TILE: tl.constexpr = CONFIGS[n]
             # A hint belongs to the operation that made the number, in all branches: each branch loads its own.
             begin = tl.load(strip + 1)
             end = tl.load(strip + 2)
             width = tl.load(row + P).to(tl.int32)
             q_step = tl.load(row + Q_STRIDE)
             p_step = tl.load(row + P_STRIDE)
-            if ALIGNED and ORIENT == ORIENT_Q:
+            if ALIGNED and TILE[5] == ORIENT_Q:
                 begin = tl.multiple_of(begin, VEC)
                 end = tl.multiple_of(end, VEC)
                 p_step = tl.multiple_of(p_step, VEC)
             elif ALIGNED:
                 width = tl.multiple_of(width, VEC)
                 q_step = tl.multiple_of(q_step, VEC)
-            if CONFIGS[n][7]:
-                _two_pass(
-                    base, begin, end, width, q_step, p_step, ld, v_ptr, t_ptr, partial_ptr, scale_ptr,
-                    R, CONFIGS[n][4], BP, CONFIGS[n][1], CONFIGS[n][3], ORIENT, ONLY_T,
-                )  # fmt: skip
+            weight = base, q_step
+            memory = v_ptr, ld, t_ptr, partial_ptr, scale_ptr
+            if TILE[7]:
+                _two_pass(weight, begin, end, width, p_step, memory, R, TILE, ONLY_T)
             else:
                 _one_pass(
-                    base, begin, end, width, q_step, p_step, row + P_STRIDE, ld, v_ptr, t_ptr, partial_ptr, scale_ptr,
-                    R, CONFIGS[n][4], BP, CONFIGS[n][1], CONFIGS[n][2], CONFIGS[n][3], ORIENT, CONFIGS[n][6],
-                    ALIGNED, VEC, ONLY_T,
-                )  # fmt: skip
+                    weight, begin, end, width, p_step, row + P_STRIDE, memory, R, TILE, VEC if ALIGNED else 1, ONLY_T
+                )

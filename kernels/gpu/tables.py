@@ -77,11 +77,6 @@ class Traffic(NamedTuple):
     gradients_written: int
     scratch: int
 
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return sum(self)
-
 
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
@@ -242,23 +237,20 @@ class Plan:
 
     def traffic(self) -> Traffic:
         """Return the bytes of one iteration and one rank-one update with gradients of the weights' dtype."""
-        elements = [layer.q * layer.p for layer in self.layers]
-        weights = sum(
-            count * (2 if layer.tile.two_pass else 1) for count, layer in zip(elements, self.layers, strict=True)
-        )
-        two_pass_blocks = 0
-        vectors = 0
+        elements = sum(layer.q * layer.p for layer in self.layers)
+        weights = elements
+        partials = vectors = 0
         strips_of = torch.bincount(self.strips[:, 0], minlength=len(self.layers)).tolist()
-        partials = sum(2 * n * layer.p for n, layer in zip(strips_of, self.layers, strict=True))
         for n_strips, layer in zip(strips_of, self.layers, strict=True):
+            # Partial sums are written and read: once a strip, or once a block of rows in two passes.
+            partials += 2 * layer.p * (-(-layer.q // layer.tile.height) if layer.tile.two_pass else n_strips)
             vectors += layer.p * n_strips
-            if layer.tile.two_pass:
-                two_pass_blocks += 2 * layer.p * (-(-layer.q // layer.tile.height) - n_strips)
+            weights += layer.q * layer.p if layer.tile.two_pass else 0
         # T is written once and read twice; Z and Y are written and read; V is read by `form` and written.
         short = sum(layer.p for layer in self.layers) * (6 if self.block > 1 else 4)
         long = 3 * sum(layer.q for layer in self.layers)
-        scratch = 4 * self.block * (partials + two_pass_blocks + vectors + short + long)
-        gradients = sum(elements) * self.itemsize
+        scratch = 4 * self.block * (partials + vectors + short + long)
+        gradients = elements * self.itemsize
         return Traffic(weights * self.itemsize, gradients, gradients, scratch)
 
 

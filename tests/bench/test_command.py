@@ -1,10 +1,9 @@
-import csv
 import json
 import sys
 
 import pytest
 import torch
-from support.contenders import SMALL_CONVOLUTIONS
+from support.contenders import SMALL_CONVOLUTIONS, csv_rows
 
 from lightning_lip import bench as package
 from lightning_lip import cli
@@ -33,30 +32,16 @@ def test_the_command_writes_tables_document_and_plots(small_run, tmp_path, capsy
     assert [model["model"] for model in document["models"]] == ["paper", "mnist"]
     assert document["versions"]["torch"] == torch.__version__
     assert (document["machine"]["threads"], document["machine"]["device"]) == (1, "cpu")
-    lines = [line for line in (out / "steps.csv").read_text().splitlines() if not line.startswith("#")]
-    rows = list(csv.DictReader(lines))
-    assert set(rows[0]) == {
-        *(
-            "model",
-            "model_title",
-            "batch_size",
-            "n_layers",
-            "n_weights",
-            "n_parameters",
-            "has_convolutions",
-            "floor_ms",
-        ),
-        *("contender", "title", "operator", "vectors", "n_blocks", "step_ms_p20", "step_ms_p50", "step_ms_p80"),
-        *("ratio_p20", "ratio_p50", "ratio_p80", "added_ms_p20", "added_ms_p50", "added_ms_p80", "own_ms", "share"),
-        *("held_bytes", "peak_bytes", "allowed_bytes", "error_max", "error_median", "guarantee"),
-    }
+    rows, _ = csv_rows(out / "steps.csv")
+    of_model = "model model_title batch_size n_layers n_weights n_parameters has_convolutions floor_ms"
+    of_row = "contender title operator vectors n_blocks own_ms share held_bytes peak_bytes allowed_bytes error_max"
+    spread = [f"{what}_p{p}" for what in ("step_ms", "ratio", "added_ms") for p in (20, 50, 80)]
+    assert set(rows[0]) == {*of_model.split(), *of_row.split(), "error_median", "guarantee", *spread}
     found = {(row["model"], row["contender"]): row for row in rows}
     expected = [peer.name for peer in peers.PEERS if not peer.missing()]
     assert [name for model, name in found if model == "mnist"] == ["plain", *expected]
-    convolutional = {peer.name for peer in peers.PEERS if peer.for_convolutions}
-    assert [name for model, name in found if model == "paper"] == [
-        name for name in ["plain", *expected] if name not in convolutional
-    ]
+    dense = [peer.name for peer in peers.PEERS if not (peer.missing() or peer.for_convolutions)]
+    assert [name for model, name in found if model == "paper"] == ["plain", *dense]
     for key, row in found.items():
         assert float(row["step_ms_p20"]) <= float(row["step_ms_p50"]) <= float(row["step_ms_p80"])
         assert float(row["added_ms_p20"]) <= float(row["added_ms_p50"]) <= float(row["added_ms_p80"])
@@ -71,8 +56,7 @@ def test_the_command_writes_tables_document_and_plots(small_run, tmp_path, capsy
     assert found["mnist", "autograd_loop"]["operator"] == "true"
     # The kernel as a matrix is not the convolution.
     assert float(found["paper", "exact_svd"]["error_max"]) < 1e-5 < float(found["mnist", "exact_svd"]["error_max"])
-    growth = [line for line in (out / "growth.csv").read_text().splitlines() if not line.startswith("#")]
-    assert len(list(csv.DictReader(growth))) == 2 * len(run.QUICK_SIZES)
+    assert len(csv_rows(out / "growth.csv")[0]) == 2 * len(run.QUICK_SIZES)
     assert document["figures"] == ["steps.png", "growth_depth.png", "growth_width.png"]
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in document["figures"])
     assert "small convolutions; batch 4, 3 layers penalised" in shown

@@ -1,5 +1,7 @@
 """Small models for the benchmark's tests, and the true norm of a layer."""
 
+import csv
+
 import torch
 from torch import nn
 
@@ -24,8 +26,15 @@ SMALL_MLP = BenchModel("a small MLP", lambda: mlp(6, 8, 7, 3), (6,), 4)
 SMALL_CONVOLUTIONS = BenchModel("small convolutions", small_convolutions, (2, 6, 6), 4, n_classes=5)
 
 
+def csv_rows(path):
+    """Return the rows of a table by column, and the comment lines above them."""
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    return list(csv.DictReader(lines[len(comments) :])), comments
+
+
 def peer_named(name):
-    return next(peer for peer in peers.PEERS if peer.name == name)
+    return next(peer for peer in (peers.PLAIN_PEER, *peers.PEERS) if peer.name == name)
 
 
 def dense_norm(layer, shape):

@@ -5,6 +5,7 @@ Everything that is compiled by Numba imports this module.
 
 from __future__ import annotations
 
+import inspect
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -38,56 +39,29 @@ def compiled(function: _F) -> _F:
     return cast(_F, numba.njit(fastmath=flags, nogil=True, error_model="numpy")(function))
 
 
-def _pointer_to(element: Any) -> Any:
+def _view_of(element: Any) -> Any:
+    """Return a compiled function ``(address, size)``: the numbers there, as an array that shares their memory."""
+
     def cast_address(context: Any, address: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
         return types.CPointer(element)(address), generate
 
-    return intrinsic(cast_address)
+    pointer = intrinsic(cast_address)
 
+    @compiled
+    def view(address: int, size: int) -> Any:
+        return numba.carray(pointer(address), (size,))
 
-_to_f32 = _pointer_to(types.float32)
-_to_f64 = _pointer_to(types.float64)
-_to_i64 = _pointer_to(types.int64)
-_to_u32 = _pointer_to(types.uint32)
-_to_u16 = _pointer_to(types.uint16)
-
-
-@compiled
-def f32(address: int, size: int) -> F32:
-    """Return the `size` fp32 numbers at an address as an array that shares their memory."""
-    view: F32 = numba.carray(_to_f32(address), (size,))
     return view
 
 
-@compiled
-def f64(address: int, size: int) -> F64:
-    """Return the `size` fp64 numbers at an address as an array that shares their memory."""
-    view: F64 = numba.carray(_to_f64(address), (size,))
-    return view
-
-
-@compiled
-def i64(address: int, size: int) -> I64:
-    """Return the `size` int64 numbers at an address as an array that shares their memory."""
-    view: I64 = numba.carray(_to_i64(address), (size,))
-    return view
-
-
-@compiled
-def u16(address: int, size: int) -> NDArray[np.uint16]:
-    """Return the `size` uint16 numbers at an address as an array that shares their memory."""
-    view: NDArray[np.uint16] = numba.carray(_to_u16(address), (size,))
-    return view
-
-
-@compiled
-def u32(address: int, size: int) -> NDArray[np.uint32]:
-    """Return the `size` uint32 numbers at an address as an array that shares their memory."""
-    view: NDArray[np.uint32] = numba.carray(_to_u32(address), (size,))
-    return view
+f32: Callable[[int, int], F32] = _view_of(types.float32)
+f64: Callable[[int, int], F64] = _view_of(types.float64)
+i64: Callable[[int, int], I64] = _view_of(types.int64)
+u16: Callable[[int, int], NDArray[np.uint16]] = _view_of(types.uint16)
+u32: Callable[[int, int], NDArray[np.uint32]] = _view_of(types.uint32)
 
 
 LANES = 8
@@ -163,16 +137,16 @@ class Emitter:
         return cgutils.for_range(self.builder, count, intp=INT)
 
 
-def emitted(n_arguments: int, emit: Callable[..., Any], result: Any = types.void) -> Any:
-    """Return a function of `n_arguments` int64 for compiled code, whose instructions `emit` writes."""
+def emitted(emit: Callable[..., Any], result: Any = types.void) -> Any:
+    """Return a function for compiled code, whose instructions `emit` writes; all its arguments are int64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = emit(Emitter(builder), *arguments)
         return context.get_dummy_value() if value is None else value
 
-    names = ", ".join(f"a{i}" for i in range(n_arguments))
-    signature = result(*[types.int64] * n_arguments)
+    _, *names = inspect.signature(emit).parameters
+    signature = result(*[types.int64] * len(names))
     # `intrinsic` looks at the number of parameters.
-    typed = eval(f"lambda context, {names}: found", {"found": (signature, generate)})
-    typed.__name__ = emit.__name__
+    typed = eval(f"lambda context, {', '.join(names)}: found", {"found": (signature, generate)})
+    typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
     return intrinsic(typed)

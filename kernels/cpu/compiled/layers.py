@@ -37,7 +37,7 @@ import numpy as np
 
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import I64, compiled, f32, f64, i64, sources_checksum
-from lightning_lip.kernels.cpu.compiled.products import band_width, form_images, form_products, update
+from lightning_lip.kernels.cpu.compiled.products import band_width, form_images, form_products, row_of, update
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import finish
 from lightning_lip.kernels.penalties import PENALTY_CODES, PRODUCT_CAP
@@ -53,7 +53,7 @@ def _work(header: I64, task: int, small: int, band: int) -> None:
     if what == at.UPDATE:
         update(header, layer, band, begin, end)
         return
-    row = i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+    row = row_of(header, layer)
     if not row[at.AGAIN]:
         return
     weight = i64(header[at.ADDRESSES], header[at.LAYERS])[layer]
@@ -89,7 +89,7 @@ def _run_phase(header: I64, phase: int) -> None:
 @compiled
 def _iterate_layer(header: I64, layer: int) -> None:
     """Iterate one layer in this thread: some rows serve T and Z while they lie in the cache."""
-    row = i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+    row = row_of(header, layer)
     weight = i64(header[at.ADDRESSES], header[at.LAYERS])[layer]
     p, q, band = row[at.P], row[at.Q], header[at.BAND]
     step = band_width(p) if row[at.WEIGHT_ALONG] else 8
@@ -112,14 +112,14 @@ def _iterate(header: I64) -> None:
             _iterate_layer(header, layer)
         return
     for layer in range(header[at.LAYERS]):
-        i64(header[at.TABLE] + 8 * (at.N_FIELDS * layer + at.AGAIN), 1)[0] = 1
-    n_left = 1
-    while n_left:
+        row_of(header, layer)[at.AGAIN] = 1
+    again = True
+    while again:
         for phase in range(header[at.N_PHASES] - 1):
             _run_phase(header, phase)
-        n_left = 0
+        again = False
         for layer in range(header[at.LAYERS]):
-            n_left += i64(header[at.TABLE] + 8 * (at.N_FIELDS * layer + at.AGAIN), 1)[0]
+            again |= row_of(header, layer)[at.AGAIN] != 0
 
 
 @compiled
@@ -132,7 +132,7 @@ def _weigh(header: I64, code: int, target_log: float, factor: float) -> None:
     # called is a page of code that is not fetched: at four small layers that shows.
     log_bound, product, value = 0.0, 1.0, 0.0
     for layer in range(n_layers):
-        for _ in range(i64(header[at.TABLE] + 8 * (at.N_FIELDS * layer + at.MULTIPLICITY), 1)[0]):
+        for _ in range(row_of(header, layer)[at.MULTIPLICITY]):
             product *= sigma[layer]
             value += sigma[layer] if code == LAYER_SUM else sigma[layer] * sigma[layer]
             if not 1e-100 < product < 1e100:
@@ -158,7 +158,7 @@ def _weigh(header: I64, code: int, target_log: float, factor: float) -> None:
     elif code == LOG:
         value = log_bound
     for layer in range(n_layers):
-        count = i64(header[at.TABLE] + 8 * (at.N_FIELDS * layer + at.MULTIPLICITY), 1)[0]
+        count = row_of(header, layer)[at.MULTIPLICITY]
         change = slope / sigma[layer]
         if code == LAYER_SUM:
             change = 1.0
@@ -192,7 +192,7 @@ def entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
             _run_phase(header, header[at.N_PHASES] - 1)
             return
         for layer in range(header[at.LAYERS]):
-            row = i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+            row = row_of(header, layer)
             update(header, layer, header[at.BAND], 0, row[at.Q])
 
     def thread(header_address: int) -> None:

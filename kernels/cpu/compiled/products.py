@@ -16,6 +16,12 @@ def band_width(p: int) -> int:
 
 
 @compiled
+def row_of(header: I64, layer: int) -> I64:
+    """Return a layer's row of the table."""
+    return i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+
+
+@compiled
 def _widen(target: int, source: int, size: int) -> None:
     """Copy `size` bf16 numbers to fp32."""
     words, bits = u16(source, size), u32(target, size)
@@ -31,9 +37,10 @@ def copy(target: F32, source: F32) -> None:
 
 
 @compiled
-def _axpy(z: F32, s: np.float32, a: F32) -> None:
-    for j in range(z.size):
-        z[j] += s * a[j]
+def clear(target: F32) -> None:
+    """Write zeros one by one, for the same reason."""
+    for j in range(target.size):
+        target[j] = 0
 
 
 @compiled
@@ -72,7 +79,9 @@ def _add_axpys(a: int, ld: int, rows: int, size: int, x: F32, out: F32) -> None:
         for j in range(size):
             out[j] += s0 * a0[j] + s1 * a1[j] + s2 * a2[j] + s3 * a3[j]
     for i in range(fours, rows):
-        _axpy(out, x[i], f32(a + 4 * ld * i, size))
+        a0 = f32(a + 4 * ld * i, size)
+        for j in range(size):
+            out[j] += x[i] * a0[j]
 
 
 @compiled
@@ -109,8 +118,7 @@ def form_images(row: I64, weight: int, scale: np.float32, band: int, begin: int,
     p, lanes, ld, bf16 = row[at.P], row[at.LANES], row[at.WEIGHT_LD], row[at.WEIGHT_BF16]
     size = 2 if bf16 else 4
     images = f32(row[at.IMAGES] + 4 * lanes * begin, lanes * (end - begin))
-    for j in range(images.size):
-        images[j] = 0
+    clear(images)
     along = row[at.WEIGHT_ALONG]
     step = band_width(p) if along else 8
     for i in range(begin, end, step):
@@ -134,9 +142,7 @@ def form_products(row: I64, weight: int, band: int, begin: int, end: int, first:
     size = 2 if bf16 else 4
     products = row[at.PRODUCTS] + 4 * lanes * first
     if begin == 0:
-        cleared = f32(products, lanes * (last - first))
-        for j in range(cleared.size):
-            cleared[j] = 0
+        clear(f32(products, lanes * (last - first)))
     along = row[at.WEIGHT_ALONG]
     step = band_width(p) if along else 8
     for i in range(begin, end, step):
@@ -164,7 +170,7 @@ def update(header: I64, layer: int, band: int, begin: int, end: int) -> None:
     """Add ``c u v^T`` to a gradient that has an address, in fp32, rounded once: rows `begin` to `end` of q."""
     n_layers = header[at.LAYERS]
     coefficient = f32(header[at.COEFFICIENTS], n_layers)[layer]
-    row = i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+    row = row_of(header, layer)
     grad, ld, bf16 = i64(header[at.ADDRESSES], 2 * n_layers)[n_layers + layer], row[at.GRAD_LD], row[at.GRAD_BF16]
     if grad == 0 or coefficient == 0:
         return

@@ -1,11 +1,12 @@
 """Loops over registers of eight numbers, for the compiled CPU kernels.
 
-Numba has no vector types. The few loops that must run in registers are written in LLVM's own terms by the functions
-named ``_build_*``; to compiled code each is a function of addresses, counts and leading dimensions, all int64.
+Numba has no vector types. The few loops that must run in registers are written here in LLVM's own terms. To compiled
+code each is a function of addresses, counts and leading dimensions, all int64.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -41,7 +42,7 @@ def _build_dots(n_rows: int) -> Any:
             target = e.at(out, e.builder.mul(out_ld, INT(k)))
             e.store(e.add(e.load(target, VECTOR), e.builder.load(total)), target)
 
-    return emitted(8, dots)
+    return emitted(dots)
 
 
 def _build_axpys(n_rows: int) -> Any:
@@ -60,7 +61,7 @@ def _build_axpys(n_rows: int) -> Any:
                 chains[k % 2] = e.add(chains[k % 2], term)
             e.store(e.add(*chains), target)
 
-    return emitted(7, axpys)
+    return emitted(axpys)
 
 
 dots8, dots1 = _build_dots(8), _build_dots(1)
@@ -71,124 +72,92 @@ axpys8, axpys1 = _build_axpys(8), _build_axpys(1)
 """Add ``A^T X`` to `out`: A (8 or 1, size), X (8 or 1, 8), out (size, 8)."""
 
 
-def _build_gram() -> Any:
-    def gram(e: Emitter, x: Any, y: Any, ld: Any, size: Any, out: Any, out_ld: Any) -> None:
-        sums = e.variables(WIDE, LANES)
-        with e.for_range(size) as loop:
-            offset = e.builder.mul(loop.index, ld)
-            vector = e.builder.fpext(e.load(e.at(y, offset), VECTOR), WIDE)
-            for k, total in enumerate(sums):
-                factor = e.builder.fpext(e.load(e.at(x, offset, INT(k)), FLOAT), DOUBLE)
-                e.add_to(total, e.mul(e.splat(factor, WIDE), vector))
+@emitted
+def write_gram(e: Emitter, x: Any, y: Any, ld: Any, size: Any, out: Any, out_ld: Any) -> None:
+    """Write ``X^T Y`` in fp64 to `out` (8, 8): X and Y (size, 8) in fp32 with one leading dimension."""
+    sums = e.variables(WIDE, LANES)
+    with e.for_range(size) as loop:
+        offset = e.builder.mul(loop.index, ld)
+        vector = e.builder.fpext(e.load(e.at(y, offset), VECTOR), WIDE)
         for k, total in enumerate(sums):
-            e.store(e.builder.load(total), e.at(out, e.builder.mul(out_ld, INT(k)), size=8))
-
-    return emitted(6, gram)
-
-
-write_gram = _build_gram()
-"""Write ``X^T Y`` in fp64 to `out` (8, 8): X and Y (size, 8) in fp32 with one leading dimension."""
+            factor = e.builder.fpext(e.load(e.at(x, offset, INT(k)), FLOAT), DOUBLE)
+            e.add_to(total, e.mul(e.splat(factor, WIDE), vector))
+    for k, total in enumerate(sums):
+        e.store(e.builder.load(total), e.at(out, e.builder.mul(out_ld, INT(k)), size=8))
 
 
-def _build_combine() -> Any:
-    def combine(e: Emitter, x: Any, ld: Any, size: Any, weights: Any, out: Any) -> None:
-        factors = e.load(weights, VECTOR)
-        with e.for_range(size) as loop:
-            vector = e.mul(e.load(e.at(x, e.builder.mul(loop.index, ld)), VECTOR), factors)
-            target = e.at(out, loop.index)
-            e.store(e.add(e.load(target, FLOAT), e.sum_of(vector)), target)
-
-    return emitted(5, combine)
-
-
-add_columns = _build_combine()
-"""Add ``X w`` to `out` (size,): X (size, 8), w (8,) in fp32."""
+@emitted
+def add_columns(e: Emitter, x: Any, ld: Any, size: Any, weights: Any, out: Any) -> None:
+    """Add ``X w`` to `out` (size,): X (size, 8), w (8,) in fp32."""
+    factors = e.load(weights, VECTOR)
+    with e.for_range(size) as loop:
+        vector = e.mul(e.load(e.at(x, e.builder.mul(loop.index, ld)), VECTOR), factors)
+        target = e.at(out, loop.index)
+        e.store(e.add(e.load(target, FLOAT), e.sum_of(vector)), target)
 
 
-def _build_row_dots() -> Any:
-    def row_dots(e: Emitter, x: Any, y: Any, ld: Any, eights: Any, out: Any, out_ld: Any) -> None:
-        sums = e.variables(VECTOR, 16)
-        with e.for_range(eights) as loop:
-            column = e.builder.shl(loop.index, INT(3))
-            a, b = (
-                [e.load(e.at(rows, e.builder.mul(ld, INT(k)), column), VECTOR) for k in range(4)] for rows in (x, y)
-            )
-            for k, total in enumerate(sums):
-                e.add_to(total, e.mul(a[k // 4], b[k % 4]))
+@emitted
+def row_dots(e: Emitter, x: Any, y: Any, ld: Any, eights: Any, out: Any, out_ld: Any) -> None:
+    """Add ``X Y^T`` to `out` (4, 4) in fp64: X and Y (4, 8 n), rows with one leading dimension, summed in fp32."""
+    sums = e.variables(VECTOR, 16)
+    with e.for_range(eights) as loop:
+        column = e.builder.shl(loop.index, INT(3))
+        a, b = ([e.load(e.at(rows, e.builder.mul(ld, INT(k)), column), VECTOR) for k in range(4)] for rows in (x, y))
         for k, total in enumerate(sums):
-            target = e.at(out, e.builder.mul(out_ld, INT(k // 4)), INT(k % 4), size=8)
-            found = e.builder.fpext(e.sum_of(e.builder.load(total)), DOUBLE)
-            e.store(e.add(e.load(target, DOUBLE), found), target)
-
-    return emitted(6, row_dots)
-
-
-row_dots = _build_row_dots()
-"""Add ``X Y^T`` to `out` (4, 4) in fp64: X and Y (4, 8 n), rows with one leading dimension, summed in fp32."""
+            e.add_to(total, e.mul(a[k // 4], b[k % 4]))
+    for k, total in enumerate(sums):
+        target = e.at(out, e.builder.mul(out_ld, INT(k // 4)), INT(k % 4), size=8)
+        found = e.builder.fpext(e.sum_of(e.builder.load(total)), DOUBLE)
+        e.store(e.add(e.load(target, DOUBLE), found), target)
 
 
-def _build_mix_rows() -> Any:
-    def mix_rows(e: Emitter, x: Any, ld: Any, eights: Any, factors: Any, factors_ld: Any) -> None:
-        with e.for_range(eights) as loop:
-            column = e.builder.shl(loop.index, INT(3))
-            addresses = [e.at(x, e.builder.mul(ld, INT(k)), column) for k in range(LANES)]
-            rows = [e.load(address, VECTOR) for address in addresses]
-            for k, address in enumerate(addresses):
-                own = [e.load(e.at(factors, e.builder.mul(factors_ld, INT(k)), INT(j)), FLOAT) for j in range(LANES)]
-                terms = [e.mul(e.splat(factor, VECTOR), row) for factor, row in zip(own, rows, strict=True)]
-                # Two chains, as above.
-                even, odd = terms[:2]
-                for j in range(2, LANES, 2):
-                    even, odd = e.add(even, terms[j]), e.add(odd, terms[j + 1])
-                e.store(e.add(even, odd), address)
-
-    return emitted(5, mix_rows)
-
-
-mix_rows = _build_mix_rows()
-"""Replace X (8, 8 n), rows with a leading dimension, by ``F X`` for factors F (8, 8) with theirs."""
+@emitted
+def mix_rows(e: Emitter, x: Any, ld: Any, eights: Any, factors: Any, factors_ld: Any) -> None:
+    """Replace X (8, 8 n), rows with a leading dimension, by ``F X`` for factors F (8, 8) with theirs."""
+    with e.for_range(eights) as loop:
+        column = e.builder.shl(loop.index, INT(3))
+        addresses = [e.at(x, e.builder.mul(ld, INT(k)), column) for k in range(LANES)]
+        rows = [e.load(address, VECTOR) for address in addresses]
+        for k, address in enumerate(addresses):
+            own = [e.load(e.at(factors, e.builder.mul(factors_ld, INT(k)), INT(j)), FLOAT) for j in range(LANES)]
+            terms = [e.mul(e.splat(factor, VECTOR), row) for factor, row in zip(own, rows, strict=True)]
+            # Two chains, as above.
+            even, odd = terms[:2]
+            for j in range(2, LANES, 2):
+                even, odd = e.add(even, terms[j]), e.add(odd, terms[j + 1])
+            e.store(e.add(even, odd), address)
 
 
-def _build_rotate() -> Any:
-    def rotate(e: Emitter, x: Any, y: Any, factors: Any) -> None:
-        cos, sin = (e.splat(e.load(e.at(factors, INT(k), size=8), DOUBLE), WIDE) for k in range(2))
-        a, b = e.load(x, WIDE), e.load(y, WIDE)
-        e.store(e.builder.fsub(e.mul(cos, a), e.mul(sin, b), flags=FAST), x)
-        e.store(e.add(e.mul(sin, a), e.mul(cos, b)), y)
-
-    return emitted(3, rotate)
-
-
-rotate = _build_rotate()
-"""Rotate two rows of eight numbers in fp64 by the cosine and sine at `factors`."""
+@emitted
+def rotate(e: Emitter, x: Any, y: Any, factors: Any) -> None:
+    """Rotate two rows of eight numbers in fp64 by the cosine and sine at `factors`."""
+    cos, sin = (e.splat(e.load(e.at(factors, INT(k), size=8), DOUBLE), WIDE) for k in range(2))
+    a, b = e.load(x, WIDE), e.load(y, WIDE)
+    e.store(e.builder.fsub(e.mul(cos, a), e.mul(sin, b), flags=FAST), x)
+    e.store(e.add(e.mul(sin, a), e.mul(cos, b)), y)
 
 
-def _build_column_dots() -> Any:
-    def column_dots(e: Emitter, column: Any, x: Any, ld: Any, size: Any, out: Any) -> None:
-        # Four sums: one would wait for its own addition in every row.
-        sums = e.variables(VECTOR, 4)
+@emitted
+def column_dots(e: Emitter, column: Any, x: Any, ld: Any, size: Any, out: Any) -> None:
+    """Write ``x^T Y`` to `out` (8,): x (size,) and Y (size, 8), both with the same leading dimension."""
+    # Four sums: one would wait for its own addition in every row.
+    sums = e.variables(VECTOR, 4)
 
-        def add(row: Any, total: Any) -> None:
-            offset = e.builder.mul(row, ld)
-            factor = e.splat(e.load(e.at(column, offset), FLOAT), VECTOR)
-            e.add_to(total, e.mul(factor, e.load(e.at(x, offset), VECTOR)))
+    def add(row: Any, total: Any) -> None:
+        offset = e.builder.mul(row, ld)
+        factor = e.splat(e.load(e.at(column, offset), FLOAT), VECTOR)
+        e.add_to(total, e.mul(factor, e.load(e.at(x, offset), VECTOR)))
 
-        fours = e.builder.lshr(size, INT(2))
-        with e.for_range(fours) as loop:
-            first = e.builder.shl(loop.index, INT(2))
-            for k, total in enumerate(sums):
-                add(e.builder.add(first, INT(k)), total)
-        done = e.builder.shl(fours, INT(2))
-        with e.for_range(e.builder.sub(size, done)) as loop:
-            add(e.builder.add(done, loop.index), sums[0])
-        a, b, c, d = (e.builder.load(total) for total in sums)
-        e.store(e.add(e.add(a, b), e.add(c, d)), out)
-
-    return emitted(5, column_dots)
-
-
-column_dots = _build_column_dots()
-"""Write ``x^T Y`` to `out` (8,): x (size,) and Y (size, 8), both with the same leading dimension."""
+    fours = e.builder.lshr(size, INT(2))
+    with e.for_range(fours) as loop:
+        first = e.builder.shl(loop.index, INT(2))
+        for k, total in enumerate(sums):
+            add(e.builder.add(first, INT(k)), total)
+    done = e.builder.shl(fours, INT(2))
+    with e.for_range(e.builder.sub(size, done)) as loop:
+        add(e.builder.add(done, loop.index), sums[0])
+    a, b, c, d = (e.builder.load(total) for total in sums)
+    e.store(e.add(e.add(a, b), e.add(c, d)), out)
 
 
 def _build_reflect(forward: bool) -> Any:
@@ -223,7 +192,7 @@ def _build_reflect(forward: bool) -> Any:
                 kept = builder.select(is_own, nothing, kept)
             e.store(e.add(kept, e.mul(factor, added)), target)
 
-    return emitted(8, reflect)
+    return emitted(reflect)
 
 
 reflect, reflect_back = _build_reflect(True), _build_reflect(False)
@@ -234,54 +203,39 @@ lies in (below 0: in none of these), its products with the columns (8,), and whe
 kept in its own lane becomes a column of the basis."""
 
 
-def _build_rank_one() -> Any:
-    def rank_one(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, y: Any, factor: Any) -> None:
-        scale = e.load(factor, FLOAT)
-        eights = e.builder.lshr(size, INT(3))
-        done = e.builder.shl(eights, INT(3))
-        with e.for_range(rows) as outer:
-            row = e.at(out, e.builder.mul(outer.index, ld))
-            scalar = e.mul(scale, e.load(e.at(x, outer.index), FLOAT))
-            vector = e.splat(scalar, VECTOR)
-            with e.for_range(eights) as loop:
-                column = e.builder.shl(loop.index, INT(3))
-                target = e.at(row, column)
-                e.store(e.add(e.load(target, VECTOR), e.mul(vector, e.load(e.at(y, column), VECTOR))), target)
-            with e.for_range(e.builder.sub(size, done)) as loop:
-                column = e.builder.add(done, loop.index)
-                target = e.at(row, column)
-                e.store(e.add(e.load(target, FLOAT), e.mul(scalar, e.load(e.at(y, column), FLOAT))), target)
-
-    return emitted(7, rank_one)
-
-
-rank_one = _build_rank_one()
-"""Add ``c x y^T`` to `out` (rows, size), whose leading dimension comes next; c is at the last address."""
+@emitted
+def rank_one(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, y: Any, factor: Any) -> None:
+    """Add ``c x y^T`` to `out` (rows, size), whose leading dimension comes next; c is at the last address."""
+    scale = e.load(factor, FLOAT)
+    eights = e.builder.lshr(size, INT(3))
+    done = e.builder.shl(eights, INT(3))
+    with e.for_range(rows) as outer:
+        row = e.at(out, e.builder.mul(outer.index, ld))
+        scalar = e.mul(scale, e.load(e.at(x, outer.index), FLOAT))
+        vector = e.splat(scalar, VECTOR)
+        with e.for_range(eights) as loop:
+            column = e.builder.shl(loop.index, INT(3))
+            target = e.at(row, column)
+            e.store(e.add(e.load(target, VECTOR), e.mul(vector, e.load(e.at(y, column), VECTOR))), target)
+        with e.for_range(e.builder.sub(size, done)) as loop:
+            column = e.builder.add(done, loop.index)
+            target = e.at(row, column)
+            e.store(e.add(e.load(target, FLOAT), e.mul(scalar, e.load(e.at(y, column), FLOAT))), target)
 
 
-def _build_fetch_add() -> Any:
-    def fetch_add(e: Emitter, address: Any, amount: Any) -> Any:
-        return e.builder.atomic_rmw("add", e.builder.inttoptr(address, INT.as_pointer()), amount, "acq_rel")
-
-    return emitted(2, fetch_add, types.int64)
-
-
-fetch_add = _build_fetch_add()
-"""Return the number at an address and add to it, whatever other threads do there."""
+@partial(emitted, result=types.int64)
+def fetch_add(e: Emitter, address: Any, amount: Any) -> Any:
+    """Return the number at an address and add to it, whatever other threads do there."""
+    return e.builder.atomic_rmw("add", e.builder.inttoptr(address, INT.as_pointer()), amount, "acq_rel")
 
 
-def _build_start() -> Any:
-    def start(e: Emitter, pool: Any, thread: Any, header: Any, threads: Any) -> None:
-        # void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags)
-        number = ir.IntType(32)
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, number, number])
-        arguments = [e.builder.inttoptr(thread, pointer), e.builder.inttoptr(header, pointer)]
-        arguments += [e.builder.trunc(threads, number), number(0)]
-        e.builder.call(e.builder.inttoptr(pool, kind.as_pointer()), arguments)
-
-    return emitted(4, start)
-
-
-start_threads = _build_start()
-"""Run a function of the header in so many threads, the calling one among them, and wait for all."""
+@emitted
+def start_threads(e: Emitter, pool: Any, thread: Any, header: Any, threads: Any) -> None:
+    """Run a function of the header in so many threads, the calling one among them, and wait for all."""
+    # void GOMP_parallel(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags)
+    number = ir.IntType(32)
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, number, number])
+    arguments = [e.builder.inttoptr(thread, pointer), e.builder.inttoptr(header, pointer)]
+    arguments += [e.builder.trunc(threads, number), number(0)]
+    e.builder.call(e.builder.inttoptr(pool, kind.as_pointer()), arguments)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lightning_lip.kernels.cpu import layout as at
-from lightning_lip.kernels.cpu.compiled.emitter import F32, F64, I64, compiled, f32, f64, i64, u32
-from lightning_lip.kernels.cpu.compiled.products import add_forward, copy
+from lightning_lip.kernels.cpu.compiled.emitter import F32, F64, I64, compiled, f32, f64, u32
+from lightning_lip.kernels.cpu.compiled.products import add_forward, clear, copy, row_of
 from lightning_lip.kernels.cpu.compiled.registers import (
     add_columns,
     column_dots,
@@ -181,7 +181,7 @@ def finish(header: I64, layer: int, scratch: int) -> bool:
     Returns:
         Whether ``T`` must be formed again, with the scale that was stored.
     """
-    row = i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+    row = row_of(header, layer)
     r, lanes, p, q = row[at.R], row[at.LANES], row[at.P], row[at.Q]
     images, products, vectors = row[at.IMAGES], row[at.PRODUCTS], row[at.VECTORS]
     advance = header[at.ADVANCE] != 0
@@ -235,12 +235,11 @@ def finish(header: I64, layer: int, scratch: int) -> bool:
         return False
     # A magnitude near one: reflections form products of entries in fp32.
     shrink = 2.0 ** -min(max(math.floor(math.log2(product_norm)), -126), 126)
-    transposed, rotated = f32(mixed, lanes * lanes), f32(vectors, lanes * p)
+    transposed = f32(mixed, lanes * lanes)
     for k in range(lanes):
         for j in range(lanes):
             transposed[lanes * j + k] = np.float32(shrink * f64(rotation, lanes * lanes)[lanes * k + j])
-    for j in range(lanes * p):
-        rotated[j] = 0
+    clear(f32(vectors, lanes * p))
     add_forward(products, lanes, p, lanes, mixed, vectors, lanes)
     _orthonormalise(vectors, r, lanes, p, gram)
     return False
@@ -256,10 +255,6 @@ def _first_column(out: F32, x: int, lanes: int) -> None:
 @compiled
 def _leading_column(out: F32, x: int, lanes: int, weights: F32) -> None:
     """Write the sum of the columns of X (out.size, lanes), weighted."""
-    if lanes == 1:
-        copy(out, f32(x, out.size))
-        return
-    for j in range(out.size):
-        out[j] = 0
+    clear(out)
     for c in range(0, lanes, 8):
         add_columns(x + 4 * c, lanes, out.size, weights.ctypes.data + 4 * c, out.ctypes.data)

@@ -26,6 +26,7 @@ import numpy as np
 
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import F64, I64, compiled, f32, f64, i64, sources_checksum
+from lightning_lip.kernels.cpu.compiled.products import copy
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, mix_rows, row_dots, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import ritz
 
@@ -108,18 +109,15 @@ def _combine_rows(out: int, x: int, ld: int, r: int, mix: int, size: int) -> Non
     """Write one row (size,): the rows of X (r, ld) with the weights `mix` (r,)."""
     row, factors = f32(out, size), f32(mix, r)
     row[:] = 0
-    j = 0
-    while j + 4 <= r:
+    for j in range(0, r // 4 * 4, 4):
         a, b = f32(x + 4 * ld * j, size), f32(x + 4 * ld * (j + 1), size)
         c, d = f32(x + 4 * ld * (j + 2), size), f32(x + 4 * ld * (j + 3), size)
         for k in range(size):
             row[k] += factors[j] * a[k] + factors[j + 1] * b[k] + (factors[j + 2] * c[k] + factors[j + 3] * d[k])
-        j += 4
-    while j < r:
+    for j in range(r // 4 * 4, r):
         a = f32(x + 4 * ld * j, size)
         for k in range(size):
             row[k] += factors[j] * a[k]
-        j += 1
 
 
 @compiled
@@ -139,9 +137,7 @@ def _combine(header: I64, is_product: bool, begin: int, end: int, strip: int) ->
             products += 4 * done
             size -= done
         for j in range(r):
-            source, target = f32(products + 4 * p * j, size), f32(strip + 4 * STRIP * j, size)
-            for k in range(size):
-                target[k] = source[k]
+            copy(f32(strip + 4 * STRIP * j, size), f32(products + 4 * p * j, size))
         for j in range(r):
             _combine_rows(products + 4 * p * j, strip, STRIP, r, mix + 4 * LANES * j, size)
 

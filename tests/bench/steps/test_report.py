@@ -6,12 +6,11 @@ from lightning_lip.bench.steps import measure, report
 
 
 def a_row(name, added, **changes):
-    peer = None if name == "plain" else peer_named(name)
+    peer = peer_named(name)
     own = 0.1 if name.startswith("penalty") else None
-    facts = {"operator": "none", "vectors": None} if peer is None else {"operator": peer.operator}
-    facts = {"vectors": peer.vectors if peer else None, **facts, **changes}
-    row = measure.Row(name, name, "", None, 5, (9.0, 10.0, 11.0), (1, 1, 1), added, own, None, 0, 0, None, 0, 0, "")
-    return replace(row, **facts)
+    times = (9.0, 10.0, 11.0), (1, 1, 1), added, own
+    row = measure.Row(name, name, peer.operator, peer.vectors, 5, *times, None, 0, 0, None, 0, 0, "")
+    return replace(row, **changes)
 
 
 def findings_of(*rows):

@@ -1,9 +1,8 @@
 """bench/studies/callbacks.py: the cost of a callback in a Trainer's step, on a few steps."""
 
-import csv
-
 import lightning.pytorch as pl
 import pytest
+from support.contenders import csv_rows
 
 from lightning_lip.bench.studies import callbacks
 
@@ -35,8 +34,7 @@ def test_command_writes_a_row_for_each_comparison(tmp_path, monkeypatch, capsys)
     fake = {False: [100.0, 110.0, 120.0], True: [105.0, 121.0, 126.0]}
     monkeypatch.setattr(callbacks, "_in_a_process", lambda name, blocks: fake)
     callbacks.main(["--quick", "--output", str(tmp_path)])
-    lines = [line for line in (tmp_path / "callbacks.csv").read_text().splitlines() if not line.startswith("#")]
-    rows = list(csv.DictReader(lines))
+    rows, _ = csv_rows(tmp_path / "callbacks.csv")
     assert [row["callback"] for row in rows] == list(callbacks.COMPARISONS)
     assert {(row["processes"], row["blocks"], row["ratio_p50"]) for row in rows} == {("2", "6", "1.0500")}
     assert "1.05" in capsys.readouterr().out

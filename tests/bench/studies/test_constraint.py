@@ -1,9 +1,8 @@
 """The study of the constraint: its table, and that its excess tells a budget that is kept from one that is not."""
 
-import csv
-
 import pytest
 import torch
+from support.contenders import csv_rows
 
 from lightning_lip import LipschitzProjector
 from lightning_lip.bench.studies import constraint
@@ -20,9 +19,8 @@ def test_the_quick_table(tmp_path, monkeypatch, capsys):
         constraint.main(["--quick", "--output", str(tmp_path / "made")])
     finally:
         torch.set_num_threads(threads)
-    lines = (tmp_path / "made" / "constraint.csv").read_text().splitlines()
-    assert lines[0].startswith("# cpu: ")
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    rows, comments = csv_rows(tmp_path / "made" / "constraint.csv")
+    assert comments[0].startswith("# cpu: ")
     assert list(rows[0]) == constraint.COLUMNS
     assert [(row["target"], row["metric"]) for row in rows] == [
         ("", ""),

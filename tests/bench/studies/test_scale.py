@@ -52,17 +52,13 @@ os._exit(0)  # gloo can abort while the interpreter ends
 """
 
 
-def layers_of(shapes, tensor_parallel):
-    # The last layer is in no plan of the script: the ranks of tensor parallelism hold it whole.
-    return [Layer(m, n, how) for m, n, how in (shapes if tensor_parallel == 1 else shapes[:2])]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are started as on Linux")
 @pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 of torch 2.6 does not run on the CPU")
 @pytest.mark.parametrize(("data", "tensor"), [(2, 1), (4, 1), (1, 2), (2, 2)])
 def test_counted_bytes_are_those_of_the_formula(tmp_path, data, tensor):
     script, found = tmp_path / "count.py", tmp_path / "found.json"
     script.write_text(SCRIPT)
+    # The last layer is in no plan of the script: the ranks of tensor parallelism would hold it whole.
     shapes = SHAPES if tensor == 1 else SHAPES[:2]
     arguments = json.dumps([data, tensor, shapes, str(found)])
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={data * tensor}"]

@@ -4,17 +4,16 @@ import copy
 import gc
 import logging
 import math
-import multiprocessing
 import pickle
-import subprocess
 import sys
-import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from support.truth import blocks, generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
+from support.iterations import cache_hits_and_misses, in_a_fork, penalise
+from support.truth import LAYOUTS, blocks, generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip.kernels import reference
 from lightning_lip.kernels.cpu import iteration as cpu
@@ -48,25 +47,6 @@ def matrix(m, n, seed=0, ratio=0.8, top=3.0):
     return matrix_of(m, n, geometric(min(m, n, 40), ratio, top), seed)
 
 
-def laid_out(tensor, layout):
-    """Return a tensor of the same values in another layout; the gaps hold NaN, so that a wrong read shows."""
-    m, n = tensor.shape
-    if layout == "contiguous":
-        return tensor.clone()
-    if layout == "transposed":
-        return tensor.T.clone().T
-    if layout == "row strided":
-        big = torch.full((m, n + 3), math.nan, dtype=tensor.dtype)
-        big[:, 1 : n + 1] = tensor
-        return big[:, 1 : n + 1]
-    big = torch.full((n, m + 5), math.nan, dtype=tensor.dtype)  # "column strided"
-    big[:, 2 : m + 2] = tensor.T
-    return big[:, 2 : m + 2].T
-
-
-LAYOUTS = ["contiguous", "transposed", "row strided", "column strided"]
-
-
 def assert_same_step(got, expected, sigma_bound=SIGMA):
     torch.testing.assert_close(got.sigma, expected.sigma.float(), rtol=sigma_bound, atol=0)
     for index, (u, v, x, y) in enumerate(zip(got.left, got.right, expected.left, expected.right, strict=True)):
@@ -83,14 +63,21 @@ def assert_orthonormal(block):
     assert error <= ORTHONORMAL, f"not orthonormal by {error}"
 
 
+def assert_step_equals_the_reference(weights, r, n_iterations):
+    start = blocks(weights, r)
+    got = CpuIteration(weights, start).power_step(weights, n_iterations)
+    assert_same_step(got, reference.power_step(weights, start, n_iterations))
+
+
+def matrices(shapes, dtype=torch.float32, layout="contiguous"):
+    return [LAYOUTS[layout](matrix(m, n, seed).to(dtype)) for seed, (m, n) in enumerate(shapes)]
+
+
 @pytest.mark.parametrize("n_iterations", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", BLOCK_SIZES)
 def test_power_step_equals_the_reference(r, dtype, n_iterations):
-    weights = [matrix(m, n, seed).to(dtype) for seed, (m, n) in enumerate(SHAPES)]
-    start = blocks(weights, r)
-    got = CpuIteration(weights, start).power_step(weights, n_iterations)
-    assert_same_step(got, reference.power_step(weights, start, n_iterations))
+    assert_step_equals_the_reference(matrices(SHAPES, dtype), r, n_iterations)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,38 +85,39 @@ def test_power_step_equals_the_reference(r, dtype, n_iterations):
 @pytest.mark.parametrize("r", [1, 3, 8])
 def test_layouts(r, dtype, layout):
     shapes = [(20, 13), (13, 20), (64, 64), (1, 9), (9, 1), (1030, 1100), (1500, 200)]
-    weights = [laid_out(matrix(m, n, seed).to(dtype), layout) for seed, (m, n) in enumerate(shapes)]
-    start = blocks(weights, r)
-    got = CpuIteration(weights, start).power_step(weights, 2)
-    assert_same_step(got, reference.power_step(weights, start, 2))
+    assert_step_equals_the_reference(matrices(shapes, dtype, layout), r, 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("r", BLOCK_SIZES)
-def test_sigma_converges_to_the_svd(r, dtype):
-    weights = [matrix(m, n, seed).to(dtype) for seed, (m, n) in enumerate(SHAPES) if m * n < 10_000]
+def assert_converges_to_the_svd(weights, r):
+    """Check sigma after 40 steps; returns the iteration."""
     iteration = CpuIteration(weights, blocks(weights, r))
     # (0.8^r)^(4k) < 1e-8 after k = 40 steps, at r = 1 too
     sigma = [iteration.power_step(weights).sigma for _ in range(40)][-1]
     truth = torch.stack([largest_singular_value(w) for w in weights])
     torch.testing.assert_close(sigma.double(), truth, rtol=SIGMA, atol=0)
+    for block in iteration.vectors:
+        assert_orthonormal(block)
+    return iteration
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", BLOCK_SIZES)
+def test_sigma_converges_to_the_svd(r, dtype):
+    assert_converges_to_the_svd(matrices([(m, n) for m, n in SHAPES if m * n < 10_000], dtype), r)
 
 
 @pytest.mark.parametrize("r", BLOCK_SIZES)
 def test_zero_iterations_give_ritz_values_and_keep_the_blocks(r):
-    weights = [matrix(m, n, seed).float() for seed, (m, n) in enumerate(SHAPES)]
+    weights = matrices(SHAPES)
     start = blocks(weights, r)
     iteration = CpuIteration(weights, start)
     got = iteration.power_step(weights, 0)
     expected = reference.power_step(weights, start, 0)
     torch.testing.assert_close(got.sigma, expected.sigma, rtol=SIGMA, atol=0)
-    for u, v, x, y in zip(got.left, got.right, expected.left, expected.right, strict=True):
+    for w, sigma, u, v in zip(weights, got.sigma, got.left, got.right, strict=True):
         # A random block has no gap: only the Rayleigh quotient of the pair is determined.
         assert abs(u.norm() - 1) < 1e-6
         assert abs(v.norm() - 1) < 1e-6
-        assert u.shape == x.shape
-        assert v.shape == y.shape
-    for w, sigma, u, v in zip(weights, got.sigma, got.left, got.right, strict=True):
         assert u @ w @ v == pytest.approx(float(sigma), rel=5e-6)
     assert all(torch.equal(a, b) for a, b in zip(iteration.vectors, start, strict=True))
 
@@ -139,22 +127,14 @@ def test_zero_iterations_give_ritz_values_and_keep_the_blocks(r):
 @pytest.mark.parametrize("r", [1, 4])
 def test_extreme_scales(r, exponent, along):
     weight = (matrix(40, 24) * 10.0**exponent).float()
-    weight = weight if along == "rows" else weight.T.contiguous()
-    iteration = CpuIteration([weight], blocks([weight], r))
-    sigma = [iteration.power_step([weight]).sigma for _ in range(40)][-1]
-    truth = largest_singular_value(weight)
-    torch.testing.assert_close(sigma[0].double(), truth, rtol=SIGMA, atol=0)
-    assert_orthonormal(iteration.vectors[0])
+    assert_converges_to_the_svd([weight if along == "rows" else weight.T.contiguous()], r)
 
 
 @pytest.mark.parametrize("r", [1, 4])
 def test_scale_that_jumps_from_step_to_step(r):
     base = matrix(30, 20)
-    start = blocks([base], r)
-    iteration = CpuIteration([base.float()], start)
     truth = largest_singular_value(base)
-    for _ in range(40):
-        iteration.power_step([base.float()])
+    iteration = assert_converges_to_the_svd([base.float()], r)
     for exponent in (30, -30, 0, -36, 36, 0):
         weight = (base * 10.0**exponent).float()
         sigma = iteration.power_step([weight]).sigma.double() / 10.0**exponent
@@ -196,11 +176,8 @@ def test_sparse_weights_whose_images_vanish(r):
     # Rows of Z that are exactly zero: the reflections that complete the basis start from nothing.
     weight = torch.zeros(10, 8)
     weight[3, 5] = -2.0
-    start = [torch.eye(8)[:r].flip(0).contiguous()] if r < 8 else [torch.eye(8)]
-    start[0][0] = torch.nn.functional.normalize(torch.ones(8), dim=0) if r == 1 else start[0][0]
-    if r == 2:
-        start = [torch.eye(8)[[2, 5]]]
-    iteration = CpuIteration([weight], start)
+    start = {1: torch.ones(1, 8) / math.sqrt(8), 2: torch.eye(8)[[2, 5]], 8: torch.eye(8)}
+    iteration = CpuIteration([weight], [start[r]])
     step = iteration.power_step([weight])
     assert float(step.sigma) == pytest.approx(2.0, rel=SIGMA)
     assert_orthonormal(iteration.vectors[0])
@@ -228,8 +205,7 @@ def test_weights_that_are_not_finite(shape, r, bad, n_iterations, dtype):
     start = blocks([weight, healthy], r)
     iteration = CpuIteration([weight, healthy], start)
     grads = [torch.zeros(shape), torch.zeros(10, 10)]
-    options = {"n_iterations": n_iterations, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1]}
-    value = iteration.penalise_([weight, healthy], grads, code=layers.LAYER_SUM, **options)
+    value = penalise(iteration, [weight, healthy], grads, "layer_sum", n_iterations)
     assert value.isnan()
     assert iteration.last_step.sigma[0].isnan()
     assert iteration.last_step.sigma[1] > 0
@@ -239,7 +215,7 @@ def test_weights_that_are_not_finite(shape, r, bad, n_iterations, dtype):
     assert grads[1].abs().max() > 0
     # One bad weight spoils the product for all.
     grads = [torch.zeros(shape), torch.zeros(10, 10)]
-    iteration.penalise_([weight, healthy], grads, code=layers.PRODUCT, **options)
+    penalise(iteration, [weight, healthy], grads, "product", n_iterations)
     assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
 
 
@@ -261,12 +237,12 @@ def test_every_buffer_is_written():
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
 def test_rank_one_update(dtype, layout, weight_layout):
     shapes = [(20, 13), (13, 20), (16, 16), (1, 9), (9, 1), (1, 1)]
-    weights = [laid_out(matrix(m, n, seed).float(), weight_layout) for seed, (m, n) in enumerate(shapes)]
+    weights = matrices(shapes, layout=weight_layout)
     iteration = CpuIteration(weights, blocks(weights, 3))
     step = iteration.power_step(weights, 2)
     coefficients = torch.tensor([0.3, -2.0, 5.0, 0.0, 1e-3, 7.0])
     before = [torch.randn(s, generator=generator(7)).to(dtype) for s in shapes]
-    grads = [laid_out(g, layout) for g in before]
+    grads = [LAYOUTS[layout](g) for g in before]
     expected = [g.clone() for g in before]
     versions = [g._version for g in grads]
     iteration.rank_one_update_(grads, coefficients)
@@ -336,10 +312,7 @@ def test_penalties_against_autograd(name, log_scale):
     (slope,) = torch.autograd.grad(value, log_sigma)
     coefficients = slope / exact.sigma.double()
     grads = [torch.zeros_like(w) for w in weights]
-    iteration = CpuIteration(weights, start)
-    code = PENALTY_CODES[name]
-    arguments = {"n_iterations": 1, "code": code, "target_log": math.log(target), "scale": 0.7}
-    got = iteration.penalise_(weights, grads, multiplicities=multiplicities, **arguments)
+    got = penalise(CpuIteration(weights, start), weights, grads, name, 1, math.log(target), 0.7, multiplicities)
     assert got.shape == ()
     torch.testing.assert_close(got.double(), value.detach(), rtol=20 * VALUE, atol=1e-30)
     for grad, c, u, v in zip(grads, coefficients, exact.left, exact.right, strict=True):
@@ -353,12 +326,11 @@ def test_penalties_against_autograd(name, log_scale):
 def test_penalise_equals_the_reference_with_zero_and_skipped_layers(name):
     weights = [matrix(9, 7).float(), torch.zeros(3, 4), matrix(5, 6, 3).float(), matrix(4, 4, 5).float()]
     start = blocks(weights, 2)
-    arguments = {"n_iterations": 2, "code": PENALTY_CODES[name], "target_log": 0.1, "scale": 2.0}
     grads = [torch.ones(9, 7), torch.ones(3, 4), None, torch.ones(4, 4)]
     expected = [None if g is None else g.clone() for g in grads]
-    got = CpuIteration(weights, start).penalise_(weights, grads, multiplicities=[1, 1, 2, 1], **arguments)
-    wanted = reference.ReferenceIteration(weights, start).penalise_(
-        weights, expected, multiplicities=[1, 1, 2, 1], **arguments
+    got, wanted = (
+        penalise(kind(weights, start), weights, g, name, 2, 0.1, 2.0, [1, 1, 2, 1])
+        for kind, g in ((CpuIteration, grads), (reference.ReferenceIteration, expected))
     )
     torch.testing.assert_close(got, wanted, rtol=VALUE, atol=0)
     assert torch.equal(grads[1], torch.ones(3, 4))
@@ -372,9 +344,7 @@ def test_penalise_equals_the_reference_with_zero_and_skipped_layers(name):
 def test_many_layers_do_not_overflow(name):
     weights = [torch.full((1, 1), 1e30)] * 60
     grads = [torch.zeros(1, 1) for _ in weights]
-    iteration = CpuIteration(weights, [torch.ones(1, 1)] * 60)
-    arguments = {"n_iterations": 1, "code": PENALTY_CODES[name], "target_log": 0.0, "scale": 1.0}
-    value = iteration.penalise_(weights, grads, multiplicities=[1] * 60, **arguments)
+    value = penalise(CpuIteration(weights, [torch.ones(1, 1)] * 60), weights, grads, name)
     assert not value.isnan()
     assert all(g.isfinite().all() for g in grads)
 
@@ -383,17 +353,9 @@ def test_coefficients_that_overflow_count_as_zero():
     # 2 k sigma scale = inf in fp32
     weight = torch.full((1, 1), 1e30)
     grads = [torch.zeros(1, 1)]
-    iteration = CpuIteration([weight], [torch.ones(1, 1)])
-    arguments = {"n_iterations": 1, "code": layers.LAYER_SUM_SQUARES, "target_log": 0.0, "scale": 1e10}
-    value = iteration.penalise_([weight], grads, multiplicities=[1], **arguments)
+    value = penalise(CpuIteration([weight], [torch.ones(1, 1)]), [weight], grads, "layer_sum_squares", scale=1e10)
     assert value.isinf()
     assert torch.equal(grads[0], torch.zeros(1, 1))
-
-
-def penalise(iteration, weights, grads, n_iterations=1):
-    return iteration.penalise_(
-        weights, grads, n_iterations=n_iterations, code=0, target_log=0.0, scale=1.0, multiplicities=[1] * len(weights)
-    )
 
 
 def test_sigma_of_earlier_steps_stays():
@@ -410,12 +372,10 @@ def test_sigma_of_earlier_steps_stays():
 def test_multiplicities_that_change_are_noticed():
     weights = [matrix(9, 7).float(), matrix(6, 7).float()]
     iteration = CpuIteration(weights, blocks(weights, 7))
-    options = {"n_iterations": 0, "code": layers.LOG, "target_log": 0.0, "scale": 1.0}
-    grads = [None, None]
     log_sigma = iteration.power_step(weights, 0).sigma.log()
     counts = [1, 2]
     for counts[1] in (2, 5, 5, 1):
-        value = iteration.penalise_(weights, grads, multiplicities=counts, **options)
+        value = penalise(iteration, weights, [None, None], "log", 0, uses=counts)
         assert float(value) == pytest.approx(float(log_sigma[0] + counts[1] * log_sigma[1]), rel=1e-5, abs=1e-6)
 
 
@@ -497,7 +457,7 @@ def test_weights_that_change_dtype_or_layout_between_steps():
     start = blocks([base], 4)
     iteration = CpuIteration([base.float()], start)
     present = start
-    for weight in (base.float(), base.bfloat16(), laid_out(base.float(), "transposed"), base.float()):
+    for weight in (base.float(), base.bfloat16(), LAYOUTS["transposed"](base.float()), base.float()):
         expected = reference.power_step([weight], present, 1)
         assert_same_step(iteration.power_step([weight]), expected)
         present = [v.clone() for v in iteration.vectors]
@@ -560,7 +520,7 @@ class TestThreads:
     @pytest.mark.parametrize("r", [1, 3, 16])
     def test_power_step_equals_that_of_one_thread(self, r, dtype, layout, n_iterations):
         shapes = [(20, 13), (5, 5), (13, 20), (41, 37), (100, 9), (9, 100), (200, 60)]
-        weights = [laid_out(matrix(m, n, seed).to(dtype), layout) for seed, (m, n) in enumerate(shapes)]
+        weights = matrices(shapes, dtype, layout)
         alone = self.steps(weights, r, 1, n_iterations)
         several = self.steps(weights, r, self.N_THREADS, n_iterations)
         for one, other in zip([alone.sigma, *alone.vectors], [several.sigma, *several.vectors], strict=True):
@@ -576,26 +536,21 @@ class TestThreads:
     def test_extreme_scales_beside_others(self, r, exponent):
         weights = [(matrix(40, 24) * 10.0**exponent).float(), matrix(30, 24).float()]
         torch.set_num_threads(self.N_THREADS)
-        iteration = CpuIteration(weights, blocks(weights, r))
-        sigma = [iteration.power_step(weights).sigma for _ in range(40)][-1]
-        truth = torch.stack([largest_singular_value(weight) for weight in weights])
-        torch.testing.assert_close(sigma.double(), truth, rtol=SIGMA, atol=0)
+        assert_converges_to_the_svd(weights, r)
 
     @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_penalise(self, grad_dtype):
         shapes = [(20, 13), (5, 5), (13, 20), (70, 50)]
-        weights = [torch.nn.Parameter(matrix(m, n, seed).float()) for seed, (m, n) in enumerate(shapes)]
+        weights = [torch.nn.Parameter(weight) for weight in matrices(shapes)]
         start = blocks(weights, 3)
         grads = [torch.ones(s, dtype=grad_dtype) for s in shapes]
-        expected = [g.clone() for g in grads]
         torch.set_num_threads(self.N_THREADS)
         with torch.autocast("cpu", dtype=torch.bfloat16):  # must not reach the products
             got = penalise(CpuIteration(weights, start), weights, grads, n_iterations=2)
-        wanted = penalise(reference.ReferenceIteration(weights, start), weights, expected, n_iterations=2)
-        torch.testing.assert_close(got, wanted, rtol=10 * VALUE, atol=0)
         # Against the reference's sums before they are rounded: rounding once is half a unit in the last of 8 bits.
         exact = [torch.ones(s, dtype=torch.float64) for s in shapes]
-        penalise(reference.ReferenceIteration(weights, start), weights, exact, n_iterations=2)
+        wanted = penalise(reference.ReferenceIteration(weights, start), weights, exact, n_iterations=2)
+        torch.testing.assert_close(got, wanted, rtol=10 * VALUE, atol=0)
         rounding = 2.0**-8 if grad_dtype == torch.bfloat16 else 0.0
         for g, e in zip(grads, exact, strict=True):
             torch.testing.assert_close(g.double(), e, rtol=rounding + 2e-5, atol=2e-5)
@@ -618,12 +573,18 @@ class TestThreads:
         assert torch.equal(iteration.power_step(weights, 2).sigma, expected.sigma)
         assert iteration._header[at.THREADS] == 1
 
-    def test_forked_process_has_no_pool(self):
+    @pytest.mark.parametrize("n_threads", [1, 2])
+    def test_forked_process_continues_without_a_pool(self, n_threads):
         torch.set_num_threads(2)
-        weights = [matrix(64, 64).float()]
+        weights = matrices([(64, 64), (20, 30)])
         iteration = CpuIteration(weights, blocks(weights, 8))
         iteration.power_step(weights)
-        assert _sigma_of_a_child(iteration, weights, n_threads=2) == iteration.power_step(weights, 2).sigma.tolist()
+
+        def sigma_of_a_child():
+            torch.set_num_threads(n_threads)
+            return iteration.power_step(weights, 2).sigma.tolist()
+
+        assert in_a_fork(sigma_of_a_child) == iteration.power_step(weights, 2).sigma.tolist()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="known of torch's builds for Linux only")
@@ -697,57 +658,16 @@ def test_threads_do_not_meet():
     alone, together = {}, {}
     for seed in range(4):
         run(seed, alone)
-    threads = [threading.Thread(target=run, args=(seed, together)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4), [together] * 4))
     for seed in range(4):
         assert all(torch.equal(v, w) for v, w in zip(alone[seed], together[seed], strict=True))
 
 
-def _steps_in_a_child(iteration, weights, n_threads, queue):
-    torch.set_num_threads(n_threads)
-    queue.put(iteration.power_step(weights, 2).sigma.tolist())
-
-
-def _sigma_of_a_child(iteration, weights, n_threads):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_steps_in_a_child, args=(iteration, weights, n_threads, queue))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    return queue.get()
-
-
-def test_forked_worker_continues():
-    weights = [matrix(64, 64).float(), matrix(20, 30).float()]
-    iteration = CpuIteration(weights, blocks(weights, 8))
-    iteration.power_step(weights)
-    assert _sigma_of_a_child(iteration, weights, 1) == iteration.power_step(weights, 2).sigma.tolist()
-
-
-def test_runs_are_deterministic():
-    weights = [matrix(m, n, seed).float() for seed, (m, n) in enumerate(SHAPES)]
-    runs = []
-    for _ in range(2):
-        iteration = CpuIteration(weights, blocks(weights, 8))
-        iteration.power_step(weights, 3)
-        runs.append(iteration.vectors)
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
 def test_compiled_code_is_cached_between_processes():
-    script = (
-        "import torch; from lightning_lip.kernels.cpu.iteration import CpuIteration\n"
-        "from lightning_lip.kernels.cpu.compiled.layers import run\n"
-        "CpuIteration([torch.ones(2, 2)], [torch.eye(2)])\n"
-        "print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))"
-    )
     CpuIteration([torch.ones(2, 2)], [torch.eye(2)])
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["1", "0"]
+    use = "import torch; from lightning_lip.kernels.cpu.iteration import CpuIteration as C"
+    assert cache_hits_and_misses(f"{use}; C([torch.ones(2, 2)], [torch.eye(2)])", "layers") == (1, 0)
 
 
 def test_a_change_of_any_source_makes_another_key():

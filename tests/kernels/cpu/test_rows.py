@@ -2,14 +2,12 @@
 
 import copy
 import math
-import multiprocessing
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from support.truth import generator, geometric, largest_singular_value, matrix_of, orthonormal_columns
+from support.iterations import cache_hits_and_misses, in_a_fork
+from support.truth import generator, geometric, largest_singular_value, matrix_of, nearly_dependent, orthonormal_columns
 from torch import nn
 
 from lightning_lip.kernels import compiled_rows
@@ -120,17 +118,20 @@ def test_it_converges_as_the_reference_does(r, n_iterations):
     torch.testing.assert_close(step.sigma, expected.sigma, rtol=SIGMA, atol=0)
 
 
-def test_results_are_the_same_bit_for_bit_for_any_number_of_threads():
+@pytest.mark.parametrize("renewed", [True, False])
+def test_results_are_the_same_bit_for_bit_for_any_number_of_threads(renewed):
+    # An object of its own for each number of threads, or one that sees the number change between steps.
     operator, block = MapOperator(operator_matrix(20_000, 9_000, rank=9)), orthonormal_rows(8, 9_000).float()
+    rows = CompiledRows(8, 20_000, 9_000)
     before = torch.get_num_threads()
     found = []
     try:
         with torch.no_grad():
             images = operator.apply(block)
             products = operator.adjoint(images)
-        for n_threads in (1, 2, 3, 8):
+        for n_threads in (2, 1, 3, 8):
             torch.set_num_threads(n_threads)
-            rows = CompiledRows(8, 20_000, 9_000)
+            rows = CompiledRows(8, 20_000, 9_000) if renewed else rows
             basis = products.clone()
             found.append((*rows.finish(images, basis), basis))
             assert int(rows._header[compiled.THREADS]) == (n_threads if pool.pool_address() else 1)
@@ -140,31 +141,11 @@ def test_results_are_the_same_bit_for_bit_for_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_the_number_of_threads_may_change_between_steps():
-    rows = compiled_rows(orthonormal_rows(8, 9_000).float(), 20_000, 9_000)
-    images, products = torch.randn(8, 20_000), torch.randn(8, 9_000)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for n_threads in (2, 1, 3):
-            torch.set_num_threads(n_threads)
-            found.append(rows.finish(images, products.clone())[0].item())
-    finally:
-        torch.set_num_threads(before)
-    assert len(set(found)) == 1
-
-
-def nearly_dependent(distance, n=4096, r=4):
-    """Return unit rows (r, n), each of which after the first lies `distance` from the span of those before it."""
-    basis = orthonormal_rows(r, n)
-    return torch.stack([basis[0], *(math.sqrt(1 - distance**2) * basis[0] + distance * row for row in basis[1:])])
-
-
 @pytest.mark.parametrize(
     ("distance", "serves"), [(1.0, True), (0.5, True), (0.1, True), (0.03, True), (1e-3, False), (0.0, False)]
 )
 def test_rows_that_are_nearly_dependent(distance, serves):
-    products = nearly_dependent(distance).float()
+    products = nearly_dependent(distance, 4096, 4).float()
     basis = products.clone()
     # Images in the order of the rows, so that these are not mixed first.
     images = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
@@ -265,10 +246,9 @@ def test_what_is_left_to_the_reference(block, backend):
 
 
 def test_the_environment_variable_forces_the_reference(monkeypatch):
-    block = orthonormal_rows(4, 50).float()
-    assert compiled_rows(block, 60, 50) is not None
-    monkeypatch.setenv("LIGHTNING_LIP_BACKEND", "reference")
-    assert compiled_rows(block, 60, 50) is None
+    for backend, is_served in (("", True), ("reference", False)):
+        monkeypatch.setenv("LIGHTNING_LIP_BACKEND", backend)
+        assert (compiled_rows(orthonormal_rows(4, 50).float(), 60, 50) is not None) == is_served
 
 
 def conv_norms(backend=None):
@@ -289,22 +269,16 @@ def test_convolutions_are_tracked_as_by_the_reference():
                     op.module.weight.mul_(1.1).add_(0.01)
 
 
-def test_a_copy_has_a_header_of_its_own():
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_have_headers_of_their_own_and_go_on_from_the_same_blocks(copied):
     rows = CompiledRows(4, 50, 30)
     images, products = torch.randn(4, 50), torch.randn(4, 30)
-    expected = rows.finish(images, products.clone())[0]
-    for other in (copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
-        assert other._header_address != rows._header_address
-        assert other.finish(images, products.clone())[0] == expected
-
-
-def test_copies_and_pickles_go_on_from_the_same_blocks():
+    other = copied(rows)
+    assert other._header_address != rows._header_address
+    assert other.finish(images, products.clone())[0] == rows.finish(images, products.clone())[0]
     norms = conv_norms()
     norms.step()
-    copies = [copy.deepcopy(norms), pickle.loads(pickle.dumps(norms))]
-    expected = norms.step()
-    for other in copies:
-        assert torch.equal(other.step().sigma, expected.sigma)
+    assert torch.equal(copied(norms).step().sigma, norms.step().sigma)
 
 
 @pytest.mark.parametrize(
@@ -315,34 +289,22 @@ def test_other_rows_are_refused(images):
         CompiledRows(4, 50, 30).finish(images, torch.ones(4, 30))
 
 
-def _finish_in_a_child(images, products, queue):
-    torch.set_num_threads(2)
-    rows = CompiledRows(8, 20_000, 9_000)
-    queue.put((rows.finish(images, products)[0].item(), int(rows._header[compiled.THREADS])))
-
-
 def test_a_forked_process_works_without_the_pool():
     images, products = torch.randn(8, 20_000), torch.randn(8, 9_000)
-    torch.set_num_threads(2)
-    rows = CompiledRows(8, 20_000, 9_000)
-    expected = rows.finish(images, products.clone())[0].item()
-    assert rows._header[compiled.THREADS] == (2 if pool.pool_address() else 1)  # uses the pool
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_finish_in_a_child, args=(images, products.clone(), queue))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-    assert queue.get() == (expected, 1)
+
+    def finish(products):
+        """Return sigma and the number of threads that served."""
+        torch.set_num_threads(2)
+        rows = CompiledRows(8, 20_000, 9_000)
+        return rows.finish(images, products)[0].item(), int(rows._header[compiled.THREADS])
+
+    sigma, n_threads = finish(products.clone())
+    assert n_threads == (2 if pool.pool_address() else 1)
+    # Copied here: in the child torch's own threads are gone.
+    assert in_a_fork(finish, products.clone()) == (sigma, 1)
 
 
 def test_compiled_code_is_cached_between_processes():
-    script = (
-        "from lightning_lip.kernels.cpu.compiled.rows import run\n"
-        "from lightning_lip.kernels.cpu.rows import CompiledRows\n"
-        "CompiledRows(2, 2, 2)\n"
-        "print(sum(run.stats.cache_hits.values()), sum(run.stats.cache_misses.values()))"
-    )
     CompiledRows(2, 2, 2)
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.split() == ["1", "0"]
+    use = "from lightning_lip.kernels.cpu.rows import CompiledRows; CompiledRows(2, 2, 2)"
+    assert cache_hits_and_misses(use, "rows") == (1, 0)

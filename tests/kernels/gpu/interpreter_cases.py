@@ -9,7 +9,9 @@ import math
 
 import pytest
 import torch
+from support import truth
 from support.gpu import planted
+from support.iterations import penalise
 from support.truth import blocks, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip import LipschitzRegularizer
@@ -27,10 +29,7 @@ ORTHONORMAL = 1e-6
 SPAN = 5e-5
 SHAPES = [(1, 1), (1, 17), (23, 1), (20, 13), (20, 20), (63, 65), (257, 100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAYOUTS = {
-    "contiguous": lambda w: w.clone(),
-    "transposed": lambda w: w.t().contiguous().t(),
-    "row_strided": lambda w: w.new_zeros(2 * w.shape[0], w.shape[1] + 16)[::2, 8 : 8 + w.shape[1]].copy_(w),
+LAYOUTS = truth.LAYOUTS | {
     "unaligned": lambda w: w.new_zeros(w.numel() + 1)[1:].view(w.shape).copy_(w),
     "strided_both": lambda w: w.new_zeros(2 * w.shape[0], 3 * w.shape[1])[::2, ::3].copy_(w),
 }
@@ -49,15 +48,26 @@ def matrix(m, n, top=1.0, ratio=0.9, seed=0):
 def poisoned(weights, vectors):
     """An object whose buffers hold NaN wherever a step must write before it reads."""
     iteration = gpu.GpuIteration(weights, vectors)
-    for buffer in ("_partials", "_scales", "_layer_scales", "_sigma", "_grams", "_rotations", "_scalars", "_factors"):
-        getattr(iteration, buffer).fill_(math.nan)
-    for name in ("_images", "_rows_z", "_rows_y", "_singular"):
-        getattr(iteration, name).fill_(math.nan)
+    names = ("partials", "scales", "layer_scales", "sigma", "grams", "rotations", "scalars", "factors")
+    for name in (*names, "images", "rows_z", "rows_y", "singular"):
+        getattr(iteration, f"_{name}").fill_(math.nan)
     return iteration
 
 
 def expected(weights, vectors, n_iterations):
     return reference.power_step([w.double() for w in weights], [v.double() for v in vectors], n_iterations)
+
+
+def assert_orthonormal(rows):
+    assert (rows @ rows.mT - torch.eye(len(rows))).abs().max() <= ORTHONORMAL
+
+
+def assert_step_equals_the_reference(weights, block, n_iterations=1):
+    """Check a step against float64; returns the iteration."""
+    vectors = blocks(weights, block)
+    iteration = poisoned(weights, vectors)
+    assert_same(iteration.power_step(weights, n_iterations), expected(weights, vectors, n_iterations))
+    return iteration
 
 
 def assert_same(got, want, span=SPAN):
@@ -68,16 +78,13 @@ def assert_same(got, want, span=SPAN):
         should = torch.outer(want.left[index], want.right[index])
         assert (have - should).norm() <= VECTORS, index
         block, other = got.vectors[index].double(), want.vectors[index]
-        assert (block @ block.mT - torch.eye(len(block))).abs().max() <= ORTHONORMAL, index
+        assert_orthonormal(block)
         assert (block.mT @ block - other.mT @ other).norm() <= span, index
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 8, 16])
 def test_one_step_equals_the_reference_in_float64(block):
-    weights = [matrix(*shape).float() for shape in SHAPES]
-    vectors = blocks(weights, block)
-    got = poisoned(weights, vectors).power_step(weights, 1)
-    assert_same(got, expected(weights, vectors, 1))
+    assert_step_equals_the_reference([matrix(*shape).float() for shape in SHAPES], block)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,10 +92,7 @@ def test_one_step_equals_the_reference_in_float64(block):
 def test_every_dtype_and_layout(layout, dtype, block):
     # 24 x 32 is a multiple of all vector widths, so its contiguous and row-strided forms go the aligned way.
     weights = [LAYOUTS[layout](matrix(*shape).to(dtype)) for shape in [(24, 32), (32, 24), (20, 13), (1, 9)]]
-    vectors = blocks(weights, block)
-    iteration = poisoned(weights, vectors)
-    got = iteration.power_step(weights, 1)
-    assert_same(got, expected(weights, vectors, 1))
+    iteration = assert_step_equals_the_reference(weights, block)
     assert (iteration._plan.n_aligned_strips > 0) == (layout not in ("unaligned", "strided_both"))
 
 
@@ -97,9 +101,7 @@ def test_no_iteration_gives_ritz_values_and_keeps_the_block(block):
     weights = [matrix(*shape).float() for shape in SHAPES]
     vectors = blocks(weights, block)
     iteration = poisoned(weights, vectors)
-    got = iteration.power_step(weights, 0)
-    want = expected(weights, vectors, 0)
-    assert_same(got, want, span=1e-6)
+    assert_same(iteration.power_step(weights, 0), expected(weights, vectors, 0), span=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(iteration.vectors, vectors, strict=True))
 
 
@@ -119,19 +121,15 @@ def test_wide_layers_in_two_passes(monkeypatch, orientation, block):
     monkeypatch.setattr("lightning_lip.kernels.gpu.tables.LIMIT", 64)
     monkeypatch.setattr("lightning_lip.kernels.gpu.tables.TWO_PASS_COLUMNS", 64)
     weights = [matrix(170, 150).float() if orientation == "rows" else matrix(150, 172).float()]
-    vectors = blocks(weights, block)
-    iteration = poisoned(weights, vectors)
+    iteration = assert_step_equals_the_reference(weights, block)
     assert iteration._plan.layers[0].tile.two_pass
-    assert_same(iteration.power_step(weights, 1), expected(weights, vectors, 1))
 
 
 @pytest.mark.parametrize("block", [1, 8])
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_extreme_scales(scale, block):
     weights = [matrix(60, 40, top=scale).float(), matrix(30, 33, top=scale).float()]
-    vectors = blocks(weights, block)
-    got = poisoned(weights, vectors).power_step(weights, 2)
-    assert_same(got, expected(weights, vectors, 2))
+    assert_step_equals_the_reference(weights, block, 2)
 
 
 @pytest.mark.parametrize("block", [1, 4, 8])
@@ -158,10 +156,10 @@ def test_rank_deficient_weights_keep_the_block_orthonormal(rank, block):
     weights[2][:, 3], weights[3][5, 7] = torch.randn(20), 3.0
     vectors = blocks(weights, block)
     iteration = poisoned(weights, vectors)
-    for step in (1, 2):
+    for _ in range(2):
         got = iteration.power_step(weights, 1)
         for rows in got.vectors:
-            assert (rows @ rows.mT - torch.eye(len(rows))).abs().max() <= ORTHONORMAL, step
+            assert_orthonormal(rows)
     truth = torch.stack([largest_singular_value(w) for w in weights])
     torch.testing.assert_close(got.sigma.double(), truth, rtol=SIGMA, atol=0)
 
@@ -222,10 +220,7 @@ def test_penalties_equal_autograd(name, top):
     times = [3, 9]
     iteration = gpu.GpuIteration(weights, blocks(weights, 4))
     grads = [torch.zeros_like(w) for w in weights]
-    value = iteration.penalise_(
-        weights, grads, n_iterations=3, code=PENALTY_CODES[name], target_log=math.log(5.0), scale=0.01,
-        multiplicities=times,
-    )  # fmt: skip
+    value = penalise(iteration, weights, grads, name, 3, math.log(5.0), 0.01, times)
     sigma = iteration._sigma.double().requires_grad_()
     # Written out once per use: the penalties take a sum over layers.
     repeated = torch.cat([s.expand(k) for s, k in zip(sigma.log(), times, strict=True)])
@@ -237,19 +232,18 @@ def test_penalties_equal_autograd(name, top):
         torch.testing.assert_close(grad.double(), c * torch.outer(u, v).double(), rtol=1e-5, atol=float(c.abs()) * 1e-7)
 
 
-@pytest.mark.parametrize("code", range(6))
-def test_zero_and_bad_layers_have_coefficient_zero(code):
+@pytest.mark.parametrize("name", PENALTY_CODES)
+def test_zero_and_bad_layers_have_coefficient_zero(name):
     weights = [torch.zeros(4, 6), matrix(6, 5).float(), matrix(8, 8).float()]
     iteration = gpu.GpuIteration(weights, blocks(weights, 2))
     grads = [torch.ones_like(w) for w in weights]
-    options = {"n_iterations": 1, "code": code, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1, 1]}
-    value = iteration.penalise_(weights, grads, **options).clone()
+    value = penalise(iteration, weights, grads, name).clone()
     assert torch.equal(grads[0], torch.ones(4, 6))
     sigma = iteration._sigma.double()
-    want = [0.0, 0.0, 0.0, -math.inf, float(sigma.sum()), float(sigma.square().sum())][code]
-    torch.testing.assert_close(float(value), want, rtol=1e-6, atol=0)
+    wanted = {"log": -math.inf, "layer_sum": float(sigma.sum()), "layer_sum_squares": float(sigma.square().sum())}
+    torch.testing.assert_close(float(value), wanted.get(name, 0.0), rtol=1e-6, atol=0)
     weights[1][0, 0] = math.nan
-    assert iteration.penalise_(weights, grads, **options).isnan()
+    assert penalise(iteration, weights, grads, name).isnan()
     assert all(grad.isfinite().all() for grad in grads)
 
 
@@ -257,20 +251,17 @@ def test_tables_are_refreshed_only_where_an_address_changed():
     weights = [matrix(24, 32).float(), matrix(20, 13).float()]
     iteration = gpu.GpuIteration(weights, blocks(weights, 2))
     grads = [torch.zeros_like(w) for w in weights]
-    options = {"n_iterations": 1, "code": 0, "target_log": 0.0, "scale": 1.0, "multiplicities": [1, 1]}
-    iteration.penalise_(weights, grads, **options)
-    assert iteration.n_refreshes == 2
-    for _ in range(3):
-        iteration.penalise_(weights, grads, **options)
-    assert iteration.n_refreshes == 2
+    for _ in range(4):
+        penalise(iteration, weights, grads)
+        assert iteration.n_refreshes == 2
     # set_to_none: new gradients each step, the weights stay.
     kept = []
     for _ in range(3):
         kept.append([torch.zeros_like(w) for w in weights])
-        iteration.penalise_(weights, kept[-1], **options)
+        penalise(iteration, weights, kept[-1])
     assert iteration.n_refreshes == 5
     assert all(step[0].abs().sum() > 0 for step in kept)
-    iteration.penalise_(weights, [kept[-1][0], None], **options)
+    penalise(iteration, weights, [kept[-1][0], None])
     assert iteration.n_refreshes == 6
 
 
@@ -331,9 +322,7 @@ def test_a_capture_refuses_new_addresses(monkeypatch):
 def test_unknown_penalty_code():
     iteration = gpu.GpuIteration([torch.eye(3)], [torch.eye(3)[:1]])
     with pytest.raises(ValueError, match="from 0 to 5"):
-        iteration.penalise_(
-            [torch.eye(3)], [None], n_iterations=1, code=6, target_log=0.0, scale=1.0, multiplicities=[1]
-        )
+        iteration.penalise_([torch.eye(3)], [None], 1, 6, 0.0, 1.0, [1])
 
 
 @pytest.mark.parametrize(
@@ -351,7 +340,7 @@ def test_unknown_penalty_code():
 )  # fmt: skip
 def test_planted_faults_are_caught(tmp_path, monkeypatch, old, new):
     # One strip of many tiles, each larger than the one before, so the scale has to grow within it.
-    monkeypatch.setattr(gpu, "DEFAULT_PROCESSORS", 1)
+    monkeypatch.setattr("lightning_lip.kernels.gpu.tables.DEFAULT_PROCESSORS", 1)
     grown = matrix(400, 12).float() * torch.linspace(0, 12, 400).exp2()[:, None]
     rank_one = torch.zeros(30, 20)
     rank_one[:, 3] = 1.0
@@ -363,7 +352,7 @@ def test_planted_faults_are_caught(tmp_path, monkeypatch, old, new):
         want = expected(weights, vectors, 1)
         torch.testing.assert_close(got.sigma.double(), want.sigma, rtol=SIGMA, atol=0)
         for rows in got.vectors:
-            assert (rows @ rows.mT - torch.eye(len(rows))).abs().max() <= ORTHONORMAL
+            assert_orthonormal(rows)
 
     check()
     kernels = planted.kernels_with(tmp_path, old, new)

@@ -5,11 +5,9 @@ programs, no divergent barrier (tests/support/gpu/ptx.py).
 """
 
 import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -17,6 +15,8 @@ import torch
 pytest.importorskip("triton", minversion="3.3")
 
 from support.gpu import launch, ptx, ptx_grammar, ptx_memory, workloads
+from support.iterations import tested_apart
+from support.truth import blocks
 
 from lightning_lip.kernels import reference
 from lightning_lip.kernels.gpu import tables as gpu_tables
@@ -24,7 +24,7 @@ from lightning_lip.kernels.gpu import tables as gpu_tables
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing can be compiled ahead of time under the interpreter", allow_module_level=True)
 
-CASES, blocks, penalised, random = workloads.CASES, workloads.blocks, workloads.penalised, workloads.random
+CASES, penalised, random = workloads.CASES, workloads.penalised, workloads.random
 SIGMA = 2e-6
 ORTHONORMAL = 1e-6
 
@@ -121,9 +121,8 @@ def without_barrier(number):
     def edit(name, text):
         if name != "sweep":
             return text
-        pieces = text.split("bar.sync")
-        assert len(pieces) > number + 1
-        return "bar.sync".join(pieces[: number + 1]) + "// dropped" + "bar.sync".join(pieces[number + 1 :])
+        before, after = text.split("bar.sync")[: number + 1], text.split("bar.sync")[number + 1 :]
+        return "bar.sync".join(before) + "// dropped" + "bar.sync".join(after)
 
     return edit
 
@@ -146,11 +145,10 @@ def test_a_dropped_barrier_is_caught():
     assert caught > n_barriers / 2
 
 
-def test_a_false_alignment_hint_is_caught():
+@pytest.mark.parametrize("kernel", ["sweep", "update"])
+def test_a_false_alignment_hint_is_caught(kernel):
     with pytest.raises(ptx_memory.ExecutionError, match="misaligned 16-byte"):
-        _penalised_with_fault("alignment of the sweep")
-    with pytest.raises(ptx_memory.ExecutionError, match="misaligned 16-byte"):
-        _penalised_with_fault("alignment of the update")
+        _penalised_with_fault(f"alignment of the {kernel}")
 
 
 def test_a_wrong_mask_is_caught(tmp_path):
@@ -162,11 +160,7 @@ def test_a_wrong_mask_is_caught(tmp_path):
 
 def test_a_second_read_of_the_weights_is_counted():
     def edit(name, text):
-        lines = text.splitlines(keepends=True)
-        twice = [
-            line * 2 if name == "sweep" and "evict_first" in line and " ld.global" in line else line for line in lines
-        ]
-        return "".join(twice)
+        return re.sub(r".* ld\.global.*evict_first.*\n", r"\g<0>\g<0>", text) if name == "sweep" else text
 
     weights, size, _ = workloads.PLANTED["barrier"]
     _, memory, _ = penalised(weights, size, edit=edit)
@@ -334,24 +328,17 @@ def pytest_collection_modifyitems():
 def test_a_new_spelling_fails_one_test(tmp_path):
     """With two spellings planted that nothing knows, one test fails, and names both; those that execute are skipped."""
     Path(tmp_path, "respelling.py").write_text(PLUGIN)
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-p", "respelling", "-p", "no:cacheprovider"]
-    command += [f"--junitxml={report}", "--import-mode=importlib", "-k", "not new_spelling"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *_python_path()])}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    cases = list(ElementTree.parse(report).iter("testcase"))
+    python_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    options = ["-p", "respelling", "-k", "not new_spelling"]
+    cases, output = tested_apart(__file__, tmp_path, *options, PYTHONPATH=python_path)
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    assert [case.get("name") for case in failed] == [workloads.DECODING], run.stdout[-4000:]
+    assert [case.get("name") for case in failed] == [workloads.DECODING], output[-4000:]
     message = failed[0].find("failure").text
     assert "sweep: state space .shared::foo of st in 'st.shared::foo." in message
     assert "rank_one: modifier .frobnicated of ld in " in message
     skipped = [case.find("skipped").get("message") for case in cases if case.find("skipped") is not None]
     assert len(skipped) >= len(workloads.PENALTY_STEPS + workloads.READ_ONCE + workloads.READ_TWICE)
     assert all(f"{workloads.DECODING} fails" in reason for reason in skipped)
-
-
-def _python_path():
-    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
 def test_nothing_is_skipped_for_a_kernel_that_no_test_decodes(monkeypatch):

@@ -103,6 +103,10 @@ class Report:
     streams: Counter
     atomics: list
 
+    def widths(self, kind):
+        """Return the widths of the loads, or stores, that are there."""
+        return {bits for of, bits in self.streams if of == kind}
+
 
 def inspect(compiled):
     """Return the :class:`Report` of a compiled kernel."""
@@ -123,14 +127,10 @@ def _inspect_cubin(cubin, shared):
     streams = Counter()
     for operation in operations:
         # The weights and gradients are loaded evict-first.
-        if operation.startswith("LDG") and ".EF" in operation:
-            width = re.search(r"\.(64|128)$", operation)
-            narrow = re.search(r"\.[US](8|16)$", operation)
-            streams["load", int((width or narrow or [0, 32])[1])] += 1
-        elif operation.startswith("STG"):
-            width = re.search(r"\.(64|128)$", operation)
-            narrow = re.search(r"\.[US](8|16)$", operation)
-            streams["store", int((width or narrow or [0, 32])[1])] += 1
+        is_load = operation.startswith("LDG") and ".EF" in operation
+        if is_load or operation.startswith("STG"):
+            width = re.search(r"\.(?:[US](8|16)|(64|128))$", operation)
+            streams["load" if is_load else "store", int(width[1] or width[2]) if width else 32] += 1
     spills = sum(operation.startswith(("LDL", "STL")) for operation in operations)
     atomics = [operation for operation in operations if operation.startswith(("ATOM", "RED."))]
     return Report(registers, stack + local, spills, shared, streams, atomics)

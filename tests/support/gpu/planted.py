@@ -7,18 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from lightning_lip.kernels.gpu import (
-    kernels as gpu_kernels,
-)
-from lightning_lip.kernels.gpu import (
-    rayleigh_ritz as gpu_rayleigh_ritz,
-)
-from lightning_lip.kernels.gpu import (
-    sweep as gpu_sweep,
-)
-from lightning_lip.kernels.gpu import (
-    update as gpu_update,
-)
+from lightning_lip.kernels.gpu import kernels, rayleigh_ritz, sweep, update
 
 
 def kernels_with(folder, old, new):
@@ -29,7 +18,7 @@ def kernels_with(folder, old, new):
         old: A piece that occurs once in all sources.
         new: What to put there.
     """
-    places = [m for m in (gpu_sweep, gpu_rayleigh_ritz, gpu_update) if old in Path(m.__file__).read_text()]
+    places = [m for m in (sweep, rayleigh_ritz, update) if old in Path(m.__file__).read_text()]
     if len(places) != 1 or Path(places[0].__file__).read_text().count(old) != 1:
         raise ValueError(f"Expected {old!r} once in the kernels' sources: the planted fault must hit one place.")
     path = Path(folder, "planted_kernels.py")
@@ -38,5 +27,5 @@ def kernels_with(folder, old, new):
     module = importlib.util.module_from_spec(spec)
     sys.modules["planted_kernels"] = module
     spec.loader.exec_module(module)
-    names = gpu_kernels.__all__
-    return SimpleNamespace(**{name: getattr(module, name, getattr(gpu_kernels, name)) for name in names})
+    names = kernels.__all__
+    return SimpleNamespace(**{name: getattr(module, name, getattr(kernels, name)) for name in names})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
+
 import numpy as np
 
 from . import ptx_grammar
@@ -128,29 +130,18 @@ class Arithmetic:
             x, y = (self.typed(operand, dtype) for operand in i.operands[1:])
             self.put(i.operands[0], integers(x, y).view(UNSIGNED[i.bits]), active)
 
-    def op_add(self, i, active):
-        self._binary(i, active, np.add, np.add)
-
-    def op_sub(self, i, active):
-        self._binary(i, active, np.subtract, np.subtract)
-
-    def op_and(self, i, active):
-        self._binary(i, active, None, np.bitwise_and)
-
-    def op_or(self, i, active):
-        self._binary(i, active, None, np.bitwise_or)
-
-    def op_xor(self, i, active):
-        self._binary(i, active, None, np.bitwise_xor)
+    op_add = partialmethod(_binary, floats=np.add, integers=np.add)
+    op_sub = partialmethod(_binary, floats=np.subtract, integers=np.subtract)
+    op_and = partialmethod(_binary, floats=None, integers=np.bitwise_and)
+    op_or = partialmethod(_binary, floats=None, integers=np.bitwise_or)
+    op_xor = partialmethod(_binary, floats=None, integers=np.bitwise_xor)
+    op_div = partialmethod(_binary, floats=np.divide, integers=None)
 
     def op_min(self, i, active):
         self._binary(i, active, np.minimum if "NaN" in i.words else np.fmin, np.minimum)
 
     def op_max(self, i, active):
         self._binary(i, active, np.maximum if "NaN" in i.words else np.fmax, np.maximum)
-
-    def op_div(self, i, active):
-        self._binary(i, active, np.divide, None)
 
     def op_mul(self, i, active):
         if i.words & {"wide", "hi"}:
@@ -185,17 +176,10 @@ class Arithmetic:
             value = operation(self.typed(i.operands[1], i.types[0]))
             self.put(i.operands[0], value.view(UNSIGNED[i.bits]), active)
 
-    def op_neg(self, i, active):
-        self._unary(i, active, np.negative)
-
-    def op_abs(self, i, active):
-        self._unary(i, active, np.abs)
-
-    def op_sqrt(self, i, active):
-        self._unary(i, active, np.sqrt)
-
-    def op_ex2(self, i, active):
-        self._unary(i, active, np.exp2)
+    op_neg = partialmethod(_unary, operation=np.negative)
+    op_abs = partialmethod(_unary, operation=np.abs)
+    op_sqrt = partialmethod(_unary, operation=np.sqrt)
+    op_ex2 = partialmethod(_unary, operation=np.exp2)
 
     def op_rcp(self, i, active):
         self._unary(i, active, _rough_reciprocal if {"approx", "ftz"} <= i.words and i.bits == 64 else np.reciprocal)

@@ -8,6 +8,7 @@ What is not known is collected, and :class:`UnknownInstructionsError` names all 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 SPACES = {"global": ("",), "shared": ("", "cta", "cluster"), "param": ("", "entry")}
@@ -53,16 +54,14 @@ class Form(NamedTuple):
 
     types: tuple = ()
     operands: int = 0
-    words: frozenset = frozenset()
-    ignored: frozenset = frozenset()
-    choices: tuple = ()
-    spaces: frozenset = frozenset()
+    words: Collection = ()
+    ignored: Collection = ()
+    choices: Collection = ()
+    spaces: Collection = ()
 
 
-def _form(*types, operands, words=(), ignored=(), choices=(), spaces=()):
-    return Form(
-        types, operands, frozenset(words), frozenset(ignored), tuple(map(frozenset, choices)), frozenset(spaces)
-    )
+def _form(*types, **fields):
+    return Form(types, **fields)
 
 
 _HINTS = ORDER | CACHING | EVICTION

@@ -123,16 +123,21 @@ class Memory:
             region.last_read[units] = self.stream
             self.stream += len(offsets) * size
 
-    def load(self, address, size, warps):
-        index = self._locate(address, size, "load")
-        out = np.empty((len(address), size), U8)
+    def _touched(self, address, index, size, warps, is_write):
+        """Note an access; yields each region with the threads that touch it and the places there, (threads, size)."""
         for number in np.unique(index):
             region = self.regions[number]
             chosen = index == number
             offsets = (address[chosen] - U64(region.begin)).astype(np.int64)
-            self._books(region, offsets, size, warps[chosen], False)
-            out[chosen] = region.bytes[offsets[:, None] + np.arange(size)]
-            region.read += len(offsets) * size
+            self._books(region, offsets, size, warps[chosen], is_write)
+            yield region, chosen, offsets[:, None] + np.arange(size)
+
+    def load(self, address, size, warps):
+        index = self._locate(address, size, "load")
+        out = np.empty((len(address), size), U8)
+        for region, chosen, places in self._touched(address, index, size, warps, False):
+            out[chosen] = region.bytes[places]
+            region.read += places.size
         return out
 
     def store(self, address, data, warps):
@@ -143,10 +148,6 @@ class Memory:
             raise ExecutionError("different values stored to one address by one instruction")
         # Threads that hold the same value may all store it; the lowest one stands for them.
         address, data, index, warps = address[first], data[first], index[first], warps[first]
-        for number in np.unique(index):
-            region = self.regions[number]
-            chosen = index == number
-            offsets = (address[chosen] - U64(region.begin)).astype(np.int64)
-            self._books(region, offsets, size, warps[chosen], True)
-            region.bytes[offsets[:, None] + np.arange(size)] = data[chosen]
-            region.written += len(offsets) * size
+        for region, chosen, places in self._touched(address, index, size, warps, True):
+            region.bytes[places] = data[chosen]
+            region.written += places.size

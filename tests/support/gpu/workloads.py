@@ -12,8 +12,9 @@ import pytest
 import torch
 import triton
 
-from lightning_lip.kernels.gpu import iteration as gpu
 from lightning_lip.kernels.gpu import tables as gpu_tables
+from support.iterations import penalise
+from support.truth import blocks, orthonormal_columns
 
 from . import launch, ptx_grammar
 
@@ -97,15 +98,6 @@ class Machine(launch.Machine):
             pytest.skip(f"the PTX of {request.name} has instructions that are not known: {DECODING} fails, names them")
 
 
-def blocks(weights, size, sides=None, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sides = sides or [min(w.shape) for w in weights]
-    drawn = [
-        torch.randn(side, min(size, *w.shape), generator=generator) for w, side in zip(weights, sides, strict=True)
-    ]
-    return [torch.linalg.qr(x).Q.mT.contiguous() for x in drawn]
-
-
 def penalised(weights, size, **options):
     """Run a whole penalty step on the executor; returns the object, its memory's books and the gradients."""
     machine = Machine(**options)
@@ -113,9 +105,7 @@ def penalised(weights, size, **options):
     grads = [torch.ones_like(w) for w in weights]
     for index, grad in enumerate(grads):
         machine.memory.add(f"grad{index}", grad)
-    iteration.penalise_(
-        weights, grads, n_iterations=1, code=1, target_log=0.5, scale=0.3, multiplicities=[1] * len(weights)
-    )
+    penalise(iteration, weights, grads, "softplus_log", target_log=0.5, scale=0.3)
     return iteration, machine.memory, grads
 
 
@@ -132,10 +122,10 @@ def swept(weight, size, p, monkeypatch, **options):
     orientation = gpu_tables.ORIENT_P if p_stride == 1 else gpu_tables.ORIENT_Q
     tile = gpu_tables.choose_tile(p, block, weight.element_size(), orientation)
     layer = gpu_tables.Layer(q, p, q_stride, p_stride, True, tile)
-    monkeypatch.setattr(gpu, "describe", lambda weight, block: layer)
-    monkeypatch.setattr(gpu, "DEFAULT_PROCESSORS", 1)
+    monkeypatch.setattr(gpu_tables, "describe", lambda weight, block: layer)
+    monkeypatch.setattr(gpu_tables, "DEFAULT_PROCESSORS", 1)
     machine = Machine(**options)
-    (rows,) = blocks([weight], size, [p])
+    rows = orthonormal_columns(p, min(size, *weight.shape)).float().T.contiguous()
     iteration = launch.HostIteration([weight], [rows], machine)
     iteration.power_step([weight], 1)
     return iteration, machine.memory, tile, rows
