@@ -297,34 +297,13 @@ NORMALISATION = "a normalisation is bounded in its place in the graph only: pass
 
 REFUSED = {
     "LazyConv2d": (lambda: nn.LazyConv2d(1, 3), "its lazy weight has no shape yet"),
-    "BatchNorm1d": (
-        lambda: nn.BatchNorm1d(3),
-        NORMALISATION,
-    ),
-    "BatchNorm1d without weights": (
-        lambda: nn.BatchNorm1d(3, affine=False),
-        NORMALISATION,
-    ),
-    "InstanceNorm1d": (
-        lambda: nn.InstanceNorm1d(3),
-        NORMALISATION,
-    ),
-    "LayerNorm": (
-        lambda: nn.LayerNorm(3),
-        NORMALISATION,
-    ),
-    "LayerNorm without weights": (
-        lambda: nn.LayerNorm(3, elementwise_affine=False),
-        NORMALISATION,
-    ),
-    "GroupNorm": (
-        lambda: nn.GroupNorm(1, 3),
-        NORMALISATION,
-    ),
-    "RMSNorm": (
-        lambda: nn.RMSNorm(3),
-        NORMALISATION,
-    ),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), NORMALISATION),
+    "BatchNorm1d without weights": (lambda: nn.BatchNorm1d(3, affine=False), NORMALISATION),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(3), NORMALISATION),
+    "LayerNorm": (lambda: nn.LayerNorm(3), NORMALISATION),
+    "LayerNorm without weights": (lambda: nn.LayerNorm(3, elementwise_affine=False), NORMALISATION),
+    "GroupNorm": (lambda: nn.GroupNorm(1, 3), NORMALISATION),
+    "RMSNorm": (lambda: nn.RMSNorm(3), NORMALISATION),
     "Embedding": (lambda: nn.Embedding(3, 3), "an embedding is a look-up"),
     "EmbeddingBag": (lambda: nn.EmbeddingBag(3, 3), "an embedding is a look-up"),
     "Bilinear": (lambda: nn.Bilinear(3, 3, 3), "a product of two inputs has no finite Lipschitz constant"),

@@ -145,12 +145,7 @@ def test_nan_is_not_hidden_and_makes_no_slope_up(name):
 
 
 def test_names_and_functions():
-    functions = {
-        "product": product,
-        "log": log,
-        "layer_sum": layer_sum,
-        "layer_sum_squares": layer_sum_squares,
-    }
+    functions = {"product": product, "log": log, "layer_sum": layer_sum, "layer_sum_squares": layer_sum_squares}
     for name, function in functions.items():
         assert get_penalty(name) is function
     for name, function in {"softplus_log": softplus_log, "hinge_log": hinge_log}.items():

@@ -226,10 +226,7 @@ def test_a_zero_layer_has_no_gradient_and_spoils_no_other(penalty):
     model = net()
     with torch.no_grad():
         model[2].weight.zero_()
-    for way in (
-        exact(model, penalty=penalty).add_grad_,
-        lambda: exact(model, penalty=penalty).value().backward(),
-    ):
+    for way in (exact(model, penalty=penalty).add_grad_, lambda: exact(model, penalty=penalty).value().backward()):
         found = gradients_by(model, way)
         assert all(g.isfinite().all() for g in found if g is not None)
         assert not found[2].any()

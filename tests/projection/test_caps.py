@@ -3,13 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_lip.projection.caps import (
-    bound_caps,
-    joint_caps,
-    log_clip_caps,
-    per_layer_caps,
-    scale_factors,
-)
+from lightning_lip.projection.caps import bound_caps, joint_caps, log_clip_caps, per_layer_caps, scale_factors
 
 LOG_2 = math.log(2)
 
