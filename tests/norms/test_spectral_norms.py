@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from support.networks import mlp
-from support.truth import linears, norm
+from support.truth import forward_matrix, linears, norm
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -34,6 +34,7 @@ def test_blocks_are_clamped_to_the_shorter_side():
     norms = norms_of(net(), block_size=25)
     norms.current()
     assert {k: tuple(v.shape) for k, v in norms.state_dict().items()} == {"0": (20, 20), "2": (25, 30), "4": (1, 1)}
+    norms_of(net(), block_size=10**9).current()  # more would not fit into memory
 
 
 def test_the_first_use_iterates_fifteen_times_from_the_seed():
@@ -100,6 +101,16 @@ def test_a_computed_weight_is_not_rounded_by_autocast_either():
     model = nn.Sequential(parametrizations.orthogonal(nn.Linear(6, 6)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norms_of(model).current().sigma.item() == pytest.approx(1, abs=2e-6)
+
+
+def test_vectors_made_in_inference_mode_can_be_advanced_later():
+    norms = norms_of(net())
+    with torch.inference_mode():
+        norms.current()
+        step = norms.step()
+    # Inference tensors can neither be updated in place nor be saved for a backward pass.
+    assert not any(t.is_inference() for t in (step.sigma, *step.left, *step.right, *step.vectors))
+    norms.step()
 
 
 @pytest.mark.parametrize("before", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -241,8 +252,8 @@ def test_ritz_values_of_a_convolution_a_zero_layer_and_nan():
     operators = find_operators(model)
     model(torch.zeros(1, 2, 4, 4).requires_grad_())  # a convolution takes its size from the first forward pass
     values = SpectralNorms(operators, block_size=32, n_iterations=3).ritz_values()
-    dense = model[0](torch.eye(32).view(32, 2, 4, 4)).flatten(1).detach().double()
-    torch.testing.assert_close(values[0].double(), torch.linalg.svdvals(dense), rtol=1e-4, atol=1e-5)
+    singular = torch.linalg.svdvals(forward_matrix(model[0], (2, 4, 4)).detach())
+    torch.testing.assert_close(values[0], singular, rtol=1e-4, atol=1e-5)
     assert values[1].tolist() == [0.0] * 5
     assert values[2].isnan().all()
 

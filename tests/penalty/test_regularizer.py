@@ -518,7 +518,6 @@ def test_inference_first_and_training_later():
         assert regularizer.value().item() == pytest.approx(COEFFICIENT * regularizer.bound().item())
         regularizer.spectral_norms()
         regularizer.sigma_upper()
-        # Inference tensors could neither be updated in place later nor be saved for a backward pass.
         regularizer.iterate()
     regularizer.value().backward()
     regularizer.add_grad_()

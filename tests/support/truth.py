@@ -32,6 +32,12 @@ def dense(operator):
     return operator.apply(identity).flatten(1).mT
 
 
+def forward_matrix(module, shape):
+    """Return the matrix, (outputs, inputs), of an affine module at one input shape, by its own forward."""
+    identity = torch.eye(math.prod(shape), dtype=next(module.parameters()).dtype).view(-1, *shape)
+    return (module(identity) - module(torch.zeros_like(identity))).flatten(1).mT
+
+
 def operator_norms(operators):
     """Return the operators' norms, shape (L,), fp64, differentiable in their parameters."""
     norms = [torch.linalg.matrix_norm(dense(operator), 2).double() for operator in operators]
