@@ -6,10 +6,10 @@ An operator does not know its certificate: a new kind is one function here.
 from __future__ import annotations
 
 import math
-from functools import singledispatch
+from functools import partial, singledispatch
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
@@ -46,26 +46,16 @@ def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | 
     weight = evaluated(operator.weight) if weight is None else weight
     module = check_convolution(operator.module)
 
-    def norm(kernel: Tensor, groups: int) -> float:
-        return certified_convolution_norm(
-            kernel,
-            stride=tuple(module.stride),
-            dilation=tuple(module.dilation),
-            groups=groups,
-            padding=module.padding,
-            padding_mode=module.padding_mode,
-            transposed=module.transposed,
-            output_padding=tuple(module.output_padding),
-            spatial=operator.spatial,
-        )
-
-    bound = norm(weight.value, module.groups)
+    names = ("stride", "dilation", "padding", "padding_mode", "transposed", "output_padding")
+    settings: dict[str, Any] = {name: getattr(module, name) for name in names}
+    norm = partial(certified_convolution_norm, spatial=operator.spatial, **settings)
+    bound = norm(weight.value, groups=module.groups)
     if weight.error is None:
         return bound
     # The error's blocks from channel to channel have at most the norms of their largest entry times a kernel of ones
     # (padding and strides have no signs), and the root of the sum of their squares bounds the whole.
     ones = torch.ones(1, 1, *weight.value.shape[2:], dtype=torch.float64, device="cpu")
-    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones, 1))])
+    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones))])
 
 
 @certified_norm.register

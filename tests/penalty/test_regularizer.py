@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.networks import Lambda, mlp
+from support.truth import PENALTIES
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -21,15 +22,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
 COEFFICIENT = 0.3
 TARGET = 0.5
 
-AUTOGRAD = {
-    "product": lambda s: s.prod(),
-    "softplus_log": lambda s: torch.log1p(s.prod() / TARGET),
-    "hinge_log": lambda s: (s.log().sum() - math.log(TARGET)).clamp(min=0).square(),
-    "log": lambda s: s.log().sum(),
-    "layer_sum": lambda s: s.sum(),
-    "layer_sum_squares": lambda s: s.square().sum(),
-}
-NAMES = list(AUTOGRAD)
+NAMES = list(PENALTIES)
 
 
 net = partial(mlp, 7, 12, 12, 3, dtype=torch.float64)
@@ -47,7 +40,7 @@ def matrices(model):
 
 
 def autograd_penalty(weights, penalty="product"):
-    return COEFFICIENT * AUTOGRAD[penalty](torch.stack([spectral_norm(w.double()) for w in weights]))
+    return COEFFICIENT * PENALTIES[penalty](torch.stack([spectral_norm(w.double()) for w in weights]), TARGET)
 
 
 def gradients(model):

@@ -109,3 +109,14 @@ def blocks(weights, size, seed=0):
 def largest_singular_value(matrix):
     """Return the spectral norm of a matrix in fp64, as a tensor of shape ()."""
     return torch.linalg.matrix_norm(matrix.detach().double(), 2)
+
+
+PENALTIES = {
+    "product": lambda sigma, target: sigma.prod(),
+    "softplus_log": lambda sigma, target: torch.log1p(sigma.prod() / target),
+    "hinge_log": lambda sigma, target: (sigma.log().sum() - math.log(target)).clamp(min=0).square(),
+    "log": lambda sigma, target: sigma.log().sum(),
+    "layer_sum": lambda sigma, target: sigma.sum(),
+    "layer_sum_squares": lambda sigma, target: sigma.square().sum(),
+}
+"""The penalties by name, of spectral norms (L,) and the target, as they are defined."""
