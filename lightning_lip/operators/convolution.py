@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast, get_args
 
 import torch
@@ -61,7 +61,8 @@ class ConvolutionOperator(LinearOperator):
         self._pads_itself = self._mode == "zeros" and all(before == after for before, after in self._pairs)
         self._padding = [before if self._pads_itself else 0 for before, _ in self._pairs]
         dims = len(self._kernel_size)
-        self._forward, self._backward = getattr(F, f"conv{dims}d"), getattr(F, f"conv_transpose{dims}d")
+        self._forward: Callable[..., Tensor] = getattr(F, f"conv{dims}d")
+        self._backward: Callable[..., Tensor] = getattr(F, f"conv_transpose{dims}d")
         self._codomain_shape = (module.out_channels, *self._output_size())
         if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
             self._domain_shape = (module.in_channels, *[1] * len(self._kernel_size))

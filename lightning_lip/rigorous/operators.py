@@ -6,10 +6,11 @@ An operator does not know its certificate: a new kind is one function here.
 from __future__ import annotations
 
 import math
-from functools import partial, singledispatch
+from functools import singledispatch
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
@@ -48,14 +49,17 @@ def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | 
 
     names = ("stride", "dilation", "padding", "padding_mode", "transposed", "output_padding")
     settings: dict[str, Any] = {name: getattr(module, name) for name in names}
-    norm = partial(certified_convolution_norm, spatial=operator.spatial, **settings)
-    bound = norm(weight.value, groups=module.groups)
+
+    def norm(kernel: Tensor, groups: int) -> float:
+        return certified_convolution_norm(kernel, groups=groups, spatial=operator.spatial, **settings)
+
+    bound = norm(weight.value, module.groups)
     if weight.error is None:
         return bound
     # The error's blocks from channel to channel have at most the norms of their largest entry times a kernel of ones
     # (padding and strides have no signs), and the root of the sum of their squares bounds the whole.
     ones = torch.ones(1, 1, *weight.value.shape[2:], dtype=torch.float64, device="cpu")
-    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones))])
+    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones, 1))])
 
 
 @certified_norm.register
