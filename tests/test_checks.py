@@ -131,11 +131,7 @@ WRONG = {
     "name": (
         TypeError,
         "`name` to be a string or None, got",
-        [
-            lambda: LipschitzPenalty(name=5),
-            lambda: LipschitzMonitor(name=5),
-            lambda: LipschitzConstraint(1.0, name=5),
-        ],
+        [lambda: LipschitzPenalty(name=5), lambda: LipschitzMonitor(name=5), lambda: LipschitzConstraint(1.0, name=5)],
     ),
     "eps": (
         TypeError,
@@ -145,34 +141,23 @@ WRONG = {
     "eps as text": (
         TypeError,
         "`eps` to be a sequence of numbers",
-        [
-            lambda: CertifiedValidation("0.1"),
-            lambda: CertifiedValidation(None),
-            lambda: CertifiedValidation(["a"]),
-        ],
+        [lambda: CertifiedValidation("0.1"), lambda: CertifiedValidation(None), lambda: CertifiedValidation(["a"])],
     ),
     "batch_to_xy": (
         TypeError,
         "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got",
-        [
-            lambda: CertifiedValidation(batch_to_xy=5),
-            lambda: NoisyValidation(batch_to_xy=5),
-        ],
+        [lambda: CertifiedValidation(batch_to_xy=5), lambda: NoisyValidation(batch_to_xy=5)],
     ),
     "certified": (
         TypeError,
         "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True",
-        [
-            lambda: LipschitzMonitor(certified=True),
-        ],
+        [lambda: LipschitzMonitor(certified=True)],
     ),
     "max_value": (ValueError, "`max_value` to be a positive finite number, got True", [lambda: MaxNorm(True)]),
     "vectors": (
         TypeError,
         'the state\'s "vectors" by layer name, got a int',
-        [
-            lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5}),
-        ],
+        [lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})],
     ),
 }
 

@@ -334,9 +334,8 @@ class SpectralNorms:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the compiled tables behind: they hold addresses of this process."""
-        return self.__dict__ | {
-            "_groups": [], "_others": [], "_served": [], "_addresses": [], "_loaded": self.state_dict(),
-        }  # fmt: skip
+        emptied: dict[str, Any] = {key: [] for key in ("_groups", "_others", "_served", "_addresses")}
+        return self.__dict__ | emptied | {"_loaded": self.state_dict()}
 
 
 def _images(matrix: Tensor, block: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,6 @@ from lightning_lip.operators.base import LinearOperator, MatrixOperator, Paramet
 from lightning_lip.operators.paddings import PaddingMode, check_padding, pad, pad_adjoint, padding_pairs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-
-_FUNCTIONS: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    1: (F.conv1d, F.conv_transpose1d),
-    2: (F.conv2d, F.conv_transpose2d),
-    3: (F.conv3d, F.conv_transpose3d),
-}
-
-_KINDS: tuple[type[Any], ...] = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 
 
 class ConvolutionOperator(LinearOperator):
@@ -75,7 +60,9 @@ class ConvolutionOperator(LinearOperator):
         # Whether torch's convolution knows the padding: zeros, as many before as after.
         self._pads_itself = self._mode == "zeros" and all(before == after for before, after in self._pairs)
         self._padding = [before if self._pads_itself else 0 for before, _ in self._pairs]
-        self._forward, self._backward = _FUNCTIONS[len(self._kernel_size)]
+        dims = len(self._kernel_size)
+        self._forward: Callable[..., Tensor] = getattr(F, f"conv{dims}d")
+        self._backward: Callable[..., Tensor] = getattr(F, f"conv_transpose{dims}d")
         self._codomain_shape = (module.out_channels, *self._output_size())
         if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
             self._domain_shape = (module.in_channels, *[1] * len(self._kernel_size))
@@ -240,7 +227,7 @@ def check_convolution(module: nn.Module) -> Convolution:
     Raises:
         UnsupportedLayerError: If it is not.
     """
-    kind = next((kind for kind in _KINDS if isinstance(module, kind)), None)
+    kind = next((kind for kind in get_args(Convolution) if isinstance(module, kind)), None)
     if kind is None:
         raise UnsupportedLayerError(f"a {type(module).__name__} is not a convolution of torch.nn")
     own = vars(module)
@@ -253,11 +240,8 @@ def check_convolution(module: nn.Module) -> Convolution:
 def _fp32_kept(inputs: Tensor) -> contextlib.AbstractContextManager[None]:
     """Keep cuDNN from rounding fp32 to tf32, which it does by default and which moves norms by 1e-3."""
     if not inputs.is_cuda:
-        return _NOTHING
+        return contextlib.nullcontext()
     cudnn = torch.backends.cudnn
     return cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
     )
-
-
-_NOTHING = contextlib.nullcontext()

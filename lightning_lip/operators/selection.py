@@ -128,12 +128,6 @@ def select(model: nn.Module, layers: Selection | None = None, exclude: Selection
     return kept
 
 
-def _operator_without_size(found: Found) -> LinearOperator:
-    if isinstance(found.module, nn.modules.conv._ConvNd):
-        return RecordedConvolution(found.name, found.module)
-    return operator_of(found.module, found.name)
-
-
 def find_operators(
     model: nn.Module, layers: Selection | None = None, exclude: Selection | None = None
 ) -> list[LinearOperator]:
@@ -158,7 +152,8 @@ def find_operators(
     for selected in select(model, layers, exclude):
         f, left = selected.found, list(selected.left)
         try:
-            operator = _operator_without_size(f)
+            is_convolution = isinstance(f.module, nn.modules.conv._ConvNd)
+            operator = RecordedConvolution(f.name, f.module) if is_convolution else operator_of(f.module, f.name)
         except UnsupportedLayerError as error:
             refused.append(f"{f.name or ', '.join(left)} ({type(f.module).__name__}): {error}")
             # Of a block that holds a parameter of its own, not its name: that would leave out all that is in it.

@@ -159,11 +159,7 @@ class LipschitzRegularizer:
         return self.coefficient * self.penalty_of(log_sigma)
 
     def add_grad_(
-        self,
-        scale: float | Tensor = 1.0,
-        *,
-        advance: bool = True,
-        parameters: Collection[Tensor] | None = None,
+        self, scale: float | Tensor = 1.0, *, advance: bool = True, parameters: Collection[Tensor] | None = None
     ) -> Tensor:
         """Iterate, then add the gradient of scale * coefficient * penalty to the weights' ``.grad``, in place.
 

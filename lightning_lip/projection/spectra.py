@@ -23,10 +23,7 @@ class Spectra:
     """
 
     def __init__(
-        self,
-        spectra: Sequence[ArrayLike],
-        metric: Metric | Sequence[float],
-        frobenius: Sequence[float | None] | None,
+        self, spectra: Sequence[ArrayLike], metric: Metric | Sequence[float], frobenius: Sequence[float | None] | None
     ) -> None:
         rows = [np.asarray(spectrum, dtype=np.float64) for spectrum in spectra]
         if not rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +47,11 @@ def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | 
     weight = evaluated(operator.weight) if weight is None else weight
     module = check_convolution(operator.module)
 
+    names = ("stride", "dilation", "padding", "padding_mode", "transposed", "output_padding")
+    settings: dict[str, Any] = {name: getattr(module, name) for name in names}
+
     def norm(kernel: Tensor, groups: int) -> float:
-        return certified_convolution_norm(
-            kernel,
-            stride=tuple(module.stride),
-            dilation=tuple(module.dilation),
-            groups=groups,
-            padding=module.padding,
-            padding_mode=module.padding_mode,
-            transposed=module.transposed,
-            output_padding=tuple(module.output_padding),
-            spatial=operator.spatial,
-        )
+        return certified_convolution_norm(kernel, groups=groups, spatial=operator.spatial, **settings)
 
     bound = norm(weight.value, module.groups)
     if weight.error is None:

@@ -6,6 +6,8 @@ from functools import partial
 import lightning.pytorch as lightning
 import pytest
 import torch
+from support import networks
+from support.trainers import make_module as module_of
 from torch import nn
 
 from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer
@@ -22,9 +24,7 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+mlp = partial(networks.mlp, 4, 8, 8, 1, activation=nn.Tanh)
 
 
 def repeated():
@@ -48,8 +48,8 @@ CASES = {
     "own penalty": (mlp, {"penalty": own_penalty}),
     "selection": (mlp, {"layers": ["0", "4"], "penalty": "hinge_log", "target": 0.1}),
     "repeated module": (repeated, {"penalty": "layer_sum"}),
-    "double": (lambda: mlp().double(), {}),
-    "bfloat16": (lambda: mlp().bfloat16(), {}),
+    "double": (partial(mlp, dtype=torch.float64), {}),
+    "bfloat16": (partial(mlp, dtype=torch.bfloat16), {}),
     "convolution": (convolutional, {"exclude": "1"}),
     "traced": (convolutional, {"example_input": torch.zeros(2, 1, 6, 6), "layers": "0"}),
 }
@@ -211,34 +211,26 @@ def test_resume_across_compilation(fit, tmp_path, first, second):
     torch.testing.assert_close(resumed, whole, rtol=0, atol=1e-6)
 
 
-class Images(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 1))
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-
-    validation_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.01)
-
-
 def compiled_images(way):
-    """Return what a Trainer takes: a compiled module, or one that holds a compiled network."""
-    module = Images()
+    """Return what a Trainer takes of small images: a compiled module, or one that holds a compiled network."""
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 1))
+    module = module_of(lightning, net=net)
+    module.validation_step = module.training_step  # its own one logs, which breaks the graph
     if way == "before":
         return torch.compile(module, backend=BACKEND, fullgraph=True)
     module.net = torch.compile(module.net, backend=BACKEND, fullgraph=True)
     return module
 
 
+def images(*sizes):
+    """Return a loader of one batch of square images a size."""
+    batches = [(torch.ones(4, 1, size, size), torch.zeros(4, 1)) for size in sizes]
+    return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way):
-    data = torch.utils.data.DataLoader(torch.ones(8, 1, 6, 6), batch_size=4)
-    penalty = LipschitzPenalty(0.1)
+    data, penalty = images(6, 6), LipschitzPenalty(0.1)
     # The sanity check compiles a forward without gradients first.
     make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), data, data)
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
@@ -247,22 +239,18 @@ def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way)
 
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_convolutions_record_their_size_where_a_forward_was_compiled_before(make_trainer, way):
-    def data(size):
-        return torch.utils.data.DataLoader(torch.ones(8, 1, size, size), batch_size=4)
-
     # torch.compile would go on with code that it compiled of the same forward without the hooks.
-    make_trainer(lightning).fit(compiled_images(way), data(6))
+    make_trainer(lightning).fit(compiled_images(way), images(6, 6))
     penalty, network = LipschitzPenalty(0.1), compiled_images(way)
-    make_trainer(lightning, callbacks=[penalty]).fit(network, data(6))
+    make_trainer(lightning, callbacks=[penalty]).fit(network, images(6, 6))
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
-    make_trainer(lightning, callbacks=[penalty]).fit(network, data(8))
+    make_trainer(lightning, callbacks=[penalty]).fit(network, images(8, 8))
     assert penalty.regularizer.operators[0].domain_shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_another_size_in_a_whole_graph_is_told_of(make_trainer, way):
     penalty = LipschitzPenalty(0.1)
-    data = torch.utils.data.DataLoader([torch.ones(4, 1, size, size) for size in (6, 8, 6)], batch_size=None)
     with pytest.warns(UserWarning, match=r"'net.0' now sees inputs of shape \(1, 8, 8\).*\(1, 6, 6\)"):
-        make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), data)
+        make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), images(6, 8, 6))
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)

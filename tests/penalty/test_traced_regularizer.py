@@ -9,6 +9,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from support.networks import Lambda, mlp
 from support.truth import operator_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -21,19 +22,13 @@ def exact(weight):
     return torch.linalg.matrix_norm(weight, 2)
 
 
-class Residual(nn.Module):
-    """x -> b gelu(a x) + x, then a head; `spare` is not called."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2)
-        self.spare = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.b(nn.functional.gelu(self.a(x))) + x)
+def residual():
+    """Return x -> b gelu(a x) + x, then a head; `spare` is not called."""
+    layers = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 4), "head": nn.Linear(4, 2), "spare": nn.Linear(3, 3)}
+    return Lambda(lambda m, x: m.head(m.b(nn.functional.gelu(m.a(x))) + x), **layers).double()
 
 
+POINT = torch.zeros(1, 4, dtype=torch.float64)
 GELU = 1.1289041452  # its Lipschitz constant, to ten digits
 
 
@@ -62,49 +57,49 @@ class ConvNet(nn.Module):
 IMAGE = torch.zeros(2, 2, 6, 6)
 
 
-def gradients(model):
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+def gradients_by(model, differentiate):
+    """Return the gradients by name, and leave none behind."""
+    differentiate()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+def both_ways(regularizer):
+    return regularizer.add_grad_, lambda: regularizer.value().backward()
 
 
 def test_bound_of_a_residual_network_is_the_hand_derived_one():
-    model = Residual().double()
-    regularizer = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 4).double())
+    model = residual()
+    regularizer = LipschitzRegularizer(model, 1.0, example_input=POINT)
     assert regularizer.bound_kind == "bound"
     assert [op.name for op in regularizer.operators] == ["a", "b", "head"]
     assert float(regularizer.bound()) == pytest.approx(float(residual_bound(model)), rel=1e-9)
 
 
 @pytest.mark.parametrize("penalty", ["product", "softplus_log", "log"])
-@pytest.mark.parametrize("how", ["add_grad_", "value"])
-def test_gradient_of_a_residual_network_is_the_formulas(penalty, how):
-    model = Residual().double()
-    regularizer = LipschitzRegularizer(model, 0.5, penalty, example_input=torch.zeros(1, 4).double())
-    if how == "value":
-        regularizer.value().backward()
-    else:
-        regularizer.add_grad_()
-    got = gradients(model)
-    model.zero_grad()
+def test_gradient_of_a_residual_network_is_the_formulas(penalty):
+    model = residual()
     bound = residual_bound(model)
-    (0.5 * {"product": bound, "softplus_log": torch.log1p(bound), "log": bound.log()}[penalty]).backward()
-    for name in ("a.weight", "b.weight", "head.weight"):
-        torch.testing.assert_close(got[name], dict(model.named_parameters())[name].grad, rtol=1e-8, atol=1e-10)
-    assert got["spare.weight"] is None
+    value = {"product": bound, "softplus_log": torch.log1p(bound), "log": bound.log()}[penalty]
+    expected = gradients_by(model, (0.5 * value).backward)
+    for way in both_ways(LipschitzRegularizer(model, 0.5, penalty, example_input=POINT)):
+        got = gradients_by(model, way)
+        for name in ("a.weight", "b.weight", "head.weight"):
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-8, atol=1e-10)
+        assert got["spare.weight"] is None
 
 
 def test_unselected_layers_count_without_gradient():
-    model = Residual().double()
-    regularizer = LipschitzRegularizer(model, 1.0, layers="b", example_input=torch.zeros(1, 4).double())
+    model = residual()
+    regularizer = LipschitzRegularizer(model, 1.0, layers="b", example_input=POINT)
     assert float(regularizer.bound()) == pytest.approx(float(residual_bound(model)), rel=1e-9)
-    for add in (regularizer.add_grad_, lambda: regularizer.value().backward()):
-        model.zero_grad()
-        add()
-        got = gradients(model)
+    expected = gradients_by(model, residual_bound(model).backward)["b.weight"]
+    for way in both_ways(regularizer):
+        got = gradients_by(model, way)
         assert got["a.weight"] is None
         assert got["head.weight"] is None
-        model.zero_grad()
-        residual_bound(model).backward()
-        torch.testing.assert_close(got["b.weight"], model.b.weight.grad, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(got["b.weight"], expected, rtol=1e-8, atol=1e-10)
 
 
 def test_gradient_through_convolutions_and_batch_norm_is_exact():
@@ -114,9 +109,7 @@ def test_gradient_through_convolutions_and_batch_norm_is_exact():
     regularizer = LipschitzRegularizer(model, 1.0, n_iterations=200, example_input=IMAGE.double())
     names = [op.name for op in regularizer.operators]
     assert names == ["first+norm", "second", "head"]
-    regularizer.add_grad_()
-    got = gradients(model)
-    model.zero_grad()
+    got = gradients_by(model, regularizer.add_grad_)
     model.eval()
     regularizer.log_bound_of(operator_norms(regularizer.operators).log()).exp().backward()
     for name, p in model.named_parameters():
@@ -139,9 +132,9 @@ def test_eval_semantics_change_no_mode_and_no_buffer():
 
 def test_a_selected_layer_outside_the_graph_is_an_error():
     with pytest.raises(ValueError, match=r"layers \['spare'\] do not act on the output.*exclude='spare'"):
-        LipschitzRegularizer(Residual(), 1.0, layers=["a", "spare"], example_input=torch.zeros(1, 4))
+        LipschitzRegularizer(residual(), 1.0, layers=["a", "spare"], example_input=POINT)
     with pytest.raises(ValueError, match="No selected layer acts"):
-        LipschitzRegularizer(Residual(), 1.0, exclude=["a", "b", "head"], example_input=torch.zeros(1, 4))
+        LipschitzRegularizer(residual(), 1.0, exclude=["a", "b", "head"], example_input=POINT)
 
 
 def test_state_of_convolutions_survives():
@@ -174,18 +167,8 @@ def test_convolutions_without_a_size_wait_for_the_first_training_batch():
     assert regularizer.operators[0].domain_shape == (2, 9)
 
 
-class TwoSizes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.Conv2d(2, 2, 1)
-        self.pool = nn.AvgPool2d(2)
-
-    def forward(self, x):
-        return self.mix(self.pool(self.mix(x)))
-
-
 def test_a_kernel_of_size_one_is_one_operator_at_all_sizes_of_its_input():
-    model = TwoSizes()
+    model = Lambda(lambda m, x: m.mix(m.pool(m.mix(x))), mix=nn.Conv2d(2, 2, 1), pool=nn.AvgPool2d(2))
     regularizer = LipschitzRegularizer(model, 1.0, example_input=torch.zeros(1, 2, 4, 4))
     (operator,) = regularizer.operators
     assert (operator.name, operator.multiplicity, operator.domain_shape) == ("mix", 2, (2, 1, 1))
@@ -214,8 +197,7 @@ def test_a_convolution_gone_bad_shows_and_spares_the_gradients(followed_by):
     regularizer = LipschitzRegularizer(model, 1.0, "layer_sum", example_input=torch.zeros(1, 2, 6, 6))
     regularizer.add_grad_()
     model.zero_grad()
-    with torch.no_grad():
-        model[0].weight.fill_(math.nan)
+    nn.init.constant_(model[0].weight, math.nan)
     assert regularizer.add_grad_().isnan()
     assert regularizer.sigma()[0].isnan()
     assert model[0].weight.grad.count_nonzero() == 0
@@ -265,11 +247,8 @@ def test_callbacks_on_a_convolutional_network(make_trainer, images, tmp_path, so
     assert {f"lipschitz/{kind}", "lipschitz/penalty", "lipschitz/spectral_norm/net.second"} <= tags
     assert f"lipschitz/{kind}_upper" not in tags  # no upper bound of a convolution without a certificate
     norms = penalty.regularizer.spectral_norms()
-    assert list(norms) == (
-        ["net.first", "net.second", "net.head"]
-        if kind == "product"
-        else ["net.first+net.norm", "net.second", "net.head"]
-    )
+    first = "net.first" if kind == "product" else "net.first+net.norm"
+    assert list(norms) == [first, "net.second", "net.head"]
     # The batch norm's running statistics move until the last batch: compare with the present state.
     assert float(penalty.regularizer.bound()) == pytest.approx(events.Scalars(f"lipschitz/{kind}")[-1].value, rel=0.05)
 
@@ -291,22 +270,15 @@ def test_resumed_equals_uninterrupted_on_a_convolutional_network(make_trainer, i
 
 
 def test_a_graph_without_a_bound_falls_back_with_a_warning_only_if_the_example_was_implicit():
-    class Attention(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-            self.mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-            self.example_input_array = torch.zeros(2, 3, 4)
-
-        def forward(self, x):
-            return self.mlp(self.attention(x, x, x)[0])
-
+    attention, layers = nn.MultiheadAttention(4, 2, batch_first=True), mlp(4, 8, 4, activation=nn.GELU)
+    model = Lambda(lambda m, x: m.mlp(m.attention(x, x, x)[0]), attention=attention, mlp=layers)
+    model.example_input_array = torch.zeros(2, 3, 4)
     with pytest.warns(UserWarning, match=r"(?s)example_input_array cannot serve.*attention"):
-        regularizer = LipschitzRegularizer(Attention(), 1.0, layers="mlp")
+        regularizer = LipschitzRegularizer(model, 1.0, layers="mlp")
     assert regularizer.bound_kind == "product"
     assert list(regularizer.spectral_norms()) == ["mlp.0", "mlp.2"]
     with pytest.raises(ValueError, match="attention"):
-        LipschitzRegularizer(Attention(), 1.0, layers="mlp", example_input=torch.zeros(2, 3, 4))
+        LipschitzRegularizer(model, 1.0, layers="mlp", example_input=torch.zeros(2, 3, 4))
 
 
 def test_the_mixin_takes_the_example_input_array(make_trainer, images):
@@ -332,12 +304,9 @@ def test_the_batch_norm_fused_with_a_selected_convolution_gets_no_gradient():
     model.norm.weight.data.uniform_(0.5, 1.5)
     regularizer = LipschitzRegularizer(model, 1.0, layers="first", n_iterations=50, example_input=IMAGE.double())
     wanted = LipschitzRegularizer(model, 1.0, n_iterations=50, example_input=IMAGE.double())
-    wanted.add_grad_()
-    expected = gradients(model)["first.weight"]
-    for add in (regularizer.add_grad_, lambda: regularizer.value().backward()):
-        model.zero_grad()
-        add()
-        got = gradients(model)
+    expected = gradients_by(model, wanted.add_grad_)["first.weight"]
+    for way in both_ways(regularizer):
+        got = gradients_by(model, way)
         assert {name for name, g in got.items() if g is not None} == {"first.weight"}
         torch.testing.assert_close(got["first.weight"], expected, rtol=1e-6, atol=1e-9)
 
@@ -377,8 +346,7 @@ def test_callbacks_and_modules_can_be_copied_and_pickled(make_trainer, images, f
         copied = pickle.loads(pickle.dumps(callback))
         assert copied.state_dict().keys() == callback.state_dict().keys()
     other = copy.deepcopy(module)
-    with torch.no_grad():
-        other.net.norm.weight.mul_(4.0)
+    other.net.norm.weight.data.mul_(4.0)
     assert float(other.lipschitz_bound()) > 1.5 * float(module.lipschitz_bound())
     other.lipschitz_penalty().backward()
     assert other.net.norm.weight.grad is not None

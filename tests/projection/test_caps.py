@@ -3,13 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from lightning_lip.projection.caps import (
-    bound_caps,
-    joint_caps,
-    log_clip_caps,
-    per_layer_caps,
-    scale_factors,
-)
+from lightning_lip.projection.caps import bound_caps, joint_caps, log_clip_caps, per_layer_caps, scale_factors
 
 LOG_2 = math.log(2)
 
@@ -74,43 +68,31 @@ def lower_bound(spectra, w, D, k):
     return best
 
 
-@pytest.mark.parametrize("metric", ["relative", "euclidean"])
+@pytest.mark.parametrize("metric", ["relative", "euclidean", "own"])
 def test_joint_caps_are_the_global_optimum_up_to_an_excess_of_two(metric):
+    """With weights of one's own: multiplicities and layers that are scaled as well."""
     rng = np.random.default_rng(0)
-    for trial in range(150):
-        spectra = random_spectra(rng, rng.integers(2, 7))
-        D = LOG_2 * (1, rng.uniform(0.001, 1))[trial % 5 > 0]
-        target = log_norms(spectra).sum() - D
-        result = joint_caps(spectra, target, metric=metric)
-        w = weights(spectra, metric)
-        assert (result.exact, result.rounds) == (True, 1)
-        assert math.fsum(map(math.log, result.caps)) <= target
-        found = distance(spectra, result.caps, w)
-        assert result.squared_distance == pytest.approx(found, rel=1e-9)
-        # The target and the norms' logarithms are rounded: D itself is known to about 1e-14.
-        assert found <= lower_bound(spectra, w, D, np.ones(len(spectra))) * (1 + 1e-9) + 1e-14 * found / D
-
-
-def test_multiplicities_and_own_weights_and_scaled_layers_are_the_global_optimum():
-    rng = np.random.default_rng(1)
-    for _ in range(60):
-        n_layers = int(rng.integers(1, 6))
+    for trial in range(120):
+        n_layers = int(rng.integers(2, 7))
         spectra = random_spectra(rng, n_layers)
-        w, k = rng.uniform(0.1, 10, n_layers), rng.uniform(1, 4, n_layers)
-        scaled = rng.random(n_layers) < 0.5
         norms = np.exp(log_norms(spectra))
-        frobenius = [float(rng.uniform(0.5, 3) * norm) if s else None for norm, s in zip(norms, scaled, strict=True)]
-        D = rng.uniform(0.01, 1) * LOG_2
+        D = LOG_2 * (1, rng.uniform(0.001, 1))[trial % 5 > 0]
+        w, k, frobenius = weights(spectra, metric), np.ones(n_layers), [None] * n_layers
+        if metric == "own":
+            w, k = rng.uniform(0.1, 10, n_layers), rng.uniform(1, 4, n_layers)
+            frobenius = [float(rng.uniform(0.5, 3) * norm) if rng.random() < 0.5 else None for norm in norms]
         target = float(k @ np.log(norms)) - D
-        result = joint_caps(spectra, target, metric=list(w), multiplicities=k, frobenius=frobenius)
+        chosen = list(w) if metric == "own" else metric
+        result = joint_caps(spectra, target, metric=chosen, multiplicities=k, frobenius=frobenius)
         # A scaled layer costs what clipping its Frobenius norm, as one singular value, would.
         costs = [s if f is None else np.array([f]) for s, f in zip(spectra, frobenius, strict=True)]
         caps = [c if f is None else c / n * f for c, n, f in zip(result.caps, norms, frobenius, strict=True)]
         found = distance(costs, caps, w)
-        assert result.exact
+        assert (result.exact, result.rounds) == (True, 1)
         assert math.fsum(map(float.__mul__, k.tolist(), map(math.log, result.caps))) <= target
         assert result.squared_distance == pytest.approx(found, rel=1e-9)
-        assert found <= lower_bound(costs, w, D, k) * (1 + 1e-9)
+        # The target and the norms' logarithms are rounded: D itself is known to about 1e-14.
+        assert found <= lower_bound(costs, w, D, k) * (1 + 1e-9) + 1e-14 * found / D
 
 
 def test_exact_beyond_an_excess_of_two_against_a_grid():

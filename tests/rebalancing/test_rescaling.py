@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from support.networks import mlp
-from support.truth import linears, product
+from support.networks import Lambda, mlp
+from support.truth import linears, norm, product
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -22,20 +22,26 @@ def outputs(model, *shape, n=1000):
         return model(inputs)
 
 
+def check_outputs(after, before):
+    assert (after - before).abs().max() <= TOLERANCE * before.abs().max()
+
+
+def check_state(model, expected):
+    assert all(torch.equal(a, b) for a, b in zip(expected.values(), model.state_dict().values(), strict=True))
+
+
 def check(model, example_input, *shape, **settings):
     """Rebalance and check all that is promised; return the result."""
     before, old_product = outputs(model, *shape), product(model)
     result = rebalance(model, example_input, **settings)
     new_product = product(model)
     after = outputs(model, *shape)
-    assert (after - before).abs().max() <= TOLERANCE * before.abs().max()
+    check_outputs(after, before)
     assert result.product_after <= result.product_before
     # Certified: above the float64 norms, by no more than the certificates' slack.
     assert old_product * (1 - 1e-12) <= result.product_before <= old_product * (1 + 1e-8)
     assert new_product * (1 - 1e-12) <= result.product_after <= new_product * (1 + 1e-8)
-    assert [layer.norm_after for layer in result.layers] == [
-        pytest.approx(float(torch.linalg.matrix_norm(m.weight.detach().double(), 2))) for m in linears(model)
-    ]
+    assert [layer.norm_after for layer in result.layers] == [pytest.approx(norm(layer)) for layer in linears(model)]
     return result
 
 
@@ -45,7 +51,7 @@ def refused(model, example_input, *reasons):
         rebalance(model, example_input)
     for reason in reasons:
         assert reason in str(caught.value)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    check_state(model, before)
     return str(caught.value)
 
 
@@ -76,8 +82,7 @@ def test_shapes(sizes, bias):
 
 def test_a_per_channel_prelu():
     model = mlp(4, 8, 3, activation=lambda: nn.PReLU(8))
-    with torch.no_grad():
-        model[1].weight.copy_(torch.linspace(-1, 2, 8))
+    model[1].weight.data = torch.linspace(-1, 2, 8)
     assert check(model, torch.zeros(1, 4), 4).changed
 
 
@@ -123,7 +128,7 @@ def test_a_trained_network_of_the_paper():
 
 
 def test_in_fp64_the_outputs_agree_to_rounding():
-    model = mlp(13, 20, 20, 2).double()
+    model = mlp(13, 20, 20, 2, dtype=torch.float64)
     before = outputs(model, 13)
     assert rebalance(model, torch.zeros(1, 13)).changed
     assert (outputs(model, 13) - before).abs().max() < 1e-14
@@ -137,13 +142,12 @@ def test_a_second_call_changes_nothing():
     assert not result.changed
     assert result.product_after == result.product_before
     assert all((layer.scale == 1).all() and layer.norm_after == layer.norm_before for layer in result.layers)
-    assert all(torch.equal(a, b) for a, b in zip(weights.values(), model.state_dict().values(), strict=True))
+    check_state(model, weights)
 
 
 def test_one_power_of_two_a_layer_changes_no_bit_of_the_outputs():
     model = mlp(13, 20, 20, 20, 2)
-    with torch.no_grad():
-        model[0].weight *= 1000
+    model[0].weight.data *= 1000
     before = outputs(model, 13)
     result = check(model, torch.zeros(1, 13), 13, per_unit=False)
     assert result.changed
@@ -157,9 +161,8 @@ def test_one_power_of_two_a_layer_changes_no_bit_of_the_outputs():
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_extreme_layers(scale):
     model = mlp(6, 12, 8, 2, bias=False)
-    with torch.no_grad():
-        model[0].weight *= scale
-        model[2].weight /= scale
+    model[0].weight.data *= scale
+    model[2].weight.data /= scale
     result = check(model, torch.zeros(1, 6), 6)
     assert result.changed
     assert max(layer.norm_after for layer in result.layers) < 10
@@ -167,21 +170,19 @@ def test_extreme_layers(scale):
 
 def test_what_would_overflow_is_not_written():
     model = mlp(6, 12, 2)
-    with torch.no_grad():
-        model[0].weight *= 1e-37
-        model[0].bias.fill_(1e10)
-        model[2].weight *= 1e30
+    model[0].weight.data *= 1e-37
+    model[0].bias.data.fill_(1e10)
+    model[2].weight.data *= 1e30
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"0's bias would not fit into torch.float32 after rescaling"):
         rebalance(model)
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    check_state(model, before)
 
 
 def test_dead_units():
     model = mlp(6, 12, 8, 2)
-    with torch.no_grad():
-        model[0].weight[:4] = 0
-        model[2].weight[:, 3:6] = 0
+    model[0].weight.data[:4] = 0
+    model[2].weight.data[:, 3:6] = 0
     result = check(model, torch.zeros(1, 6), 6)
     assert result.changed
     assert all(p.isfinite().all() for p in model.parameters())
@@ -199,23 +200,15 @@ def test_a_zero_layer_and_a_single_layer_are_left():
     assert [layer.name for layer in result.layers] == ["0"]
 
 
-class Tokens(nn.Module):
+def test_tokens_and_what_stands_around_the_chain():
     """Layers on each token, functional activations, and things without parameters before and behind."""
 
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.register_buffer("mean", torch.full((6,), 0.5))
-        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+    def forward(m, x):
+        hidden = F.relu(m.first(torch.tanh(x - m.mean))).flatten(0, 1)
+        return m.last(hidden.unflatten(0, (-1, x.shape[1]))).softmax(-1)
 
-    def forward(self, x):
-        x = torch.tanh(x - self.mean)
-        hidden = F.relu(self.first(x)).flatten(0, 1)
-        return self.last(hidden.unflatten(0, (-1, x.shape[1]))).softmax(-1)
-
-
-def test_tokens_and_what_stands_around_the_chain():
-    assert check(Tokens(), torch.zeros(1, 5, 6), 5, 6).changed
+    model = Lambda(forward, mean=torch.full((6,), 0.5), first=nn.Linear(6, 12), last=nn.Linear(12, 3))
+    assert check(model, torch.zeros(1, 5, 6), 5, 6).changed
 
 
 def test_a_lightning_module(pl, make_module):
@@ -229,13 +222,12 @@ def test_a_lightning_module(pl, make_module):
     assert result.changed
     assert module.training
     assert [layer.name for layer in result.layers] == ["net.0", "net.2", "net.4"]
-    assert (outputs(module, 4) - before).abs().max() <= TOLERANCE * before.abs().max()
+    check_outputs(outputs(module, 4), before)
 
 
 def test_after_training_with_a_trainer(pl, make_trainer, make_module, regression_data):
     module = make_module(pl, net=mlp(4, 8, 8, 1))
-    trainer = make_trainer(pl, max_epochs=2)
-    trainer.fit(module, regression_data)
+    make_trainer(pl, max_epochs=2).fit(module, regression_data)
     check(module, torch.zeros(1, 4), 4)
 
 
@@ -246,19 +238,6 @@ def test_inside_inference_mode_and_autocast():
     assert inside.product_after == rebalance(other).product_after
     assert torch.equal(model[0].weight, other[0].weight)
     model(torch.zeros(1, 6)).sum().backward()
-
-
-class Calls(nn.Module):
-    """A forward pass of one's own over named layers."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.run = forward
-
-    def forward(self, *inputs):
-        return self.run(self, *inputs)
 
 
 ACTIVATIONS = [nn.Tanh, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Softplus, nn.ReLU6, nn.Hardtanh]
@@ -300,7 +279,7 @@ def test_a_batch_norm_can_be_fused_as_the_message_says():
     fused = nn.Sequential(nn.utils.fuse_linear_bn_eval(model[0].eval(), norm), model[1], model[2])
     before = outputs(whole, 6)
     assert check(fused, torch.zeros(1, 6), 6).changed
-    assert (outputs(fused, 6) - before).abs().max() <= TOLERANCE * before.abs().max()
+    check_outputs(outputs(fused, 6), before)
 
 
 @pytest.mark.parametrize(
@@ -318,78 +297,80 @@ def test_parameters_outside_of_the_chain_are_refused(front, example, reason):
     assert rebalance(model[1:]).changed
 
 
-def test_branches_are_refused():
-    def layers():
-        torch.manual_seed(0)
-        return {"a": nn.Linear(6, 6), "b": nn.Linear(6, 6), "c": nn.Linear(6, 6)}
+def residual(m, x):
+    hidden = m.a(x).relu()
+    return m.c(hidden + m.b(hidden))
 
-    def residual(m, x):
-        hidden = m.a(x).relu()
-        return m.c(hidden + m.b(hidden))
 
-    def skip(m, x):
-        return m.c(m.b(m.a(x).relu()) + x)
+def two_outputs(m, x):
+    hidden = m.a(x).relu()
+    return m.b(hidden), hidden
 
-    def concatenated(m, x):
-        return m.c(torch.cat([m.a(x)[:, :3], x[:, :3]], 1))
 
-    def two_outputs(m, x):
-        hidden = m.a(x).relu()
-        return m.b(hidden), hidden
-
-    def separate(m, x):
-        return m.a(x), m.b(x)
-
-    example = torch.zeros(1, 6)
-    message = refused(
-        Calls(residual, **layers()), example, "its output is used 2 times, as in a residual network, by b (Linear), "
-    )
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (residual, "its output is used 2 times, as in a residual network, by b (Linear), "),
+        (lambda m, x: m.c(m.b(m.a(x).relu()) + x), "it also takes another value, as a residual or a branch does"),
+        (lambda m, x: m.c(torch.cat([m.a(x)[:, :3], x[:, :3]], 1)), "it is not known to be positively homogeneous"),
+        (two_outputs, "its output is used 2 times"),
+        (lambda m, x: (m.a(x), m.b(x)), "it is an output of the network, but not the last layer's"),
+        (lambda m, x: x @ m.a.weight, "it has parameters, but stands before"),
+        (lambda m, x: x.relu(), "Lambda has no linear layer"),
+    ],
+    ids=["residual", "skip", "concatenated", "two outputs", "separate", "no layer", "nothing"],
+)
+def test_branches_are_refused(forward, reason):
+    model = Lambda(forward, a=nn.Linear(6, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 6))
+    message = refused(model, torch.zeros(1, 6), reason)
     # Only what is wrong is named.
-    assert message.count("  - ") == 1
-    refused(Calls(skip, **layers()), example, "it also takes another value, as a residual or a branch does")
-    refused(Calls(concatenated, **layers()), example, "it is not known to be positively homogeneous")
-    refused(Calls(two_outputs, **layers()), example, "its output is used 2 times")
-    refused(Calls(separate, **layers()), example, "it is an output of the network, but not the last layer's")
-    refused(nn.Sequential(nn.Flatten(), nn.ReLU()), example, "Sequential has no linear layer")
-    refused(Calls(lambda m, x: x @ m.a.weight, **layers()), example, "it has parameters, but stands before")
+    assert forward is not residual or message.count("  - ") == 1
 
 
 def test_layers_of_the_model_itself_are_named_by_their_parameters():
-    model = Calls(lambda m, x: F.linear(F.relu(F.linear(x, m.inner)), m.outer))
-    torch.manual_seed(0)
-    model.inner, model.outer = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(2, 8))
+    inner, outer = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(2, 8))
+    model = Lambda(lambda m, x: F.linear(F.relu(F.linear(x, m.inner)), m.outer), inner=inner, outer=outer)
     result = rebalance(model, torch.zeros(1, 4))
     assert result.changed
     assert [layer.name for layer in result.layers] == ["inner", "outer"]
 
 
 def test_a_residual_around_the_whole_chain_is_no_obstacle():
-    model = Calls(lambda m, x: x + m.net(x), net=mlp(6, 12, 6))
+    model = Lambda(lambda m, x: x + m.net(x), net=mlp(6, 12, 6))
     assert check(model, torch.zeros(1, 6), 6).changed
     # Its bound, 1 + product, is the smaller for it.
 
 
-def test_shared_weights_are_refused():
-    torch.manual_seed(0)
-    reused = nn.Linear(6, 6)
-    refused(nn.Sequential(reused, nn.ReLU(), reused, nn.ReLU(), nn.Linear(6, 2)), torch.zeros(1, 6), "shared")
-    tied = mlp(6, 6, 6)
-    tied[2].weight = tied[0].weight
-    refused(tied, torch.zeros(1, 6), "its weight is shared with another layer, or used more than once")
-    tied = mlp(6, 6, 6)
-    tied[2].bias = tied[0].bias
-    refused(tied, torch.zeros(1, 6), "its bias is shared")
-    tied = mlp(6, 6, 6)
-    tied[2].weight.data = tied[0].weight.data
-    refused(tied, torch.zeros(1, 6), "lies in another layer's memory")
-    # Shared with what the forward pass does not reach.
-    tied = mlp(6, 6, 6)
-    tied.append(nn.Identity())
-    tied[3].weight = tied[0].weight
-    refused(tied, torch.zeros(1, 6), "its weight is shared")
-    # One layer under two names is one layer.
+def tie_memory(model):
+    model[2].weight.data = model[0].weight.data
+
+
+def tie_unreached(model):
+    """Share a weight with what the forward pass does not reach."""
+    model.append(nn.Identity())
+    model[3].weight = model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("tie", "reason"),
+    [
+        (lambda m: m.extend([nn.ReLU(), m[2]]), "shared"),
+        (lambda m: setattr(m[2], "weight", m[0].weight), "its weight is shared with another layer, or used more"),
+        (lambda m: setattr(m[2], "bias", m[0].bias), "its bias is shared"),
+        (tie_memory, "lies in another layer's memory"),
+        (tie_unreached, "its weight is shared"),
+    ],
+    ids=["reused", "weight", "bias", "memory", "unreached"],
+)
+def test_shared_weights_are_refused(tie, reason):
     model = mlp(6, 6, 6)
-    assert rebalance(Calls(lambda m, x: m.net(x), net=model, head=model[2]), torch.zeros(1, 6)).changed
+    tie(model)
+    refused(model, torch.zeros(1, 6), reason)
+
+
+def test_one_layer_under_two_names_is_one_layer():
+    model = mlp(6, 6, 6)
+    assert rebalance(Lambda(lambda m, x: m.net(x), net=model, head=model[2]), torch.zeros(1, 6)).changed
 
 
 def test_frozen_layers_are_refused():
@@ -422,17 +403,15 @@ def test_half_precision_is_refused(dtype):
 
 def test_numbers_that_are_not_finite():
     model = mlp(6, 12, 2)
-    with torch.no_grad():
-        model[2].weight[0, 0] = math.nan
+    model[2].weight.data[0, 0] = math.nan
     with pytest.raises(ValueError, match="Expected finite numbers in 2's weight"):
         rebalance(model)
     model = mlp(6, 12, 2)
-    with torch.no_grad():
-        model[0].bias[0] = math.inf
-    weights = model[0].weight.detach().clone()
+    model[0].bias.data[0] = math.inf
+    weights = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="Expected finite numbers in 0's bias"):
         rebalance(model)
-    assert torch.equal(model[0].weight, weights)
+    check_state(model, weights)
 
 
 def test_an_example_input_is_needed_where_nothing_tells_it():
@@ -442,10 +421,10 @@ def test_an_example_input_is_needed_where_nothing_tells_it():
         rebalance(nn.Linear(2, 2))
 
 
-def test_stored_networks_keep_the_gain(tmp_path):
+def test_stored_networks_keep_the_gain():
     model = mlp(6, 12, 2)
     rebalance(model)
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    torch.save(model.state_dict(), "weights.pt")
     fresh = mlp(6, 12, 2, seed=1)
-    fresh.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    fresh.load_state_dict(torch.load("weights.pt"))
     assert not rebalance(fresh).changed

@@ -5,7 +5,6 @@ import mpmath
 import pytest
 import torch
 
-from lightning_lip.certificates import interval as certificates
 from lightning_lip.rigorous import matrix as matrix_norms
 from lightning_lip.rigorous.matrix import certified_largest_eigenvalue, certified_matrix_norm, scaled_matrix
 
@@ -219,7 +218,3 @@ def test_the_factorisations_own_error_is_added():
     trace = 49
     assert error >= (50 + 1) * 2**-53 * trace
     assert error <= 2 * (50 + 1) * 2**-53 * trace
-
-
-def test_exported_by_certificates():
-    assert certificates.certified_matrix_norm is certified_matrix_norm

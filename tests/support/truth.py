@@ -32,6 +32,12 @@ def dense(operator):
     return operator.apply(identity).flatten(1).mT
 
 
+def forward_matrix(module, shape):
+    """Return the matrix, (outputs, inputs), of an affine module at one input shape, by its own forward."""
+    identity = torch.eye(math.prod(shape), dtype=next(module.parameters()).dtype).view(-1, *shape)
+    return (module(identity) - module(torch.zeros_like(identity))).flatten(1).mT
+
+
 def operator_norms(operators):
     """Return the operators' norms, shape (L,), fp64, differentiable in their parameters."""
     norms = [torch.linalg.matrix_norm(dense(operator), 2).double() for operator in operators]
@@ -124,3 +130,14 @@ def blocks(weights, size, seed=0):
 def largest_singular_value(matrix):
     """Return the spectral norm of a matrix in fp64, as a tensor of shape ()."""
     return torch.linalg.matrix_norm(matrix.detach().double(), 2)
+
+
+PENALTIES = {
+    "product": lambda sigma, target: sigma.prod(),
+    "softplus_log": lambda sigma, target: torch.log1p(sigma.prod() / target),
+    "hinge_log": lambda sigma, target: (sigma.log().sum() - math.log(target)).clamp(min=0).square(),
+    "log": lambda sigma, target: sigma.log().sum(),
+    "layer_sum": lambda sigma, target: sigma.sum(),
+    "layer_sum_squares": lambda sigma, target: sigma.square().sum(),
+}
+"""The penalties by name, of spectral norms (L,) and the target, as they are defined."""
