@@ -26,7 +26,7 @@ from lightning_lip.callbacks.lightning.trainer import (
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_integer, check_state
+from lightning_lip.checks import check_integers, check_state
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -141,13 +141,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        for argument, value, least in (
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("seed", seed, 0),
-            ("figures_every_n_epochs", figures_every_n_epochs, 0),
-        ):
-            check_integer(argument, value, least)
+        check_integers(1, block_size=block_size, n_iterations=n_iterations)
+        check_integers(0, seed=seed, figures_every_n_epochs=figures_every_n_epochs)
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):
             raise TypeError(

@@ -22,7 +22,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     log_metrics,
     monitors_of,
 )
-from lightning_lip.checks import check_coefficient, check_integer, check_state
+from lightning_lip.checks import check_integers, check_number, check_state
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
@@ -105,16 +105,10 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.coefficient = check_coefficient(coefficient)
+        self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target)
-        for argument, value, least in (
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("seed", seed, 0),
-            ("every_n_steps", every_n_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-        ):
-            check_integer(argument, value, least)
+        check_integers(1, block_size=block_size, n_iterations=n_iterations, every_n_steps=every_n_steps)
+        check_integers(0, seed=seed, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self._arguments = {

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_numbers
+from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics.plotting import plot_levels
 
 # More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
@@ -106,8 +106,7 @@ def certified_worst_case_mae(
     for name, value in (("mae", float(mae)), ("lipschitz", lipschitz), ("noise_norm", noise_norm)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"expected {name} as a finite number of at least 0, got {value!r}{_HINT[name]}")
-    if isinstance(n_outputs, bool) or not isinstance(n_outputs, int) or n_outputs < 1:
-        raise ValueError(f"expected n_outputs as an int of at least 1, got {n_outputs!r}")
+    check_integers(1, n_outputs=n_outputs)
     growth = lipschitz * noise_norm / math.sqrt(n_outputs) * (1 + _SLACK)
     return mae + growth if isinstance(mae, Tensor) else math.nextafter(mae + growth, math.inf)
 
@@ -253,12 +252,7 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
 
 
 def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:
-    radii = check_numbers("radius", radius if isinstance(radius, Sequence) else (radius,))
-    if not radii:
-        raise ValueError("expected at least one radius, got none: pass for example radius=0.1")
-    if not all(math.isfinite(eps) and eps >= 0 for eps in radii):
-        raise ValueError(f"expected radii that are finite and not negative, got {radii}")
-    return radii
+    return check_levels("radius", radius if isinstance(radius, Sequence) else (radius,), distinct=False)
 
 
 def _check_batch(logits: Tensor, target: Tensor) -> None:

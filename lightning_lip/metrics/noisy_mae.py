@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_numbers
+from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics.plotting import plot_levels
 
 Range = float | Sequence[Any] | np.ndarray | Tensor
@@ -117,7 +117,7 @@ def noisy_mean_absolute_error(
         ... )
         tensor([0.0000, 0.5412, 1.0824])
     """
-    levels = _check_noise_levels(noise_levels)
+    levels = check_levels("noise_levels", noise_levels)
     low, high = _check_feature_range(feature_min, feature_max)
     sum_abs_error, total = _noisy_mean_absolute_error_update(
         predict, inputs, target, levels, low, high, symmetric, generator
@@ -186,11 +186,12 @@ class NoisyMeanAbsoluteError(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.noise_levels = _check_noise_levels(noise_levels)
+        self.noise_levels = check_levels("noise_levels", noise_levels)
         # Plain attributes, not buffers: a module's .half() would round the ranges. They stay on the CPU, as the noise.
         self.feature_min, self.feature_max = _check_feature_range(feature_min, feature_max)
         self.symmetric = symmetric
-        self.seed = _check_seed(seed)
+        check_integers(0, seed=seed)
+        self.seed = seed
         # Made at the first draw, because the process group may not exist yet.
         self._generator: torch.Generator | None = None
         self._start_of_batch: Tensor | None = None
@@ -310,17 +311,6 @@ def _noisy_mean_absolute_error_compute(sum_abs_error: Tensor, total: Tensor) -> 
     return sum_abs_error / total
 
 
-def _check_noise_levels(noise_levels: Sequence[float]) -> tuple[float, ...]:
-    levels = check_numbers("noise_levels", noise_levels)
-    if not levels:
-        raise ValueError("expected at least one noise level, got none: pass for example noise_levels=(0.0, 0.2)")
-    if not all(np.isfinite(eta) and eta >= 0 for eta in levels):
-        raise ValueError(f"expected noise levels that are finite and not negative, got {levels}")
-    if len(set(levels)) != len(levels):
-        raise ValueError(f"expected distinct noise levels, got {levels}")
-    return levels
-
-
 def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -> tuple[Tensor, Tensor]:
     if feature_min is None or feature_max is None:
         missing = [name for name, end in (("feature_min", feature_min), ("feature_max", feature_max)) if end is None]
@@ -345,12 +335,6 @@ def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -
             "swapped"
         )
     return low, high
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"expected seed as a non-negative int, got {seed!r}")
-    return seed
 
 
 def _check_batch(inputs: Tensor, target: Tensor) -> None:

@@ -8,13 +8,12 @@ formed: 120 layers of norm 3 overflow fp32, their logarithms do not. The six bui
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lightning_lip.checks import check_number
 from lightning_lip.kernels.penalties import (
     PRODUCT_CAP,
     built_in,
@@ -59,11 +58,10 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
         ValueError: If the name is unknown or `target` is not a positive finite number.
         TypeError: If `penalty` is neither a string nor callable.
     """
-    if not (isinstance(target, Real) and not isinstance(target, bool) and math.isfinite(target) and target > 0):
-        raise ValueError(f"Expected `target` to be a positive finite number, got {target!r}.")
+    target = check_number("target", target, positive=True)
     if isinstance(penalty, str):
         if penalty in get_args(PenaltyName):
-            return built_in(penalty, float(target))
+            return built_in(penalty, target)
         names = ", ".join(repr(name) for name in get_args(PenaltyName))
         raise ValueError(f"Unknown penalty {penalty!r}: expected one of {names}, or a callable of your own.")
     if callable(penalty):

@@ -410,21 +410,3 @@ def test_a_parametrised_weight_is_refused(fit, make_module):
 def test_a_diverged_weight_is_told_and_not_saved(fit, make_module):
     with pytest.raises(ValueError, match="NaN or an infinity"):
         fit(LipschitzConstraint(1.0), module=make_module(lightning, optimizer=lambda p: torch.optim.SGD(p, math.inf)))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"target": 0}, "`target` to be a positive finite number"),
-        ({"initial_target": -1.0, "tighten_steps": 3}, "`initial_target` to be a positive finite number"),
-        ({"initial_target": 2.0}, "`tighten_steps` to be an integer of at least 1"),
-        ({"tighten_steps": 3}, "asks for the `initial_target`"),
-        ({"method": "clip"}, "`method` to be one of"),
-        ({"metric": "l2"}, "`metric` to be one of"),
-        ({"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1"),
-        ({"block_size": True}, "`block_size` to be an integer of at least 1"),
-    ],
-)
-def test_bad_arguments(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        LipschitzConstraint(**({"target": 1.0} | arguments))

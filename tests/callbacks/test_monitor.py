@@ -358,11 +358,6 @@ def test_certified_interval_in_the_layout(train):
     assert len({e.step for e in values}) == 1  # or TensorBoard could draw no band
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="`n_iterations` to be an integer of at least 1, got 0"):
-        LipschitzMonitor(n_iterations=0)
-
-
 @pytest.mark.parametrize(("every", "steps"), [(1, [7, 15, 23, 31]), (2, [15, 31]), (0, None)])
 def test_figures_every_n_epochs(train, every, steps):
     _, events = train([LipschitzMonitor(figures_every_n_epochs=every)], max_epochs=4, limit_train_batches=8)

@@ -387,24 +387,6 @@ def test_validate_before_fit(make_module, make_trainer, regression_data):
     assert float(module.lipschitz_penalty()) > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"coefficient": -1.0}, "`coefficient` to be a finite number of at least 0, got -1.0"),
-        ({"coefficient": math.nan}, "`coefficient`"),
-        ({"penalty": "spectral"}, "Unknown penalty 'spectral': expected one of 'product'"),
-        ({"penalty": "hinge_log", "target": 0.0}, "`target` to be a positive finite number"),
-        ({"block_size": 0}, "`block_size` to be an integer of at least 1, got 0"),
-        ({"n_iterations": 1.5}, "`n_iterations`"),
-        ({"every_n_steps": 0}, "`every_n_steps`"),
-        ({"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0"),
-    ],
-)
-def test_bad_arguments(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        LipschitzPenalty(**arguments)
-
-
 def test_no_layer_matches(fit):
     with pytest.raises(ValueError, match=r"'encoder\.\*' matches no module.*net\.0 \(Linear\)"):
         fit(LipschitzPenalty(layers="encoder.*"))

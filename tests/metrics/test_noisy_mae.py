@@ -345,11 +345,11 @@ def test_same_noise_on_cuda():
 @pytest.mark.parametrize(
     ("noise_levels", "error", "message"),
     [
-        ((), ValueError, "at least one noise level"),
-        ((0.1, -0.1), ValueError, "finite and not negative"),
-        ((float("nan"),), ValueError, "finite and not negative"),
-        ((float("inf"),), ValueError, "finite and not negative"),
-        ((0.1, 0.2, 0.1), ValueError, "distinct noise levels"),
+        ((), ValueError, "`noise_levels` to be one or more finite numbers"),
+        ((0.1, -0.1), ValueError, "one or more finite numbers of at least 0"),
+        ((float("nan"),), ValueError, "one or more finite numbers of at least 0"),
+        ((float("inf"),), ValueError, "one or more finite numbers of at least 0"),
+        ((0.1, 0.2, 0.1), ValueError, "`noise_levels` to be distinct"),
         (0.2, TypeError, r"`noise_levels` to be a sequence of numbers, .* got 0\.2\."),
         ("0.2", TypeError, r"`noise_levels` to be a sequence of numbers, .* got '0\.2'\."),
     ],
@@ -387,7 +387,7 @@ def test_feature_ranges_missing_by_default():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None])
 def test_wrong_seed(seed):
-    with pytest.raises(ValueError, match="non-negative int"):
+    with pytest.raises(ValueError, match="`seed` to be an integer of at least 0"):
         make_metric(seed=seed)
 
 
