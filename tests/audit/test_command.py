@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from support.audits import BORING, PAPER, Touch, run_cli
+from support.audits import BORING, PAPER, Touch
+from support.commands import run_cli
 from torch import nn
 
 from lightning_lip.audit.checkpoints import load_network
@@ -21,7 +22,7 @@ from lightning_lip.graph.bound import GraphNode
 
 
 def test_reproduces_own_checkpoint_is_audited(reproduced, capsys):
-    assert run_cli(reproduced, "--module", PAPER, "--input-shape", "13", "--json", "-") == 0
+    assert run_cli("audit", reproduced, "--module", PAPER, "--input-shape", "13", "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["certified"]
     assert found["module"] == "lightning_lip.paper.model:PaperRegressor"
@@ -47,7 +48,7 @@ def test_the_measured_slope_is_below_the_certificate(reproduced, tmp_path):
 def test_another_librarys_lightning_module(save_lightning, tmp_path, capsys):
     module = BoringModel()
     path = save_lightning(module, tmp_path / "boring.ckpt")
-    assert run_cli(path, "--module", BORING, "--input-shape", "32", "--json", "out.json") == 0
+    assert run_cli("audit", path, "--module", BORING, "--input-shape", "32", "--json", "out.json") == 0
     found = json.loads(Path("out.json").read_text())
     truth = float(torch.linalg.matrix_norm(module.layer.weight.detach().double(), 2))
     assert truth <= found["upper"] <= truth * (1 + 1e-6)
@@ -223,7 +224,7 @@ def test_data_that_give_no_slope(networks):
 )
 def test_exit_status(networks, capsys, target, shape, limit, status):
     limits = [] if limit is None else ["--max-bound", limit]
-    assert run_cli(target, "--input-shape", shape, *limits, "--json", "-") == status
+    assert run_cli("audit", target, "--input-shape", shape, *limits, "--json", "-") == status
     captured = capsys.readouterr()
     assert bool(captured.err) == bool(status)
     if status < 2:
@@ -244,7 +245,7 @@ def test_the_message_of_a_bound_that_is_not_kept(networks):
 
 
 def test_an_unknown_layer_is_named(networks, capsys):
-    assert run_cli("audited_networks:Attention", "--input-shape", "3,4", "--max-bound", "5") == 1
+    assert run_cli("audit", "audited_networks:Attention", "--input-shape", "3,4", "--max-bound", "5") == 1
     shown = capsys.readouterr().out
     refused = shown.partition("Refused:")[2]
     assert "attend" in refused

@@ -15,6 +15,7 @@ LEVELS = (0.0, 0.3, 0.1)
 LOW = [-1.0, 0.0, 2.0]
 HIGH = [1.0, 10.0, 2.0]  # the last feature is constant: it gets no noise
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -1.0]])
+INPUTS, TARGET = torch.zeros(5, 3), torch.zeros(5, 2)
 
 # One rounding of each product and of the sum over a batch, in the accumulating dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -391,50 +392,27 @@ def test_wrong_seed(seed):
         make_metric(seed=seed)
 
 
-@pytest.mark.parametrize("shape", [(2,), (4, 3)])
-def test_ranges_of_another_shape_than_the_features(shape):
-    metric = make_metric(feature_min=torch.zeros(shape), feature_max=torch.ones(shape))
-    with pytest.raises(ValueError, match=r"broadcast to the features' shape \(3,\), got \("):
-        metric.update(linear, torch.zeros(5, 3), torch.zeros(5, 2))
-
-
 @pytest.mark.parametrize(
-    ("predict", "target", "message"),
+    ("predict", "inputs", "target", "error", "message"),
     [
         # (15, 1) - (5,) would broadcast silently to (3, 5, 5)
-        (lambda x: x[:, :1], torch.zeros(5), r"shape \(15,\) .* got \(15, 1\)"),
-        (lambda x: x[:, 0], torch.zeros(5, 1), r"shape \(15, 1\) .* got \(15,\)"),
-        (lambda x: x[:5], torch.zeros(5, 3), r"shape \(15, 3\) .* got \(5, 3\)"),
-        (lambda x: x.sum(), torch.zeros(5), r"shape \(15,\) .* got \(\)"),
-        (linear, torch.zeros(4, 2), r"inputs of shape .* got \(5, 3\) and \(4, 2\)"),
-        (linear, torch.tensor(0.0), r"inputs of shape .* got \(5, 3\) and \(\)"),
+        (lambda x: x[:, :1], INPUTS, torch.zeros(5), ValueError, r"shape \(15,\) .* got \(15, 1\)"),
+        (lambda x: x[:, 0], INPUTS, torch.zeros(5, 1), ValueError, r"shape \(15, 1\) .* got \(15,\)"),
+        (lambda x: x[:5], INPUTS, torch.zeros(5, 3), ValueError, r"shape \(15, 3\) .* got \(5, 3\)"),
+        (lambda x: x.sum(), INPUTS, torch.zeros(5), ValueError, r"shape \(15,\) .* got \(\)"),
+        (lambda x: (x, x), INPUTS, TARGET, TypeError, r"one tensor of shape \(15, 2\), got a tuple"),
+        (linear, INPUTS, torch.zeros(4, 2), ValueError, r"inputs of shape .* got \(5, 3\) and \(4, 2\)"),
+        (linear, INPUTS, torch.tensor(0.0), ValueError, r"inputs of shape .* got \(5, 3\) and \(\)"),
+        (linear, torch.tensor(0.0), torch.zeros(1), ValueError, r"got \(\) and \(1,\)"),
+        (linear, torch.zeros(5, 4), TARGET, ValueError, r"broadcast to the features' shape \(4,\), got \(3,\)"),
+        (linear, torch.zeros(5), TARGET, ValueError, r"broadcast to the features' shape \(\), got \(3,\)"),
+        (linear, INPUTS.long(), TARGET, TypeError, r"floating-point inputs, got torch\.int64"),
+        (linear, INPUTS.index_fill(1, torch.tensor(1), torch.nan), TARGET, ValueError, "inputs without NaN"),
     ],
 )
-def test_wrong_shapes(predict, target, message):
-    with pytest.raises(ValueError, match=message):
-        make_metric().update(predict, torch.zeros(5, 3), target)
-
-
-def test_scalar_inputs():
-    with pytest.raises(ValueError, match=r"got \(\) and \(1,\)"):
-        NoisyMeanAbsoluteError((0.0,), 0.0, 1.0).update(linear, torch.tensor(0.0), torch.zeros(1))
-
-
-def test_predictions_that_are_no_tensor():
-    with pytest.raises(TypeError, match=r"one tensor of shape \(15, 2\), got a tuple"):
-        make_metric().update(lambda x: (x, x), torch.zeros(5, 3), torch.zeros(5, 2))
-
-
-def test_integer_inputs():
-    with pytest.raises(TypeError, match=r"floating-point inputs, got torch\.int64"):
-        make_metric().update(linear, torch.zeros(5, 3, dtype=torch.int64), torch.zeros(5, 2))
-
-
-def test_nan_inputs():
-    inputs = torch.zeros(5, 3)
-    inputs[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="inputs without NaN"):
-        make_metric().update(linear, inputs, torch.zeros(5, 2))
+def test_wrong_batches(predict, inputs, target, error, message):
+    with pytest.raises(error, match=message):
+        make_metric().update(predict, inputs, target)
 
 
 def test_nan_predictions_are_reported_not_refused():
