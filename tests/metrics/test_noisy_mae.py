@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-import torchmetrics
-from support.metrics import check_examples, copies, on_two_ranks
+from support.noisy import HIGH, LEVELS, LOW, linear, make_batches, make_metric, numpy_errors, numpy_truth, update_all
 from torch import nn
 
 from lightning_lip.metrics import (
@@ -11,63 +10,12 @@ from lightning_lip.metrics import (
     noisy_mean_absolute_error,
 )
 
-LEVELS = (0.0, 0.3, 0.1)
-LOW = [-1.0, 0.0, 2.0]
-HIGH = [1.0, 10.0, 2.0]  # the last feature is constant: it gets no noise
-WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -1.0]])
 INPUTS, TARGET = torch.zeros(5, 3), torch.zeros(5, 2)
 
 # One rounding of each product and of the sum over a batch, in the accumulating dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 # Half precision rounds the noisy input and the prediction: its own spacing at 1, times a few operations.
 HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def linear(x):
-    return x @ WEIGHT.to(x.dtype).T
-
-
-def make_batches(n_batches=3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [5, 1, 4, 7][:n_batches]
-    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
-    return [
-        (
-            (low + (high - low) * torch.rand(size, 3, generator=generator, dtype=torch.float64)).to(dtype),
-            torch.randn(size, 2, generator=generator, dtype=torch.float64).to(dtype),
-        )
-        for size in sizes
-    ]
-
-
-def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0):
-    """Sum of absolute errors per level and batch, and target elements per batch, in float64, with the seed replayed."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
-    weight = WEIGHT.numpy().astype(np.float64)
-    sums, counts = [], []
-    for inputs, target in batches:
-        u = torch.rand(inputs.shape, generator=generator).numpy().astype(np.float64)
-        u = 2 * u - 1 if symmetric else u
-        x, y = inputs.double().numpy(), target.double().numpy()
-        span = np.asarray(high, dtype=np.float64) - np.asarray(low, dtype=np.float64)
-        sums.append([np.abs((x + eta * span * u) @ weight.T - y).sum() for eta in levels])
-        counts.append(y.size)
-    return np.array(sums), np.array(counts)
-
-
-def numpy_truth(batches, **kwargs):
-    sums, counts = numpy_errors(batches, **kwargs)
-    return sums.sum(axis=0) / counts.sum()
-
-
-def make_metric(**kwargs):
-    return NoisyMeanAbsoluteError(LEVELS, **{"feature_min": LOW, "feature_max": HIGH, **kwargs})
-
-
-def update_all(metric, batches, predict=linear):
-    for inputs, target in batches:
-        metric.update(predict, inputs, target)
-    return metric
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -193,6 +141,7 @@ def test_seeds_differ():
     values = [update_all(make_metric(seed=seed), batches).compute() for seed in (0, 1)]
     assert values[0][0] == values[1][0]  # eta = 0: no noise
     assert (values[0][1:] != values[1][1:]).all()
+    assert (numpy_truth(batches, rank=0)[1:] != numpy_truth(batches, rank=1)[1:]).all()  # each rank's is its own
 
 
 def test_global_generators_are_neither_used_nor_moved():
@@ -235,17 +184,6 @@ def test_failed_forward_leaves_the_reset_working():
     )
 
 
-@copies
-@pytest.mark.parametrize("n_before", [0, 1])
-def test_copies_continue_the_noise(copy_of, n_before):
-    batches = make_batches()
-    metric = update_all(make_metric(), batches[:n_before])
-    twin = copy_of(metric)
-    for each in (metric, twin):
-        update_all(each, batches[n_before:])
-        np.testing.assert_allclose(each.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
-
-
 def test_half_of_a_module_leaves_states_and_ranges():
     module = nn.Module()
     module.metric = NoisyMeanAbsoluteError((1.0,), 0.0, 100_000.0)  # beyond float16
@@ -259,25 +197,6 @@ def test_half_of_a_module_leaves_states_and_ranges():
 def test_set_dtype_accumulates_in_float64():
     metric = make_metric().set_dtype(torch.float64)
     assert update_all(metric, make_batches()).compute().dtype == torch.float64
-
-
-@pytest.mark.skipif(not hasattr(torchmetrics.Metric, "merge_state"), reason="torchmetrics before 1.5")
-def test_merge_state():
-    batches = make_batches()
-    first, second = update_all(make_metric(), batches[:2]), update_all(make_metric(seed=5), batches[2:])
-    first.merge_state(second)
-    sums = numpy_errors(batches[:2])[0].sum(axis=0) + numpy_errors(batches[2:], seed=5)[0].sum(axis=0)
-    count = sum(target.numel() for _, target in batches)
-    np.testing.assert_allclose(first.compute().numpy(), sums / count, rtol=TOLERANCE[torch.float32])
-
-
-def test_states_made_in_inference_mode_stay_usable():
-    batches = make_batches()
-    metric = make_metric()
-    with torch.inference_mode():
-        update_all(metric, batches[:1])
-    update_all(metric, batches[1:])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_value_on_a_batch_is_differentiable_and_states_are_not():
@@ -299,32 +218,6 @@ def test_default_dtype_and_integer_targets():
     metric = NoisyMeanAbsoluteError((0.0,), 0.0, 1.0)
     metric.update(lambda x: x[:, 0], torch.tensor([[0.5], [1.5]]), torch.tensor([1, 1]))
     assert metric.compute().item() == 0.5
-
-
-# A rank without a batch is warned by torchmetrics.
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_ddp_matches_numpy_with_both_ranks_seeds(tmp_path):
-    of_rank = [make_batches(n_batches=2 + rank, seed=rank) for rank in range(2)]
-
-    def work(metric, rank):
-        # The ranks hold different numbers of samples; the second epoch gives a rank no batch at all.
-        epochs = []
-        for batches in (of_rank[rank], make_batches() if rank == 0 else []):
-            update_all(metric, batches)
-            first = metric.compute()
-            assert torch.equal(metric.compute(), first)  # unsynced and synced again
-            epochs.append(first)
-            metric.reset()
-        return torch.stack(epochs)
-
-    values = on_two_ranks(lambda: make_metric(seed=2), work, tmp_path)
-    assert torch.equal(values[0], values[1])
-    sums, counts = zip(*(numpy_errors(of_rank[rank], seed=2, rank=rank) for rank in range(2)), strict=True)
-    truth = sum(each.sum(axis=0) for each in sums) / sum(each.sum() for each in counts)
-    np.testing.assert_allclose(values[0][0].numpy(), truth, rtol=TOLERANCE[torch.float32])
-    np.testing.assert_allclose(values[0][1].numpy(), numpy_truth(make_batches(), seed=2), rtol=TOLERANCE[torch.float32])
-    # The truth itself depends on the rank's seed.
-    assert not np.allclose(numpy_truth(make_batches(), rank=0)[1:], numpy_truth(make_batches(), rank=1)[1:])
 
 
 @pytest.mark.gpu
@@ -421,17 +314,6 @@ def test_nan_predictions_are_reported_not_refused():
     assert metric.compute().isnan().all()
 
 
-# torchmetrics warns, we raise.
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_compute_without_update():
-    metric = make_metric()
-    with pytest.raises(RuntimeError, match="call update"):
-        metric.compute()
-    update_all(metric, make_batches()).reset()
-    with pytest.raises(RuntimeError, match="call update"):
-        metric.compute()
-
-
 def test_empty_batch():
     metric = make_metric()
     metric.update(linear, torch.zeros(0, 3), torch.zeros(0, 2))
@@ -471,37 +353,3 @@ def test_feature_ranges_of_integers_and_images():
 def test_feature_ranges_refuse(batches, error, message):
     with pytest.raises(error, match=message):
         feature_ranges(batches)
-
-
-def test_plot_of_one_value_has_noise_levels_on_its_axis(pyplot):
-    metric = update_all(make_metric(), make_batches())
-    for val in (None, metric.compute()):
-        figure, ax = metric.plot(val)
-        assert figure is not None
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.3", "0.1"]
-        drawn = [float(line.get_ydata()[0]) for line in ax.lines]
-        np.testing.assert_allclose(drawn, metric.compute().numpy())
-        assert ax.get_xaxis().get_visible()
-        assert ax.get_legend() is None
-
-
-def test_plot_of_a_single_level_on_given_axes(pyplot):
-    metric = NoisyMeanAbsoluteError((0.2,), 0.0, 1.0)
-    metric.update(lambda x: x, torch.rand(3, 2), torch.rand(3, 2))
-    _, given = pyplot.subplots()
-    figure, ax = metric.plot(ax=given)
-    assert figure is None
-    assert ax is given
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.2"]
-
-
-def test_plot_of_steps_has_one_line_a_level(pyplot):
-    metric = make_metric()
-    values = [metric(linear, inputs, target) for inputs, target in make_batches()]
-    _, ax = metric.plot(values)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["eta=0", "eta=0.3", "eta=0.1"]
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [value[1] for value in values])
-
-
-def test_doctests(pyplot):
-    check_examples(NoisyMeanAbsoluteError, 11)

@@ -1,0 +1,64 @@
+"""A noisy mean absolute error whose truth is known: NumPy replays the seed in float64."""
+
+import numpy as np
+import torch
+
+from lightning_lip.metrics import NoisyMeanAbsoluteError
+
+SYMBOL = "eta"
+LEVELS = (0.0, 0.3, 0.1)
+LOW = [-1.0, 0.0, 2.0]
+HIGH = [1.0, 10.0, 2.0]  # the last feature is constant: it gets no noise
+WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -1.0]])
+
+
+def linear(x):
+    return x @ WEIGHT.to(x.dtype).T
+
+
+def make_batches(n_batches=3, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [5, 1, 4, 7][:n_batches]
+    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
+    return [
+        (
+            (low + (high - low) * torch.rand(size, 3, generator=generator, dtype=torch.float64)).to(dtype),
+            torch.randn(size, 2, generator=generator, dtype=torch.float64).to(dtype),
+        )
+        for size in sizes
+    ]
+
+
+def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0):
+    """Sum of absolute errors per level and batch, and target elements per batch, in float64, with the seed replayed."""
+    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
+    weight = WEIGHT.numpy().astype(np.float64)
+    sums, counts = [], []
+    for inputs, target in batches:
+        u = torch.rand(inputs.shape, generator=generator).numpy().astype(np.float64)
+        u = 2 * u - 1 if symmetric else u
+        x, y = inputs.double().numpy(), target.double().numpy()
+        span = np.asarray(high, dtype=np.float64) - np.asarray(low, dtype=np.float64)
+        sums.append([np.abs((x + eta * span * u) @ weight.T - y).sum() for eta in levels])
+        counts.append(y.size)
+    return np.array(sums), np.array(counts)
+
+
+def numpy_truth(batches, **kwargs):
+    sums, counts = numpy_errors(batches, **kwargs)
+    return sums.sum(axis=0) / counts.sum()
+
+
+def make_metric(levels=LEVELS, **kwargs):
+    return NoisyMeanAbsoluteError(levels, **{"feature_min": LOW, "feature_max": HIGH, **kwargs})
+
+
+def update_all(metric, batches, predict=linear):
+    for inputs, target in batches:
+        metric.update(predict, inputs, target)
+    return metric
+
+
+def arguments(batch):
+    """Return what the metric's `forward` takes of a batch."""
+    return linear, *batch
