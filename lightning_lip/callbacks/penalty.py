@@ -298,11 +298,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             ran, self._backward_ran = self._backward_ran, False
             if not ran:
                 return False
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    return True
-        return False
+        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def certified_accuracy(
         tensor([0.6667, 0.3333])
     """
     radii = _check_radius(radius)
-    certified, total = _certified_accuracy_update(logits, target, lipschitz, radii, last_weight)
-    value = _certified_accuracy_compute(certified, torch.tensor(total, device=certified.device))
+    certified, total = _update(logits, target, lipschitz, radii, last_weight)
+    value = _compute(certified, torch.tensor(total, device=certified.device))
     return value if isinstance(radius, Sequence) else value[0]
 
 
@@ -163,14 +163,14 @@ class CertifiedAccuracy(Metric):
         self, logits: Tensor, target: Tensor, lipschitz: float | Tensor, last_weight: Tensor | None = None
     ) -> None:
         """Count the certified samples of one batch."""
-        certified, total = _certified_accuracy_update(logits, target, lipschitz, self.radii, last_weight)
+        certified, total = _update(logits, target, lipschitz, self.radii, last_weight)
         # Out of place: states made in inference mode stay usable after it.
         self.certified = self.certified + certified
         self.total = self.total + total
 
     def compute(self) -> Tensor:
         """Share of certified samples over all batches and ranks, shape () or (R,)."""
-        value = _certified_accuracy_compute(self.certified, self.total)
+        value = _compute(self.certified, self.total)
         return value[0] if self._scalar else value
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
@@ -205,7 +205,7 @@ _HINT = {
 }
 
 
-def _certified_accuracy_update(
+def _update(
     logits: Tensor, target: Tensor, lipschitz: float | Tensor, radii: tuple[float, ...], last_weight: Tensor | None
 ) -> tuple[Tensor, int]:
     """Number of certified samples per radius, shape (R,), int64, and the number of samples."""
@@ -235,7 +235,7 @@ def _certified_accuracy_update(
     return torch.stack(certified).to(logits.device), len(classes)
 
 
-def _certified_accuracy_compute(certified: Tensor, total: Tensor) -> Tensor:
+def _compute(certified: Tensor, total: Tensor) -> Tensor:
     if total == 0:
         raise RuntimeError("no sample was seen, so there is no certified accuracy: call update with a batch first")
     return certified / total

@@ -119,10 +119,8 @@ def noisy_mean_absolute_error(
     """
     levels = check_levels("noise_levels", noise_levels)
     low, high = _check_feature_range(feature_min, feature_max)
-    sum_abs_error, total = _noisy_mean_absolute_error_update(
-        predict, inputs, target, levels, low, high, symmetric, generator
-    )
-    return _noisy_mean_absolute_error_compute(sum_abs_error, torch.tensor(total, device=sum_abs_error.device))
+    sum_abs_error, total = _update(predict, inputs, target, levels, low, high, symmetric, generator)
+    return _compute(sum_abs_error, torch.tensor(total, device=sum_abs_error.device))
 
 
 class NoisyMeanAbsoluteError(Metric):
@@ -200,23 +198,16 @@ class NoisyMeanAbsoluteError(Metric):
 
     def update(self, predict: Callable[[Tensor], Tensor], inputs: Tensor, target: Tensor) -> None:
         """Add one batch: draw its noise and call ``predict`` once on the stacked batches of all noise levels."""
-        sum_abs_error, total = _noisy_mean_absolute_error_update(
-            predict,
-            inputs,
-            target,
-            self.noise_levels,
-            self.feature_min,
-            self.feature_max,
-            self.symmetric,
-            self._noise_generator(),
-        )
+        ranges = self.feature_min, self.feature_max
+        noise = self.symmetric, self._noise_generator()
+        sum_abs_error, total = _update(predict, inputs, target, self.noise_levels, *ranges, *noise)
         # Out of place: the dtype may widen, and states made in inference mode stay usable after it.
         self.sum_abs_error = self.sum_abs_error + sum_abs_error
         self.total = self.total + total
 
     def compute(self) -> Tensor:
         """Mean absolute error per noise level, shape (L,), over all batches and ranks."""
-        return _noisy_mean_absolute_error_compute(self.sum_abs_error, self.total)
+        return _compute(self.sum_abs_error, self.total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add one batch and return the value on that batch, both from the same draw of the noise."""
@@ -267,7 +258,7 @@ class NoisyMeanAbsoluteError(Metric):
         return self._generator
 
 
-def _noisy_mean_absolute_error_update(
+def _update(
     predict: Callable[[Tensor], Tensor],
     inputs: Tensor,
     target: Tensor,
@@ -305,7 +296,7 @@ def _noisy_mean_absolute_error_update(
     return errors.abs().flatten(1).sum(dim=1), target.numel()
 
 
-def _noisy_mean_absolute_error_compute(sum_abs_error: Tensor, total: Tensor) -> Tensor:
+def _compute(sum_abs_error: Tensor, total: Tensor) -> Tensor:
     if total == 0:
         raise RuntimeError("no sample was seen, so there is no mean absolute error: call update with a batch first")
     return sum_abs_error / total

@@ -1,5 +1,6 @@
 import random
 import warnings
+from collections import UserList
 
 import lightning.pytorch as pl
 import numpy as np
@@ -252,17 +253,6 @@ class PlainIterable:
         return iter(DataLoader(TRAIN, batch_size=4))
 
 
-class ListOfBatches:
-    def __init__(self):
-        self.batches = list(DataLoader(TRAIN, batch_size=4))
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
 @pytest.mark.parametrize(
     ("make_loader", "kwargs", "n_seen"),
     [
@@ -274,7 +264,7 @@ class ListOfBatches:
         (lambda: train_loader(Endless(), shuffle=False), {"limit_train_batches": 2}, 8),
         (PlainIterable, {}, 22),
         (PlainIterable, {"limit_train_batches": 3}, 12),
-        (ListOfBatches, {}, 22),
+        (lambda: UserList(DataLoader(TRAIN, batch_size=4)), {}, 22),
         (lambda: train_loader(shuffle=False), {"limit_train_batches": 1}, 22),  # later epochs may see the rest
         (lambda: train_loader(shuffle=False), {"fast_dev_run": 2}, 8),
     ],
@@ -447,28 +437,54 @@ def test_validate_without_ranges():
         make_trainer(NoisyValidation()).validate(Module(), val_loader(), verbose=False)
 
 
+class Holding(Shuffled):
+    """A sampler that cannot be copied."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.stream = (i for i in range(n))
+
+
+HAS_NAN = TensorDataset(TRAIN.tensors[0].index_fill(0, torch.tensor(7), torch.nan), TRAIN.tensors[1])
+
+
 @pytest.mark.parametrize(
-    ("make_loader", "message"),
+    ("make_loader", "kwargs", "error", "message"),
     [
-        (lambda: [train_loader(), train_loader()], "one training loader only, got a list: pass feature_min"),
-        (lambda: pl.utilities.CombinedLoader([train_loader()]), "one training loader only, got a CombinedLoader"),
-        (lambda: iter(train_loader()), "use up: pass feature_min"),
-        (lambda: 3, "one training loader only, got a int"),
+        (
+            lambda: [train_loader(), train_loader()],
+            {},
+            RuntimeError,
+            "one training loader only, got a list: pass feature_min",
+        ),
+        (lambda: pl.utilities.CombinedLoader([train_loader()]), {}, RuntimeError, "loader only, got a CombinedLoader"),
+        (lambda: iter(train_loader()), {}, RuntimeError, "use up: pass feature_min"),
+        (lambda: 3, {}, RuntimeError, "one training loader only, got a int"),
+        (
+            lambda: train_loader(shuffle=False, sampler=Holding(22)),
+            {},
+            RuntimeError,
+            "sampler BatchSampler cannot be copied: pass feature_min",
+        ),
+        (lambda: train_loader(HAS_NAN, shuffle=False), {}, ValueError, "training inputs hold NaN"),
+        (
+            lambda: train_loader(TensorDataset(torch.zeros(4, 4))),
+            {},
+            TypeError,
+            r"a batch to be .* got a list of \['Tensor'\]: pass batch_to_xy=",
+        ),
+        (lambda: train_loader([{"x": 0.0}] * 4), {}, TypeError, "a batch to be .* got a dict: pass batch_to_xy="),
+        (
+            train_loader,
+            {"batch_to_xy": lambda batch: (batch[0], None)},
+            TypeError,
+            r"what batch_to_xy returns to be .* of \['Tensor', 'NoneType'\]",
+        ),
     ],
 )
-def test_training_data_that_ranges_cannot_be_learnt_from(make_loader, message):
-    with pytest.raises(RuntimeError, match=message):
-        learn(make_loader())
-
-
-def test_sampler_that_cannot_be_copied():
-    class Holding(Shuffled):
-        def __init__(self, n):
-            super().__init__(n)
-            self.stream = (i for i in range(n))
-
-    with pytest.raises(RuntimeError, match="sampler BatchSampler cannot be copied: pass feature_min"):
-        learn(train_loader(shuffle=False, sampler=Holding(22)))
+def test_training_data_that_ranges_cannot_be_learnt_from(make_loader, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        learn(make_loader(), callback=kwargs)
 
 
 def test_fit_without_training_data():
@@ -479,30 +495,6 @@ def test_fit_without_training_data():
     trainer._data_connector.attach_data(module, val_dataloaders=val_loader())
     with pytest.raises(RuntimeError, match="there is no training data: pass feature_min"):
         callback.on_fit_start(trainer, module)
-
-
-def test_nan_in_the_training_inputs():
-    x, y = TRAIN.tensors[0].clone(), TRAIN.tensors[1]
-    x[7, 1] = torch.nan
-    with pytest.raises(ValueError, match="training inputs hold NaN"):
-        learn(train_loader(TensorDataset(x, y), shuffle=False))
-
-
-@pytest.mark.parametrize(
-    ("dataset", "kwargs", "message"),
-    [
-        (TensorDataset(torch.zeros(4, 4)), {}, r"a batch to be .* got a list of \['Tensor'\]: pass batch_to_xy="),
-        ([{"x": 0.0}] * 4, {}, "a batch to be .* got a dict: pass batch_to_xy="),
-        (
-            TRAIN,
-            {"batch_to_xy": lambda batch: (batch[0], None)},
-            r"what batch_to_xy returns to be .* of \['Tensor', 'NoneType'\]",
-        ),
-    ],
-)
-def test_batches_that_are_no_pair(dataset, kwargs, message):
-    with pytest.raises(TypeError, match=message):
-        learn(train_loader(dataset), callback=kwargs)
 
 
 def test_prediction_shape_is_checked_in_the_sanity_check():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 from typing_extensions import override
@@ -20,6 +20,8 @@ from lightning_lip.checks import check_name
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import stop_recording
 from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.projection.projector import LipschitzProjector
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
@@ -44,21 +46,8 @@ else:
 __all__ = ["BaseCallback", "SelectingCallback", "skip_hooks"]
 
 
-class HoldsVectors(Protocol):
-    """What a selecting callback hands the layers to: a regulariser or a projector."""
-
-    @property
-    def operators(self) -> Sequence[LinearOperator]:
-        """The layers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the singular vectors."""
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Take singular vectors over."""
-
-
-Core = TypeVar("Core", bound=HoldsVectors)
+Core = TypeVar("Core", LipschitzRegularizer, LipschitzProjector)
+"""What a selecting callback hands the layers to; it holds the singular vectors."""
 
 
 class SelectingCallback(BaseCallback, Generic[Core]):
