@@ -97,28 +97,18 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         self.target = self.initial_target = check_number("target", target, positive=True)
         if initial_target is not None:
             self.initial_target = check_number("initial_target", initial_target, positive=True)
         check_method(method, metric)
-        check_integers(1, every_n_steps=every_n_steps, block_size=block_size, n_iterations=n_iterations)
+        check_integers(1, every_n_steps=every_n_steps)
         check_integers(0 if initial_target is None else 1, tighten_steps=tighten_steps)
-        check_integers(0, seed=seed)
         if tighten_steps and initial_target is None:
             raise ValueError("`tighten_steps` asks for the `initial_target` to tighten from.")
         self.every_n_steps = every_n_steps
         self.tighten_steps = tighten_steps
-        self._arguments = {
-            "method": method,
-            "metric": metric,
-            "layers": layers,
-            "exclude": exclude,
-            "block_size": block_size,
-            "n_iterations": n_iterations,
-            "example_input": example_input,
-            "seed": seed,
-        }
+        self._arguments |= {"method": method, "metric": metric}
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
         self._n_optimizer_steps = 0

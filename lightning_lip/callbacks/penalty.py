@@ -104,23 +104,14 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         example_input: Any = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target)
-        check_integers(1, block_size=block_size, n_iterations=n_iterations, every_n_steps=every_n_steps)
-        check_integers(0, seed=seed, warmup_steps=warmup_steps)
+        check_integers(1, every_n_steps=every_n_steps)
+        check_integers(0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self._arguments = {
-            "penalty": penalty,
-            "target": target,
-            "layers": layers,
-            "exclude": exclude,
-            "block_size": block_size,
-            "n_iterations": n_iterations,
-            "seed": seed,
-            "example_input": example_input,
-        }
+        self._arguments |= {"penalty": penalty, "target": target}
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}

@@ -9,7 +9,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from support.trainers import TwoNets, svd_norms, weights_of, with_backbone
 from torch import nn
@@ -195,15 +195,14 @@ def test_two_networks_in_manual_optimisation(fit, past_lightning):
     before = weights_of(module.a)
     watch = []
 
-    class Check(lightning.Callback):
-        def on_train_batch_start(self, trainer, pl_module, *_):
-            watch.append([math.prod(svd_norms(net)) for net in (pl_module.a, pl_module.b)])
+    def note(trainer, module, *batch):
+        watch.append([math.prod(svd_norms(net)) for net in (module.a, module.b)])
 
     both = [
         LipschitzConstraint(0.3, layers="b", name="b"),
         LipschitzConstraint(5.0, layers="a", name="a"),
     ]
-    fit(*both, Check(), module=module, max_epochs=2)
+    fit(*both, LambdaCallback(on_train_batch_start=note), module=module, max_epochs=2)
     assert 0.3 * (1 - 1e-2) <= max(b for _, b in watch) <= 0.3 * (1 + 1e-4)
     assert max(a for a, _ in watch) < 5
     assert not torch.equal(weights_of(module.a), before)
@@ -233,14 +232,10 @@ def test_convolutions_of_a_size_that_the_first_batch_shows(fit, make_module, ima
 
 
 def test_stochastic_weight_averaging_ends_certified(fit):
-    class Scale(lightning.Callback):
-        def on_train_end(self, trainer, pl_module):
-            # The average of these runs happens to lie within the budget: make it one that does not.
-            with torch.no_grad():
-                pl_module.net[0].weight.mul_(3)
-
+    # The average of these runs happens to lie within the budget: make it one that does not.
+    scale = LambdaCallback(on_train_end=lambda trainer, module: module.net[0].weight.data.mul_(3))
     averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)
-    module, _ = fit(LipschitzConstraint(TARGET), averaging, Scale(), max_epochs=4)
+    module, _ = fit(LipschitzConstraint(TARGET), averaging, scale, max_epochs=4)
     assert certified(module.state_dict()) <= TARGET
 
 
@@ -254,15 +249,13 @@ def test_weight_averaging_is_refused(fit, averaging):
 
 def test_layers_unfrozen_in_training_are_projected(fit, make_module):
     watch, weights = Watch(), []
-
-    class Check(lightning.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            weights.append(pl_module.backbone[0].weight.detach().clone())
-
+    check = LambdaCallback(
+        on_train_epoch_end=lambda _, module: weights.append(module.backbone[0].weight.detach().clone())
+    )
     module = with_backbone(make_module(lightning, optimizer=lambda p: torch.optim.Adam(p, lr=5e-2)))
     start = module.backbone[0].weight.detach().clone()
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False)
-    fit(LipschitzConstraint(0.3), finetuning, watch, Check(), module=module, max_epochs=4)
+    fit(LipschitzConstraint(0.3), finetuning, watch, check, module=module, max_epochs=4)
     assert torch.equal(weights[1], start)
     assert not torch.equal(weights[3], start)
     assert max(watch.seen) <= 0.3 * (1 + 1e-4)

@@ -95,8 +95,7 @@ def cli(pl, make_module, tmp_path):
         def train_dataloader(self):
             return torch.utils.data.DataLoader(data, batch_size=4)
 
-        def val_dataloader(self):
-            return torch.utils.data.DataLoader(data, batch_size=4)
+        val_dataloader = train_dataloader
 
     def build(config=None, arguments=(), run=False):
         path = tmp_path / "config.yaml"

@@ -1,3 +1,4 @@
+import copy
 import random
 import warnings
 from collections import UserList
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support import trainers
 from support.metrics import check_examples
+from support.noisy import numpy_errors
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -18,6 +20,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
+    StackDataset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -69,19 +72,11 @@ def fit(*callbacks, module=None, train=None, validation=None, package=pl, ckpt_p
 
 def truth(module, dataset=VAL, batch_size=5, low=TRAIN_LOW, high=TRAIN_HIGH, levels=LEVELS, ranks=1, symmetric=False):
     """Float64 values over the (sequential, unpadded) shards of all ranks, each rank's seed replayed."""
-    net = torch.nn.Sequential(*module.net).double()
-    x, y = (part.double() for part in dataset.tensors)
-    sums, count = np.zeros(len(levels)), 0
+    net, errors = copy.deepcopy(module.net).double(), []
     for rank in range(ranks):
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([0, rank]).generate_state(1)[0]))
-        for batch_x, batch_y in zip(x[rank::ranks].split(batch_size), y[rank::ranks].split(batch_size), strict=True):
-            u = torch.rand(batch_x.shape, generator=generator).double()
-            u = 2 * u - 1 if symmetric else u
-            with torch.no_grad():
-                sums += [(net(batch_x + eta * (high - low) * u) - batch_y).abs().sum().item() for eta in levels]
-            count += batch_y.numel()
-    net.float()
-    return sums / count
+        batches = list(zip(*(part[rank::ranks].split(batch_size) for part in dataset.tensors), strict=True))
+        errors.append(numpy_errors(batches, levels, low, high, symmetric, rank=rank, predict=net))
+    return sum(sums.sum(axis=0) for sums, _ in errors) / sum(counts.sum() for _, counts in errors)
 
 
 def logged(trainer, names=NAMES):
@@ -136,14 +131,11 @@ def test_given_ranges_make_no_pass_in_fit():
             self.calls += 1
             return train_loader()
 
-        def val_dataloader(self):
-            return val_loader()
-
     module = Counted()
-    make_trainer(NoisyValidation(LEVELS, 0.0, 1.0)).fit(module)
+    make_trainer(NoisyValidation(LEVELS, 0.0, 1.0)).fit(module, val_dataloaders=val_loader())
     assert module.calls == 1
     module = Counted()
-    make_trainer(callback := NoisyValidation(LEVELS)).fit(module)
+    make_trainer(callback := NoisyValidation(LEVELS)).fit(module, val_dataloaders=val_loader())
     assert module.calls == 2
     assert torch.equal(callback.feature_min, TRAIN_LOW)
 
@@ -277,17 +269,6 @@ def test_ranges_are_those_of_the_training_data(make_loader, kwargs, n_seen):
 
 
 def test_ranges_from_a_datamodule_with_batch_to_xy():
-    class Data(pl.LightningDataModule):
-        def setup(self, stage):
-            self.train = [{"x": x, "y": y} for x, y in TRAIN]
-            self.val = [{"x": x, "y": y} for x, y in VAL]
-
-        def train_dataloader(self):
-            return DataLoader(self.train, batch_size=4)
-
-        def val_dataloader(self):
-            return DataLoader(self.val, batch_size=5)
-
     class DictModule(Module):
         def training_step(self, batch, batch_idx):
             return super().training_step((batch["x"], batch["y"]), batch_idx)
@@ -299,7 +280,8 @@ def test_ranges_from_a_datamodule_with_batch_to_xy():
     callback = NoisyValidation(LEVELS, batch_to_xy=lambda batch: (batch["x"], batch["y"]))
     trainer = make_trainer(callback)
     module = DictModule()
-    trainer.fit(module, datamodule=Data())
+    datasets = [StackDataset(x=dataset.tensors[0], y=dataset.tensors[1]) for dataset in (TRAIN, VAL)]
+    trainer.fit(module, datamodule=pl.LightningDataModule.from_datasets(*datasets, batch_size=5))
     assert torch.equal(callback.feature_max, TRAIN_HIGH)
     np.testing.assert_allclose(logged(trainer), truth(module), rtol=1e-5)
 

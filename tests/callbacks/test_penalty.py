@@ -122,16 +122,10 @@ def test_frozen_layers_count_and_stay(fit, make_module):
     assert list(penalty.regularizer.spectral_norms()) == ["net.0", "net.2", "net.4"]
 
 
-@pytest.mark.parametrize("terms", ["each", "joint"])
-def test_several_optimisers(fit, terms):
+@pytest.mark.parametrize(("terms", "names"), [("each", ["a", "b"]), ("joint", [None])])
+def test_several_optimisers(fit, terms, names):
     # "each": a callback per network, as for a GAN; "joint": one callback over both networks' layers.
-    callbacks = {
-        "each": [
-            LipschitzPenalty(COEFFICIENT, layers="a", name="a"),
-            LipschitzPenalty(COEFFICIENT, layers="b", name="b"),
-        ],
-        "joint": [LipschitzPenalty(COEFFICIENT)],
-    }[terms]
+    callbacks = [LipschitzPenalty(COEFFICIENT, layers=name, name=name) for name in names]
 
     def train(term, used):
         return fit(*used, module=TwoNets(COEFFICIENT, term), max_epochs=EPOCHS)[0]
@@ -354,11 +348,9 @@ def test_unknown_layer_is_refused_by_name(fit, make_module):
 
 
 def test_lbfgs_with_line_search_is_refused(fit, make_module):
-    def optimizer(parameters):
-        return torch.optim.LBFGS(parameters, line_search_fn="strong_wolfe")
-
+    module = make_module(lightning, optimizer=lambda p: torch.optim.LBFGS(p, line_search_fn="strong_wolfe"))
     with pytest.raises(RuntimeError, match=r"LBFGS with a line search.*LipschitzMixin"):
-        fit(LipschitzPenalty(), module=make_module(lightning, optimizer=optimizer))
+        fit(LipschitzPenalty(), module=module)
 
 
 def test_hooks_of_a_subclass_may_call_those_of_the_penalty(fit):

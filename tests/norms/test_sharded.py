@@ -154,18 +154,12 @@ def check_bad_layers(mesh):
 def check_saved_sides(mesh):
     """Vectors of another side start afresh with a warning, also where the shapes agree (6 x 6)."""
     plain = matrices()
-    regularizers = {
-        name: LipschitzRegularizer(model, 1.0, penalty="layer_sum")
-        for name, model in (
-            ("whole", plain),
-            ("rows", sharded_copy(plain, mesh, [Shard(0)])),
-            ("columns", sharded_copy(plain, mesh, [Shard(1)])),
-        )
-    }
-    states = {}
-    for name, regularizer in regularizers.items():
-        regularizer.add_grad_()
-        states[name] = regularizer.state_dict()
+    rows, columns = (sharded_copy(plain, mesh, [Shard(side)]) for side in (0, 1))
+    regularizers, states = {}, {}
+    for name, model in {"whole": plain, "rows": rows, "columns": columns}.items():
+        regularizers[name] = LipschitzRegularizer(model, 1.0, penalty="layer_sum")
+        regularizers[name].add_grad_()
+        states[name] = regularizers[name].state_dict()
     # Rows sharded: wide matrices differ from whole ones. Columns sharded: tall and square ones.
     for saved, loaded, n_afresh in (
         ("rows", "rows", 0),

@@ -1,4 +1,4 @@
-"""A noisy mean absolute error whose truth is known: NumPy replays the seed in float64."""
+"""A noisy mean absolute error whose truth is known: the noise is drawn again from its seed, in float64."""
 
 import numpy as np
 import torch
@@ -29,18 +29,18 @@ def make_batches(n_batches=3, dtype=torch.float32, seed=0):
     ]
 
 
-def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0):
+def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0, predict=linear):
     """Sum of absolute errors per level and batch, and target elements per batch, in float64, with the seed replayed."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
-    weight = WEIGHT.numpy().astype(np.float64)
+    span = torch.as_tensor(high, dtype=torch.float64) - torch.as_tensor(low, dtype=torch.float64)
     sums, counts = [], []
     for inputs, target in batches:
-        u = torch.rand(inputs.shape, generator=generator).numpy().astype(np.float64)
-        u = 2 * u - 1 if symmetric else u
-        x, y = inputs.double().numpy(), target.double().numpy()
-        span = np.asarray(high, dtype=np.float64) - np.asarray(low, dtype=np.float64)
-        sums.append([np.abs((x + eta * span * u) @ weight.T - y).sum() for eta in levels])
-        counts.append(y.size)
+        u = torch.rand(inputs.shape, generator=generator).double()
+        noise = span * (2 * u - 1 if symmetric else u)
+        with torch.no_grad():
+            errors = [predict(inputs.double() + eta * noise) - target.double() for eta in levels]
+        sums.append([error.abs().sum().item() for error in errors])
+        counts.append(target.numel())
     return np.array(sums), np.array(counts)
 
 
