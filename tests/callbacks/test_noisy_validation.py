@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support import trainers
 from support.metrics import check_examples
-from support.noisy import numpy_errors
+from support.noisy import true_errors
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -75,7 +75,7 @@ def truth(module, dataset=VAL, batch_size=5, low=TRAIN_LOW, high=TRAIN_HIGH, lev
     net, errors = copy.deepcopy(module.net).double(), []
     for rank in range(ranks):
         batches = list(zip(*(part[rank::ranks].split(batch_size) for part in dataset.tensors), strict=True))
-        errors.append(numpy_errors(batches, levels, low, high, symmetric, rank=rank, predict=net))
+        errors.append(true_errors(batches, levels, low, high, symmetric, rank=rank, predict=net))
     return sum(sums.sum(axis=0) for sums, _ in errors) / sum(counts.sum() for _, counts in errors)
 
 

@@ -25,17 +25,17 @@ def test_copies_go_on_as_the_metric_does(kind, copy_of, n_before):
     batches = kind.make_batches()
     metric = kind.update_all(kind.make_metric(), batches[:n_before])
     for each in (metric, copy_of(metric)):
-        check(kind.update_all(each, batches[n_before:]).compute(), kind.numpy_truth(batches))
+        check(kind.update_all(each, batches[n_before:]).compute(), kind.true_values(batches))
 
 
 def test_update_in_inference_mode_forward_and_update_mix(kind):
     batches = kind.make_batches()
     metric = kind.make_metric()
     with torch.inference_mode():
-        check(metric(*kind.arguments(batches[0])), kind.numpy_truth(batches[:1]))
+        check(metric(*kind.arguments(batches[0])), kind.true_values(batches[:1]))
     kind.update_all(metric, batches[1:2])
     metric(*kind.arguments(batches[2]))
-    check(metric.compute(), kind.numpy_truth(batches))
+    check(metric.compute(), kind.true_values(batches))
 
 
 @pytest.mark.skipif(not hasattr(torchmetrics.Metric, "merge_state"), reason="torchmetrics before 1.5")
@@ -44,7 +44,7 @@ def test_merge_state(kind):
     first, second = (kind.update_all(kind.make_metric(), part) for part in (batches[:2], batches[2:]))
     first.merge_state(second)
     parts = batches[:2], batches[2:]  # each with noise from the seed on
-    check(first.compute(), of_all(parts, [kind.numpy_truth(part) for part in parts]))
+    check(first.compute(), of_all(parts, [kind.true_values(part) for part in parts]))
 
 
 # A rank without a batch is warned by torchmetrics.
@@ -64,9 +64,9 @@ def test_two_ranks(kind, tmp_path):
     values = on_two_ranks(kind.make_metric, work, tmp_path)
     assert torch.equal(*values)
     own_noise = [{"rank": rank} if kind is noisy else {} for rank in range(2)]
-    truths = [kind.numpy_truth(batches, **own) for batches, own in zip(of_rank, own_noise, strict=True)]
+    truths = [kind.true_values(batches, **own) for batches, own in zip(of_rank, own_noise, strict=True)]
     check(values[0][0], of_all(of_rank, truths))
-    check(values[0][1], kind.numpy_truth(of_rank[1]))
+    check(values[0][1], kind.true_values(of_rank[1]))
 
 
 # torchmetrics warns, we raise.

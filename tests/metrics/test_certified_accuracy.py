@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.certified import LEVELS, make_batches, make_metric, numpy_truth, update_all
+from support.certified import LEVELS, make_batches, make_metric, true_values, update_all
 from torch import nn
 
 from lightning_lip.metrics.certified_accuracy import (
@@ -15,11 +15,11 @@ from lightning_lip.metrics.certified_accuracy import (
 
 @pytest.mark.parametrize("with_weight", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_class_and_function_match_numpy(dtype, with_weight):
+def test_class_and_function_match_the_truth(dtype, with_weight):
     batches = make_batches(dtype=dtype)
     weight = (torch.randn(4, 6, generator=torch.Generator().manual_seed(9)) / 4).to(dtype) if with_weight else None
     metric = update_all(make_metric(), batches, last_weight=weight)
-    truth = numpy_truth(batches, 1.5, weight=None if weight is None else weight.double().numpy())
+    truth = true_values(batches, 1.5, weight=None if weight is None else weight.double().numpy())
     np.testing.assert_allclose(metric.compute().numpy(), truth, rtol=1e-6)
     assert 0 < truth[2] < truth[1] < truth[0]  # the data tell the radii apart
     stacked = [torch.cat(part) for part in zip(*batches, strict=True)]
@@ -30,7 +30,7 @@ def test_one_radius_gives_a_scalar(pyplot):
     batches = make_batches()
     metric = update_all(CertifiedAccuracy(0.1), batches)
     assert metric.compute().shape == ()
-    assert metric.compute().item() == pytest.approx(numpy_truth(batches, 1.5)[1])
+    assert metric.compute().item() == pytest.approx(true_values(batches, 1.5)[1])
     assert certified_accuracy(*batches[0], 1.5, 0.1).shape == ()
     _, axes = metric.plot()
     assert [list(line.get_ydata()) for line in axes.lines] == [[pytest.approx(metric.compute().item())]]
@@ -42,7 +42,7 @@ def test_the_constant_may_change_between_batches():
     counts = 0
     for (logits, target), lipschitz in zip(batches, (0.0, torch.tensor(2.0), 0.5), strict=True):
         metric.update(logits, target, lipschitz)
-        counts = counts + numpy_truth([(logits, target)], float(lipschitz)) * len(target)
+        counts = counts + true_values([(logits, target)], float(lipschitz)) * len(target)
     np.testing.assert_allclose(metric.compute().numpy(), counts / 46, rtol=1e-6)
 
 
@@ -194,5 +194,5 @@ def test_same_on_cuda():
         metric = make_metric().cuda()
         for logits, target in batches:
             metric.update(logits.cuda(), target.cuda(), torch.tensor(1.5).cuda(), None if last is None else last.cuda())
-        truth = numpy_truth(batches, 1.5, weight=None if last is None else last.double().numpy())
+        truth = true_values(batches, 1.5, weight=None if last is None else last.double().numpy())
         np.testing.assert_allclose(metric.compute().cpu().numpy(), truth, rtol=1e-6)

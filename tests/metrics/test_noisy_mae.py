@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from support.noisy import HIGH, LEVELS, LOW, linear, make_batches, make_metric, numpy_errors, numpy_truth, update_all
+from support.noisy import HIGH, LEVELS, LOW, linear, make_batches, make_metric, true_errors, true_values, update_all
 from torch import nn
 
 from lightning_lip.metrics import (
@@ -20,21 +20,21 @@ HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_class_matches_numpy(dtype, symmetric):
+def test_class_matches_the_truth(dtype, symmetric):
     batches = make_batches(dtype=dtype)
     value = update_all(make_metric(symmetric=symmetric, seed=7), batches).compute()
     assert value.dtype == dtype
     assert value.shape == (len(LEVELS),)
-    truth = numpy_truth(batches, symmetric=symmetric, seed=7)
+    truth = true_values(batches, symmetric=symmetric, seed=7)
     np.testing.assert_allclose(value.numpy(), truth, rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_function_matches_numpy(symmetric):
+def test_function_matches_the_truth(symmetric):
     batches = make_batches(n_batches=1)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([3, 0]).generate_state(1)[0]))
     value = noisy_mean_absolute_error(linear, *batches[0], LEVELS, LOW, HIGH, symmetric=symmetric, generator=generator)
-    truth = numpy_truth(batches, symmetric=symmetric, seed=3)
+    truth = true_values(batches, symmetric=symmetric, seed=3)
     np.testing.assert_allclose(value.numpy(), truth, rtol=TOLERANCE[torch.float32])
 
 
@@ -54,7 +54,7 @@ def test_half_precision_inputs_accumulate_in_float32(dtype):
     value = update_all(make_metric(), batches, lambda x: seen.append(x.dtype) or linear(x)).compute()
     assert set(seen) == {dtype}  # the model gets what it was built for
     assert value.dtype == torch.float32
-    np.testing.assert_allclose(value.numpy(), numpy_truth(batches), rtol=HALF_TOLERANCE[dtype])
+    np.testing.assert_allclose(value.numpy(), true_values(batches), rtol=HALF_TOLERANCE[dtype])
 
 
 def test_half_precision_sum_does_not_saturate():
@@ -141,7 +141,7 @@ def test_seeds_differ():
     values = [update_all(make_metric(seed=seed), batches).compute() for seed in (0, 1)]
     assert values[0][0] == values[1][0]  # eta = 0: no noise
     assert (values[0][1:] != values[1][1:]).all()
-    assert (numpy_truth(batches, rank=0)[1:] != numpy_truth(batches, rank=1)[1:]).all()  # each rank's is its own
+    assert (true_values(batches, rank=0)[1:] != true_values(batches, rank=1)[1:]).all()  # each rank's is its own
 
 
 def test_global_generators_are_neither_used_nor_moved():
@@ -159,9 +159,9 @@ def test_forward_value_and_accumulated_value_come_from_one_draw(dist_sync_on_ste
     batches = make_batches()
     metric = make_metric(dist_sync_on_step=dist_sync_on_step)
     values = np.array([metric(linear, inputs, target).numpy() for inputs, target in batches])
-    sums, counts = numpy_errors(batches)
+    sums, counts = true_errors(batches)
     np.testing.assert_allclose(values, sums / counts[:, None], rtol=TOLERANCE[torch.float32])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
+    np.testing.assert_allclose(metric.compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_forward_and_update_mix():
@@ -170,7 +170,7 @@ def test_forward_and_update_mix():
     metric.update(linear, *batches[0])
     metric(linear, *batches[1])
     metric.update(linear, *batches[2])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
+    np.testing.assert_allclose(metric.compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_failed_forward_leaves_the_reset_working():
@@ -180,7 +180,7 @@ def test_failed_forward_leaves_the_reset_working():
         metric(linear, torch.full((2, 3), torch.nan), torch.zeros(2, 2))
     metric.reset()
     np.testing.assert_allclose(
-        update_all(metric, batches).compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32]
+        update_all(metric, batches).compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32]
     )
 
 

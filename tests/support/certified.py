@@ -22,7 +22,7 @@ def make_batches(n_batches=3, dtype=torch.float32, seed=0, n_classes=4):
     ]
 
 
-def numpy_truth(batches, lipschitz=1.5, radii=LEVELS, weight=None):
+def true_values(batches, lipschitz=1.5, radii=LEVELS, weight=None):
     """Certified samples, counted one by one."""
     counts, total = np.zeros(len(radii)), 0
     for logits, target in batches:

@@ -29,7 +29,7 @@ def make_batches(n_batches=3, dtype=torch.float32, seed=0):
     ]
 
 
-def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0, predict=linear):
+def true_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0, predict=linear):
     """Sum of absolute errors per level and batch, and target elements per batch, in float64, with the seed replayed."""
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
     span = torch.as_tensor(high, dtype=torch.float64) - torch.as_tensor(low, dtype=torch.float64)
@@ -44,8 +44,8 @@ def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, se
     return np.array(sums), np.array(counts)
 
 
-def numpy_truth(batches, **kwargs):
-    sums, counts = numpy_errors(batches, **kwargs)
+def true_values(batches, **kwargs):
+    sums, counts = true_errors(batches, **kwargs)
     return sums.sum(axis=0) / counts.sum()
 
 
