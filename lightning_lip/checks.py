@@ -57,14 +57,15 @@ def check_state(state: object, keys: Collection[str], owner: str) -> None:
         )
 
 
-def check_integer(name: str, value: object, least: int) -> None:
-    """Check that an argument is an integer of at least so much.
+def check_integers(least: int, **values: object) -> None:
+    """Check that arguments, given by their names, are integers of at least `least`.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If one is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value!r}.")
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value!r}.")
 
 
 def check_name(name: object) -> None:
@@ -77,18 +78,29 @@ def check_name(name: object) -> None:
         raise TypeError(f"Expected `name` to be a string or None, got {name!r}.")
 
 
-def check_numbers(name: str, values: object) -> tuple[float, ...]:
-    """Return a sequence of numbers as floats.
+def check_levels(name: str, values: object, distinct: bool = True) -> tuple[float, ...]:
+    """Return a sequence of noise levels or of sizes of a perturbation as floats.
+
+    Args:
+        name: What the argument is called.
+        values: The argument.
+        distinct: Whether it must not hold a number twice.
 
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is no sequence of numbers.
+        ValueError: If it is empty, or holds a number below 0 or not finite, or one twice.
     """
     try:
         if isinstance(values, (str, bytes)):
             raise TypeError
-        return tuple(float(value) for value in values)  # type: ignore[attr-defined]
+        levels = tuple(float(value) for value in values)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         raise TypeError(f"Expected `{name}` to be a sequence of numbers, (0.1, 0.2) say, got {values!r}.") from None
+    if not levels or not all(math.isfinite(level) and level >= 0 for level in levels):
+        raise ValueError(f"Expected `{name}` to be one or more finite numbers of at least 0, got {values!r}.")
+    if distinct and len(set(levels)) < len(levels):
+        raise ValueError(f"Expected `{name}` to be distinct numbers, got {values!r}.")
+    return levels
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
@@ -96,23 +108,13 @@ def is_finite_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_coefficient(coefficient: float) -> float:
-    """Return `coefficient` as a float.
+def check_number(name: str, value: float, positive: bool = False) -> float:
+    """Return an argument as a float.
 
     Raises:
-        ValueError: If it is not a finite number of at least 0.
+        ValueError: If it is not a finite number of at least 0 or, where `positive`, above 0.
     """
-    if not is_finite_number(coefficient) or coefficient < 0:
-        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
-    return float(coefficient)
-
-
-def check_target(target: float, name: str = "target") -> float:
-    """Return a target as a float.
-
-    Raises:
-        ValueError: If it is not a positive finite number.
-    """
-    if not is_finite_number(target) or target <= 0:
-        raise ValueError(f"Expected `{name}` to be a positive finite number, got {target!r}.")
-    return float(target)
+    if not is_finite_number(value) or value < 0 or (positive and value == 0):
+        expected = "a positive finite number" if positive else "a finite number of at least 0"
+        raise ValueError(f"Expected `{name}` to be {expected}, got {value!r}.")
+    return float(value)

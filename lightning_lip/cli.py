@@ -46,12 +46,9 @@ def main(args: list[str] | None = None) -> None:
     """
     try:
         CLI(COMMANDS, args=args, parser_class=_Parser, description=DESCRIPTION)  # type: ignore[no-untyped-call]
-    except BoundError as error:
+    except (BoundError, AuditError, UsageError, MissingExtraError) as error:
         print(f"lightning-lip: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
-    except (AuditError, UsageError, MissingExtraError) as error:
-        print(f"lightning-lip: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(1 if isinstance(error, BoundError) else 2) from error
     except KeyboardInterrupt:
         print("lightning-lip: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,5 +1,6 @@
 """A wrong model or state is refused in words, wherever it is given."""
 
+import math
 import re
 
 import lightning.pytorch as lightning
@@ -116,55 +117,72 @@ def test_a_state_of_something_else_is_refused_where_an_empty_one_is_right(callba
         callback().load_state_dict({"foo": 1})
 
 
-WRONG = {
-    "seed": (
-        ValueError,
-        "`seed` to be an integer of at least 0, got 'a'",
-        [
-            lambda: LipschitzPenalty(seed="a"),
-            lambda: LipschitzMonitor(seed="a"),
-            lambda: LipschitzConstraint(1.0, seed="a"),
-            lambda: LipschitzRegularizer(network(), 1.0, seed="a"),
-            lambda: LipschitzProjector(network(), 1.0, seed="a"),
-        ],
+OUT_OF_RANGE = [
+    (LipschitzPenalty, {"coefficient": -1.0}, "`coefficient` to be a finite number of at least 0, got -1.0"),
+    (LipschitzPenalty, {"coefficient": math.nan}, "`coefficient` to be a finite number of at least 0, got nan"),
+    (LipschitzPenalty, {"penalty": "spectral"}, "Unknown penalty 'spectral': expected one of 'product'"),
+    (LipschitzPenalty, {"penalty": "hinge_log", "target": 0.0}, "`target` to be a positive finite number"),
+    (LipschitzPenalty, {"block_size": 0}, "`block_size` to be an integer of at least 1, got 0"),
+    (LipschitzPenalty, {"n_iterations": 1.5}, "`n_iterations` to be an integer of at least 1, got 1.5"),
+    (LipschitzPenalty, {"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1"),
+    (LipschitzPenalty, {"warmup_steps": -1}, "`warmup_steps` to be an integer of at least 0"),
+    (LipschitzPenalty, {"seed": "a"}, "`seed` to be an integer of at least 0, got 'a'"),
+    (LipschitzMonitor, {"seed": "a"}, "`seed` to be an integer of at least 0, got 'a'"),
+    (LipschitzMonitor, {"n_iterations": 0}, "`n_iterations` to be an integer of at least 1, got 0"),
+    (LipschitzConstraint, {"target": 0}, "`target` to be a positive finite number"),
+    (LipschitzConstraint, {"initial_target": -1.0, "tighten_steps": 3}, "`initial_target` to be a positive finite num"),
+    (LipschitzConstraint, {"initial_target": 2.0}, "`tighten_steps` to be an integer of at least 1"),
+    (LipschitzConstraint, {"tighten_steps": 3}, "asks for the `initial_target`"),
+    (LipschitzConstraint, {"method": "clip"}, "`method` to be one of"),
+    (LipschitzConstraint, {"metric": "l2"}, "`metric` to be one of"),
+    (LipschitzConstraint, {"every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1"),
+    (LipschitzConstraint, {"block_size": True}, "`block_size` to be an integer of at least 1"),
+    (LipschitzConstraint, {"seed": "a"}, "`seed` to be an integer of at least 0, got 'a'"),
+    (LipschitzRegularizer, {"seed": "a"}, "`seed` to be an integer of at least 0, got 'a'"),
+    (LipschitzProjector, {"seed": "a"}, "`seed` to be an integer of at least 0, got 'a'"),
+    *(
+        (MaxNorm, {"max_value": x}, "`max_value` to be a positive finite")
+        for x in (0, -1.0, math.nan, math.inf, "1", True)
     ),
-    "name": (
-        TypeError,
-        "`name` to be a string or None, got",
-        [lambda: LipschitzPenalty(name=5), lambda: LipschitzMonitor(name=5), lambda: LipschitzConstraint(1.0, name=5)],
-    ),
-    "eps": (
-        TypeError,
-        "`eps` to be a sequence of numbers, (0.1, 0.2) say, got 0.1",
-        [lambda: CertifiedValidation(0.1)],
-    ),
-    "eps as text": (
-        TypeError,
-        "`eps` to be a sequence of numbers",
-        [lambda: CertifiedValidation("0.1"), lambda: CertifiedValidation(None), lambda: CertifiedValidation(["a"])],
-    ),
-    "batch_to_xy": (
-        TypeError,
-        "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got",
-        [lambda: CertifiedValidation(batch_to_xy=5), lambda: NoisyValidation(batch_to_xy=5)],
-    ),
-    "certified": (
-        TypeError,
-        "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True",
-        [lambda: LipschitzMonitor(certified=True)],
-    ),
-    "max_value": (ValueError, "`max_value` to be a positive finite number, got True", [lambda: MaxNorm(True)]),
-    "vectors": (
-        TypeError,
-        'the state\'s "vectors" by layer name, got a int',
-        [lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})],
-    ),
+    (CertifiedValidation, {"eps": ()}, "`eps` to be one or more finite numbers of at least 0"),
+    (CertifiedValidation, {"eps": (0.1, 0.1)}, "`eps` to be distinct numbers"),
+    (CertifiedValidation, {"eps": (-1.0,)}, "`eps` to be one or more finite numbers of at least 0"),
+    (CertifiedValidation, {"task": "x"}, "`task` to be 'classification' or 'regression', got 'x'"),
+    (CertifiedValidation, {"max_inputs": -1}, "`max_inputs` to be an integer of at least 0, got -1"),
+    (NoisyValidation, {"noise_levels": ()}, "`noise_levels` to be one or more finite numbers of at least 0"),
+    (NoisyValidation, {"noise_levels": (-0.1,)}, "`noise_levels` to be one or more finite numbers of at least 0"),
+    (NoisyValidation, {"noise_levels": (0.1, 0.1)}, "`noise_levels` to be distinct numbers"),
+    (NoisyValidation, {"noise_levels": (0.1, 0.1 + 1e-9)}, "first six digits"),
+    (NoisyValidation, {"feature_min": 0.0}, "no feature_max"),
+    (NoisyValidation, {"feature_max": 0.0}, "no feature_min"),
+    (NoisyValidation, {"feature_min": 1.0, "feature_max": 0.0}, "feature_max >= feature_min"),
+    (NoisyValidation, {"seed": -1}, "`seed` to be an integer of at least 0"),
+]
+NO_LEVELS = "`eps` to be a sequence of numbers, (0.1, 0.2) say, got"
+NO_PAIR = "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got"
+OF_ANOTHER_TYPE = [
+    *((owner, {"name": 5}, "`name` to be a string or None") for owner in (LipschitzPenalty, LipschitzMonitor)),
+    (LipschitzConstraint, {"name": 5}, "`name` to be a string or None"),
+    *((CertifiedValidation, {"eps": eps}, f"{NO_LEVELS} {eps!r}") for eps in (0.1, "0.1", None, ["a"])),
+    *((owner, {"batch_to_xy": 5}, NO_PAIR) for owner in (CertifiedValidation, NoisyValidation)),
+    (LipschitzMonitor, {"certified": True}, "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True"),
+]
+NEEDED = {
+    LipschitzConstraint: {"target": 1.0},
+    LipschitzRegularizer: {"model": network(), "coefficient": 1.0},
+    LipschitzProjector: {"model": network(), "target": 1.0},
 }
 
 
-@pytest.mark.parametrize("argument", WRONG)
-def test_wrong_arguments_are_told_at_once(argument):
-    error, said, calls = WRONG[argument]
-    for call in calls:
-        with pytest.raises(error, match=re.escape(said)):
-            call()
+@pytest.mark.parametrize(
+    ("error", "owner", "arguments", "said"),
+    [*((ValueError, *row) for row in OUT_OF_RANGE), *((TypeError, *row) for row in OF_ANOTHER_TYPE)],
+)
+def test_wrong_arguments_are_told_at_once(error, owner, arguments, said):
+    with pytest.raises(error, match=re.escape(said)):
+        owner(**(NEEDED.get(owner, {}) | arguments))
+
+
+def test_vectors_that_are_no_mapping_are_refused():
+    with pytest.raises(TypeError, match='the state\'s "vectors" by layer name, got a int'):
+        LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})

@@ -2,6 +2,7 @@ import inspect
 from importlib.metadata import entry_points
 
 import pytest
+from support.commands import run_cli
 
 from lightning_lip import cli
 from lightning_lip.audit.command import audit
@@ -20,9 +21,7 @@ def called(monkeypatch):
 
 
 def test_help_names_the_command_and_its_purpose(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["--help"])
-    assert exit_info.value.code == 0
+    assert run_cli("--help") == 0
     shown = capsys.readouterr().out
     assert "reproduce" in shown
     assert "state which of its claims hold" in " ".join(shown.split())
@@ -54,9 +53,7 @@ def test_options_reach_the_experiment(called):
 def test_switches_take_no_value(called):
     cli.main(["reproduce", "--quick"])
     assert called[0][0] == command.plan(quick=True)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["reproduce", "--quick", "true"])
-    assert exit_info.value.code == 2
+    assert run_cli("reproduce", "--quick", "true") == 2
 
 
 def test_options_have_dashes_and_reach_the_audit(monkeypatch):
@@ -68,15 +65,11 @@ def test_options_have_dashes_and_reach_the_audit(monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "audit", record)
     cli.main(["audit", "model.ckpt", "--max-bound", "1e1", "--unsafe-load-pickle"])
     assert seen == {"target": "model.ckpt", "max_bound": 10.0, "unsafe": True}
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["audit", "model.ckpt", "--max_bound", "1"])
-    assert exit_info.value.code == 2
+    assert run_cli("audit", "model.ckpt", "--max_bound", "1") == 2
 
 
 def test_the_options_can_be_printed_as_a_configuration(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["audit", "model.ckpt", "--max-bound", "3", "--print_config"])
-    assert exit_info.value.code == 0
+    assert run_cli("audit", "model.ckpt", "--max-bound", "3", "--print_config") == 0
     assert "max_bound: 3" in capsys.readouterr().out
 
 
@@ -86,9 +79,7 @@ def test_the_audits_errors_are_one_message_and_a_status(capsys, monkeypatch, err
         raise error(f"about {target}")
 
     monkeypatch.setitem(cli.COMMANDS, "audit", fail)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["audit", "model.ckpt"])
-    assert exit_info.value.code == status
+    assert run_cli("audit", "model.ckpt") == status
     assert capsys.readouterr().err == "lightning-lip: about model.ckpt\n"
 
 
@@ -104,18 +95,14 @@ def test_the_audits_errors_are_one_message_and_a_status(capsys, monkeypatch, err
     ],
 )
 def test_options_that_make_no_sense_are_one_message_and_status_2(called, capsys, options, message):
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["reproduce", *options])
-    assert exit_info.value.code == 2
+    assert run_cli("reproduce", *options) == 2
     assert message in capsys.readouterr().err
     assert not called
 
 
 def test_a_missing_extra_names_the_remedy(called, capsys, monkeypatch):
     monkeypatch.setattr(extras, "MODULES", ("lightning_lip_no_such_module",))
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["reproduce"])
-    assert exit_info.value.code == 2
+    assert run_cli("reproduce") == 2
     assert 'pip install "lightning-lip[paper]"' in capsys.readouterr().err
     assert not called
 
@@ -125,9 +112,7 @@ def test_an_interrupt_is_status_130(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lightning_lip.paper.regimes.experiment.run_experiment", interrupt)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["reproduce"])
-    assert exit_info.value.code == 130
+    assert run_cli("reproduce") == 130
     assert "interrupted" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.certificates.interval import Certificate, certify
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_integer, check_numbers
+from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 
@@ -61,12 +61,10 @@ class CertifiedValidation(BaseCallback):
         prefix: str = "val",
         max_inputs: int = 64,
     ) -> None:
-        self.eps = check_numbers("eps", eps)
-        if not self.eps or len(set(self.eps)) < len(self.eps) or not all(math.isfinite(e) and e >= 0 for e in self.eps):
-            raise ValueError(f"Expected `eps` to be distinct finite numbers of at least 0, got {eps!r}.")
+        self.eps = check_levels("eps", eps)
         if task not in ("classification", "regression"):
             raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
-        check_integer("max_inputs", max_inputs, 0)
+        check_integers(0, max_inputs=max_inputs)
         check_batch_to_xy(batch_to_xy)
         self.task = task
         self.prefix = prefix

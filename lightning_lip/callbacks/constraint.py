@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
-from lightning_lip.checks import check_integer, check_state, check_target
+from lightning_lip.checks import check_integers, check_number, check_state
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.projection.allocation import Method
 from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
@@ -97,32 +97,18 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
-        self.target = check_target(target)
-        self.initial_target = self.target if initial_target is None else check_target(initial_target, "initial_target")
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        self.target = self.initial_target = check_number("target", target, positive=True)
+        if initial_target is not None:
+            self.initial_target = check_number("initial_target", initial_target, positive=True)
         check_method(method, metric)
-        for argument, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("tighten_steps", tighten_steps, 0 if initial_target is None else 1),
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("seed", seed, 0),
-        ):
-            check_integer(argument, value, least)
+        check_integers(1, every_n_steps=every_n_steps)
+        check_integers(0 if initial_target is None else 1, tighten_steps=tighten_steps)
         if tighten_steps and initial_target is None:
             raise ValueError("`tighten_steps` asks for the `initial_target` to tighten from.")
         self.every_n_steps = every_n_steps
         self.tighten_steps = tighten_steps
-        self._arguments = {
-            "method": method,
-            "metric": metric,
-            "layers": layers,
-            "exclude": exclude,
-            "block_size": block_size,
-            "n_iterations": n_iterations,
-            "example_input": example_input,
-            "seed": seed,
-        }
+        self._arguments |= {"method": method, "metric": metric}
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
         self._n_optimizer_steps = 0

@@ -26,7 +26,7 @@ from lightning_lip.callbacks.lightning.trainer import (
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_integer, check_state
+from lightning_lip.checks import check_integers, check_state
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -140,27 +140,15 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         certified: CertifiedValidation | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
-        for argument, value, least in (
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("seed", seed, 0),
-            ("figures_every_n_epochs", figures_every_n_epochs, 0),
-        ):
-            check_integer(argument, value, least)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):
             raise TypeError(
                 f"Expected `certified` to be a CertifiedValidation((0.1,)), say, or None, got {certified!r}."
             )
         self._certified = certified
-        self._layers, self._exclude = layers, exclude
-        self._own_arguments: dict[str, Any] = {
-            "block_size": block_size,
-            "n_iterations": n_iterations,
-            "seed": seed,
-            "example_input": example_input,
-        }
+        self._has_own_layers = layers is not None or exclude is not None
         self._sources: list[Source] = []
         self._last_logged = -1
 
@@ -176,7 +164,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     def reports(self, penalty: LipschitzPenalty, trainer: Trainer) -> bool:
         """Whether this monitor takes the layers of a penalty, and logs it."""
-        if self._layers is not None or self._exclude is not None:
+        if self._has_own_layers:
             return False
         if self.name:
             return penalty.name == self.name
@@ -203,12 +191,10 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sources, self._core, self._last_logged = [], None, -1
-        if self._layers is None and self._exclude is None:
+        if not self._has_own_layers:
             self._sources = self._lent_sources(trainer, pl_module)
         if not self._sources:
-            self._core = LipschitzRegularizer(
-                pl_module, 0.0, layers=self._layers, exclude=self._exclude, **self._own_arguments
-            )
+            self._core = LipschitzRegularizer(pl_module, 0.0, **self._arguments)
             self._sources = [Source(self.tag, self._core, None)]
         if self._loaded is not None:
             self._restore(self._loaded)

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
+from lightning_lip.callbacks.lightning.trainer import class_names
 from lightning_lip.checks import check_state
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
 from lightning_lip.metrics.noisy_mae import Range
@@ -206,7 +208,11 @@ def _training_batches(trainer: pl.Trainer) -> Iterator[Any]:
     loader = source.dataloader()
     if isinstance(loader, DataLoader):
         loader = _replay(loader)
-    elif not isinstance(loader, Iterable) or isinstance(loader, dict | list | tuple) or _is_combined(loader):
+    elif (
+        not isinstance(loader, Iterable)
+        or isinstance(loader, dict | list | tuple)
+        or "CombinedLoader" in class_names(loader)
+    ):
         raise RuntimeError(
             f"the feature ranges can be learnt from one training loader only, got a {type(loader).__name__}: "
             f"{GIVE_RANGES}"
@@ -218,7 +224,7 @@ def _training_batches(trainer: pl.Trainer) -> Iterator[Any]:
         )
     limit = trainer.limit_train_batches
     fast_dev_run = trainer.fast_dev_run  # type: ignore[attr-defined]  # Lightning sets it from outside the class
-    limited = isinstance(limit, int) and (fast_dev_run or not _has_length(loader))
+    limited = isinstance(limit, int) and (fast_dev_run or sized_len(loader) is None)
     return islice(loader, int(limit) if limited else None)
 
 
@@ -246,16 +252,3 @@ def _replay(loader: DataLoader[Any]) -> DataLoader[Any]:
     if loader.batch_sampler is None:
         return DataLoader(loader.dataset, batch_size=None, sampler=sampler, **options)
     return DataLoader(loader.dataset, batch_sampler=sampler, **options)
-
-
-def _is_combined(loader: object) -> bool:
-    # By name: `lightning` and `pytorch_lightning` have a class each.
-    return any(cls.__name__ == "CombinedLoader" for cls in type(loader).__mro__)
-
-
-def _has_length(loader: Iterable[Any]) -> bool:
-    try:
-        len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True

@@ -22,7 +22,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     log_metrics,
     monitors_of,
 )
-from lightning_lip.checks import check_coefficient, check_integer, check_state
+from lightning_lip.checks import check_integers, check_number, check_state
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
@@ -104,29 +104,14 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         example_input: Any = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
-        self.coefficient = check_coefficient(coefficient)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target)
-        for argument, value, least in (
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("seed", seed, 0),
-            ("every_n_steps", every_n_steps, 1),
-            ("warmup_steps", warmup_steps, 0),
-        ):
-            check_integer(argument, value, least)
+        check_integers(1, every_n_steps=every_n_steps)
+        check_integers(0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self._arguments = {
-            "penalty": penalty,
-            "target": target,
-            "layers": layers,
-            "exclude": exclude,
-            "block_size": block_size,
-            "n_iterations": n_iterations,
-            "seed": seed,
-            "example_input": example_input,
-        }
+        self._arguments |= {"penalty": penalty, "target": target}
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
@@ -304,11 +289,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             ran, self._backward_ran = self._backward_ran, False
             if not ran:
                 return False
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    return True
-        return False
+        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

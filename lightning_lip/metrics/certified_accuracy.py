@@ -20,7 +20,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_numbers
+from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics.plotting import plot_levels
 
 # More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
@@ -64,8 +64,8 @@ def certified_accuracy(
         tensor([0.6667, 0.3333])
     """
     radii = _check_radius(radius)
-    certified, total = _certified_accuracy_update(logits, target, lipschitz, radii, last_weight)
-    value = _certified_accuracy_compute(certified, torch.tensor(total, device=certified.device))
+    certified, total = _update(logits, target, lipschitz, radii, last_weight)
+    value = _compute(certified, torch.tensor(total, device=certified.device))
     return value if isinstance(radius, Sequence) else value[0]
 
 
@@ -106,8 +106,7 @@ def certified_worst_case_mae(
     for name, value in (("mae", float(mae)), ("lipschitz", lipschitz), ("noise_norm", noise_norm)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"expected {name} as a finite number of at least 0, got {value!r}{_HINT[name]}")
-    if isinstance(n_outputs, bool) or not isinstance(n_outputs, int) or n_outputs < 1:
-        raise ValueError(f"expected n_outputs as an int of at least 1, got {n_outputs!r}")
+    check_integers(1, n_outputs=n_outputs)
     growth = lipschitz * noise_norm / math.sqrt(n_outputs) * (1 + _SLACK)
     return mae + growth if isinstance(mae, Tensor) else math.nextafter(mae + growth, math.inf)
 
@@ -164,14 +163,14 @@ class CertifiedAccuracy(Metric):
         self, logits: Tensor, target: Tensor, lipschitz: float | Tensor, last_weight: Tensor | None = None
     ) -> None:
         """Count the certified samples of one batch."""
-        certified, total = _certified_accuracy_update(logits, target, lipschitz, self.radii, last_weight)
+        certified, total = _update(logits, target, lipschitz, self.radii, last_weight)
         # Out of place: states made in inference mode stay usable after it.
         self.certified = self.certified + certified
         self.total = self.total + total
 
     def compute(self) -> Tensor:
         """Share of certified samples over all batches and ranks, shape () or (R,)."""
-        value = _certified_accuracy_compute(self.certified, self.total)
+        value = _compute(self.certified, self.total)
         return value[0] if self._scalar else value
 
     def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: _AX_TYPE | None = None) -> _PLOT_OUT_TYPE:
@@ -206,7 +205,7 @@ _HINT = {
 }
 
 
-def _certified_accuracy_update(
+def _update(
     logits: Tensor, target: Tensor, lipschitz: float | Tensor, radii: tuple[float, ...], last_weight: Tensor | None
 ) -> tuple[Tensor, int]:
     """Number of certified samples per radius, shape (R,), int64, and the number of samples."""
@@ -236,7 +235,7 @@ def _certified_accuracy_update(
     return torch.stack(certified).to(logits.device), len(classes)
 
 
-def _certified_accuracy_compute(certified: Tensor, total: Tensor) -> Tensor:
+def _compute(certified: Tensor, total: Tensor) -> Tensor:
     if total == 0:
         raise RuntimeError("no sample was seen, so there is no certified accuracy: call update with a batch first")
     return certified / total
@@ -253,12 +252,7 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
 
 
 def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:
-    radii = check_numbers("radius", radius if isinstance(radius, Sequence) else (radius,))
-    if not radii:
-        raise ValueError("expected at least one radius, got none: pass for example radius=0.1")
-    if not all(math.isfinite(eps) and eps >= 0 for eps in radii):
-        raise ValueError(f"expected radii that are finite and not negative, got {radii}")
-    return radii
+    return check_levels("radius", radius if isinstance(radius, Sequence) else (radius,), distinct=False)
 
 
 def _check_batch(logits: Tensor, target: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_numbers
+from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics.plotting import plot_levels
 
 Range = float | Sequence[Any] | np.ndarray | Tensor
@@ -117,12 +117,10 @@ def noisy_mean_absolute_error(
         ... )
         tensor([0.0000, 0.5412, 1.0824])
     """
-    levels = _check_noise_levels(noise_levels)
+    levels = check_levels("noise_levels", noise_levels)
     low, high = _check_feature_range(feature_min, feature_max)
-    sum_abs_error, total = _noisy_mean_absolute_error_update(
-        predict, inputs, target, levels, low, high, symmetric, generator
-    )
-    return _noisy_mean_absolute_error_compute(sum_abs_error, torch.tensor(total, device=sum_abs_error.device))
+    sum_abs_error, total = _update(predict, inputs, target, levels, low, high, symmetric, generator)
+    return _compute(sum_abs_error, torch.tensor(total, device=sum_abs_error.device))
 
 
 class NoisyMeanAbsoluteError(Metric):
@@ -186,11 +184,12 @@ class NoisyMeanAbsoluteError(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.noise_levels = _check_noise_levels(noise_levels)
+        self.noise_levels = check_levels("noise_levels", noise_levels)
         # Plain attributes, not buffers: a module's .half() would round the ranges. They stay on the CPU, as the noise.
         self.feature_min, self.feature_max = _check_feature_range(feature_min, feature_max)
         self.symmetric = symmetric
-        self.seed = _check_seed(seed)
+        check_integers(0, seed=seed)
+        self.seed = seed
         # Made at the first draw, because the process group may not exist yet.
         self._generator: torch.Generator | None = None
         self._start_of_batch: Tensor | None = None
@@ -199,23 +198,16 @@ class NoisyMeanAbsoluteError(Metric):
 
     def update(self, predict: Callable[[Tensor], Tensor], inputs: Tensor, target: Tensor) -> None:
         """Add one batch: draw its noise and call ``predict`` once on the stacked batches of all noise levels."""
-        sum_abs_error, total = _noisy_mean_absolute_error_update(
-            predict,
-            inputs,
-            target,
-            self.noise_levels,
-            self.feature_min,
-            self.feature_max,
-            self.symmetric,
-            self._noise_generator(),
-        )
+        ranges = self.feature_min, self.feature_max
+        noise = self.symmetric, self._noise_generator()
+        sum_abs_error, total = _update(predict, inputs, target, self.noise_levels, *ranges, *noise)
         # Out of place: the dtype may widen, and states made in inference mode stay usable after it.
         self.sum_abs_error = self.sum_abs_error + sum_abs_error
         self.total = self.total + total
 
     def compute(self) -> Tensor:
         """Mean absolute error per noise level, shape (L,), over all batches and ranks."""
-        return _noisy_mean_absolute_error_compute(self.sum_abs_error, self.total)
+        return _compute(self.sum_abs_error, self.total)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add one batch and return the value on that batch, both from the same draw of the noise."""
@@ -266,7 +258,7 @@ class NoisyMeanAbsoluteError(Metric):
         return self._generator
 
 
-def _noisy_mean_absolute_error_update(
+def _update(
     predict: Callable[[Tensor], Tensor],
     inputs: Tensor,
     target: Tensor,
@@ -304,21 +296,10 @@ def _noisy_mean_absolute_error_update(
     return errors.abs().flatten(1).sum(dim=1), target.numel()
 
 
-def _noisy_mean_absolute_error_compute(sum_abs_error: Tensor, total: Tensor) -> Tensor:
+def _compute(sum_abs_error: Tensor, total: Tensor) -> Tensor:
     if total == 0:
         raise RuntimeError("no sample was seen, so there is no mean absolute error: call update with a batch first")
     return sum_abs_error / total
-
-
-def _check_noise_levels(noise_levels: Sequence[float]) -> tuple[float, ...]:
-    levels = check_numbers("noise_levels", noise_levels)
-    if not levels:
-        raise ValueError("expected at least one noise level, got none: pass for example noise_levels=(0.0, 0.2)")
-    if not all(np.isfinite(eta) and eta >= 0 for eta in levels):
-        raise ValueError(f"expected noise levels that are finite and not negative, got {levels}")
-    if len(set(levels)) != len(levels):
-        raise ValueError(f"expected distinct noise levels, got {levels}")
-    return levels
 
 
 def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -> tuple[Tensor, Tensor]:
@@ -345,12 +326,6 @@ def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -
             "swapped"
         )
     return low, high
-
-
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"expected seed as a non-negative int, got {seed!r}")
-    return seed
 
 
 def _check_batch(inputs: Tensor, target: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.checks import check_integer
+from lightning_lip.checks import check_integers
 from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
@@ -48,9 +48,8 @@ class SpectralNorms:
         seed: int = 0,
         backend: kernels.Backend | None = None,
     ) -> None:
-        check_integer("block_size", block_size, 1)
-        check_integer("n_iterations", n_iterations, 1)
-        check_integer("seed", seed, 0)
+        check_integers(1, block_size=block_size, n_iterations=n_iterations)
+        check_integers(0, seed=seed)
         if backend is not None:
             kernels.check_backend(backend)
         self.operators = list(operators)

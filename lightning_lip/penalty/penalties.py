@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_lip.checks import check_target
+from lightning_lip.checks import check_number
 from lightning_lip.kernels.penalties import (
     PRODUCT_CAP,
     built_in,
@@ -58,7 +58,7 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
         ValueError: If the name is unknown or `target` is not a positive finite number.
         TypeError: If `penalty` is neither a string nor callable.
     """
-    target = check_target(target)
+    target = check_number("target", target, positive=True)
     if isinstance(penalty, str):
         if penalty in get_args(PenaltyName):
             return built_in(penalty, target)

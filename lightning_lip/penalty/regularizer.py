@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.checks import check_coefficient, check_model, check_state
+from lightning_lip.checks import check_model, check_number, check_state
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
@@ -93,7 +93,7 @@ class LipschitzRegularizer:
         backend: kernels.Backend | None = None,
     ) -> None:
         check_model(model, "LipschitzRegularizer")
-        self.coefficient = check_coefficient(coefficient)
+        self.coefficient = check_number("coefficient", coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)

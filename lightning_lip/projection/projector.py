@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_lip.checks import check_integer, check_model, check_state, check_target
+from lightning_lip.checks import check_integers, check_model, check_number, check_state
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
@@ -138,14 +138,9 @@ class LipschitzProjector:
     ) -> None:
         check_model(model, "LipschitzProjector")
         check_method(method, metric)
-        for argument, value, least in (
-            ("block_size", block_size, 1),
-            ("n_iterations", n_iterations, 1),
-            ("exact_every_n_steps", exact_every_n_steps, 0),
-            ("seed", seed, 0),
-        ):
-            check_integer(argument, value, least)
-        self._target = check_target(target)
+        check_integers(1, block_size=block_size, n_iterations=n_iterations)
+        check_integers(0, exact_every_n_steps=exact_every_n_steps, seed=seed)
+        self._target = check_number("target", target, positive=True)
         self._method, self._metric = method, metric
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
@@ -167,7 +162,7 @@ class LipschitzProjector:
 
     @target.setter
     def target(self, target: float) -> None:
-        self._target = check_target(target)
+        self._target = check_number("target", target, positive=True)
 
     @property
     def bound_kind(self) -> str:

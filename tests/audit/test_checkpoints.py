@@ -1,5 +1,6 @@
 """Networks from checkpoints and names: what is loaded, what is refused, and that no code in a file is run."""
 
+import io
 import os
 import pickle
 import sys
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from support.audits import BORING, NETWORKS, PAPER, Touch, run_cli
+from support.audits import BORING, NETWORKS, PAPER, Touch
+from support.commands import run_cli
 from torch import nn
 
 from lightning_lip.audit.checkpoints import HYPER_PARAMETERS, RECORDED_KEY, load_network
@@ -106,7 +108,7 @@ def test_what_cannot_be_loaded_says_why_and_is_status_2(networks, capsys, target
     message = message.replace("(none)", r"\(none\)")
     with pytest.raises(AuditError, match=message):
         load_network(target, module)
-    assert run_cli(target, *([] if module is None else ["--module", module])) == 2
+    assert run_cli("audit", target, *([] if module is None else ["--module", module])) == 2
     assert capsys.readouterr().err.startswith("lightning-lip: ")
 
 
@@ -119,7 +121,7 @@ def test_a_switch_for_files_is_refused_where_there_is_none(networks):
 def test_a_truncated_file_is_damaged(reproduced, kept, capsys):
     contents = reproduced.read_bytes()
     Path("cut.ckpt").write_bytes(contents[: int(kept * len(contents)) if isinstance(kept, float) else kept])
-    assert run_cli("cut.ckpt", "--module", PAPER) == 2
+    assert run_cli("audit", "cut.ckpt", "--module", PAPER) == 2
     assert "cut.ckpt is damaged, or no file that torch.save wrote" in capsys.readouterr().err
 
 
@@ -132,21 +134,30 @@ def test_overwritten_bytes_never_end_in_a_traceback(seed):
     start = int(generator.integers(200))
     contents[start : start + 8] = generator.bytes(8)
     Path("boring.pt").write_bytes(contents)
-    assert run_cli("boring.pt", "--module", BORING, "--input-shape", "32", "--json", "-") in (0, 2)
+    assert run_cli("audit", "boring.pt", "--module", BORING, "--input-shape", "32", "--json", "-") in (0, 2)
 
 
-@pytest.mark.parametrize("content", [b"garbage", b"\x00" * 64, b"PK\x03\x04", b"not\nat\nall a pickle, but text"])
+def zip_of_text():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a.txt", "text")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage", b"\x00" * 64, b"PK\x03\x04", b"not\nat\nall a pickle, but text", zip_of_text()]
+)
 def test_a_file_of_something_else_is_damaged(content, capsys):
     Path("other.pt").write_bytes(content)
-    assert run_cli("other.pt", "--module", BORING) == 2
-    assert "other.pt is damaged" in capsys.readouterr().err
+    assert run_cli("audit", "other.pt", "--module", BORING) == 2
+    assert "other.pt is damaged, or no file that torch.save wrote" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_with_code_is_refused_and_the_code_not_run(tmp_path, capsys, protocol):
     trap = Touch(tmp_path / "ran")
     Path("code.ckpt").write_bytes(pickle.dumps({"state_dict": trap}, protocol=protocol))
-    assert run_cli("code.ckpt", "--module", BORING, "--input-shape", "32") == 2
+    assert run_cli("audit", "code.ckpt", "--module", BORING, "--input-shape", "32") == 2
     error = capsys.readouterr().err
     assert "was refused" in error
     assert f"{os.mkdir.__module__}.mkdir" in error
@@ -163,12 +174,12 @@ def test_code_in_a_file_of_torch_save_is_refused_and_not_run(tmp_path, capsys, i
         _use_new_zipfile_serialization=is_zip,
         pickle_protocol=protocol,
     )
-    assert run_cli("code.ckpt", "--module", BORING, "--input-shape", "32") == 2
+    assert run_cli("audit", "code.ckpt", "--module", BORING, "--input-shape", "32") == 2
     error = capsys.readouterr().err
     assert f"({os.mkdir.__module__}.mkdir)" in error, "only what is not part of a tensor is named"
     assert not Path(trap.path).exists()
     # The switch does what it says.
-    assert run_cli("code.ckpt", "--module", BORING, "--input-shape", "32", "--unsafe-load-pickle") == 0
+    assert run_cli("audit", "code.ckpt", "--module", BORING, "--input-shape", "32", "--unsafe-load-pickle") == 0
     assert Path(trap.path).is_dir()
 
 
@@ -251,10 +262,3 @@ def test_a_lightning_checkpoint_without_weights(save_lightning, tmp_path, networ
     path = save_lightning(load_network("audited_networks:Module"), tmp_path / "none.ckpt", state_dict={"a": 1})
     with pytest.raises(AuditError, match=r"cannot be built|holds no weights"):
         load_network(path, "audited_networks:Module")
-
-
-def test_a_zip_that_is_no_checkpoint(capsys):
-    with zipfile.ZipFile("archive.pt", "w") as archive:
-        archive.writestr("a.txt", "text")
-    assert run_cli("archive.pt", "--module", BORING) == 2
-    assert "archive.pt is damaged, or no file that torch.save wrote" in capsys.readouterr().err

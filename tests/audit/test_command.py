@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
-from support.audits import BORING, PAPER, Touch, run_cli
+from support.audits import BORING, PAPER, Touch
+from support.commands import run_cli
 from torch import nn
 
 from lightning_lip.audit.checkpoints import load_network
 from lightning_lip.audit.command import audit, document, example_input, load_inputs
 from lightning_lip.audit.report import interval
-from lightning_lip.certificates.interval import Certificate, Part, Uncertified, certify
+from lightning_lip.certificates.interval import Part, certify
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.graph.bound import GraphNode
 
 
 def test_reproduces_own_checkpoint_is_audited(reproduced, capsys):
-    assert run_cli(reproduced, "--module", PAPER, "--input-shape", "13", "--json", "-") == 0
+    assert run_cli("audit", reproduced, "--module", PAPER, "--input-shape", "13", "--json", "-") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["certified"]
     assert found["module"] == "lightning_lip.paper.model:PaperRegressor"
@@ -47,16 +48,11 @@ def test_the_measured_slope_is_below_the_certificate(reproduced, tmp_path):
 def test_another_librarys_lightning_module(save_lightning, tmp_path, capsys):
     module = BoringModel()
     path = save_lightning(module, tmp_path / "boring.ckpt")
-    assert run_cli(path, "--module", BORING, "--input-shape", "32", "--json", "out.json") == 0
+    assert run_cli("audit", path, "--module", BORING, "--input-shape", "32", "--json", "out.json") == 0
     found = json.loads(Path("out.json").read_text())
     truth = float(torch.linalg.matrix_norm(module.layer.weight.detach().double(), 2))
     assert truth <= found["upper"] <= truth * (1 + 1e-6)
     assert "layer (Linear)" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("target", ["audited_networks:two", "audited_networks.two"])
-def test_an_importable_function(networks, target):
-    assert audit(target, input_shape="2", json="-")["upper"] == pytest.approx(2)
 
 
 def test_data_with_code_is_refused_with_the_switch_too(networks, tmp_path):
@@ -155,40 +151,29 @@ def test_data_for_a_model_of_two_inputs(example, monkeypatch):
     assert found["upper"] >= truth * (1 - 1e-12)
 
 
-def test_more_inputs_than_are_measured(networks):
-    torch.save(torch.randn(300, 2), "many.pt")
-    assert audit("audited_networks:Net", input_shape="2", data="many.pt", json="-")["n_inputs"] == 256
+ONE = torch.zeros(1, 2)
+NAMED = {"left": ONE, "right": torch.zeros(1, 3)}
 
 
 @pytest.mark.parametrize(
-    ("contents", "message"),
+    ("contents", "example", "message"),
     [
-        (torch.zeros(4, 3), r"shape \(N, 2\) in --data data.pt, got torch.float32 of shape \(4, 3\)"),
-        (torch.zeros(4, 2, dtype=torch.int64), "got torch.int64"),
-        (torch.zeros(()), r"of shape \(\)"),
-        ([], "got none"),
-        (3, "got int"),
-        (["text"], "Expected tensors in --data"),
-        ({"a": None}, "Expected tensors in --data"),
+        (torch.zeros(4, 3), ONE, r"shape \(N, 2\) in --data data.pt, got torch.float32 of shape \(4, 3\)"),
+        (torch.zeros(4, 2, dtype=torch.int64), ONE, "got torch.int64"),
+        (torch.zeros(()), ONE, r"of shape \(\)"),
+        ([], ONE, "got none"),
+        (3, ONE, "got int"),
+        (["text"], ONE, "Expected tensors in --data"),
+        ({"a": None}, ONE, "Expected tensors in --data"),
+        (NAMED | {"left": torch.zeros(5, 2)}, NAMED, r"as many of each input.*\[5, 1\]"),
+        ({"left": ONE, "up": ONE}, NAMED, r"Expected inputs left, right in --data data.pt, got left, up"),
+        (ONE, tuple(NAMED.values()), r"Expected inputs \(2 tensors\)"),
     ],
 )
-def test_data_that_do_not_fit(contents, message):
+def test_data_that_do_not_fit(contents, example, message):
     torch.save(contents, "data.pt")
     with pytest.raises(AuditError, match=message):
-        load_inputs(Path("data.pt"), torch.zeros(1, 2))
-
-
-def test_named_data_that_lack_a_name_or_differ_in_number():
-    example = {"left": torch.zeros(1, 2), "right": torch.zeros(1, 3)}
-    torch.save({"left": torch.zeros(4, 2), "up": torch.zeros(4, 3)}, "data.pt")
-    with pytest.raises(AuditError, match=r"Expected inputs left, right in --data data.pt, got left, up"):
         load_inputs(Path("data.pt"), example)
-    torch.save({"left": torch.zeros(4, 2), "right": torch.zeros(5, 3)}, "data.pt")
-    with pytest.raises(AuditError, match=r"as many of each input.*\[4, 5\]"):
-        load_inputs(Path("data.pt"), example)
-    torch.save(torch.zeros(4, 2), "data.pt")
-    with pytest.raises(AuditError, match=r"Expected inputs \(2 tensors\)"):
-        load_inputs(Path("data.pt"), tuple(example.values()))
 
 
 @pytest.mark.parametrize("name", ["gone.npy", "gone.pt", "bad.npy", "bad.npz", "bad.pt"])
@@ -223,7 +208,7 @@ def test_data_that_give_no_slope(networks):
 )
 def test_exit_status(networks, capsys, target, shape, limit, status):
     limits = [] if limit is None else ["--max-bound", limit]
-    assert run_cli(target, "--input-shape", shape, *limits, "--json", "-") == status
+    assert run_cli("audit", target, "--input-shape", shape, *limits, "--json", "-") == status
     captured = capsys.readouterr()
     assert bool(captured.err) == bool(status)
     if status < 2:
@@ -244,7 +229,7 @@ def test_the_message_of_a_bound_that_is_not_kept(networks):
 
 
 def test_an_unknown_layer_is_named(networks, capsys):
-    assert run_cli("audited_networks:Attention", "--input-shape", "3,4", "--max-bound", "5") == 1
+    assert run_cli("audit", "audited_networks:Attention", "--input-shape", "3,4", "--max-bound", "5") == 1
     shown = capsys.readouterr().out
     refused = shown.partition("Refused:")[2]
     assert "attend" in refused
@@ -297,14 +282,3 @@ def test_a_constant_network():
     found = document("zero", model, torch.zeros(1, 2), result, 1, 0.0)
     assert (found["upper"], found["log_upper"], found["tightness"], found["passed"]) == (0.0, None, None, True)
     assert any("certified upper bound             0" in line for line in interval(found))
-
-
-def test_json_on_standard_output_stands_alone(networks, capsys):
-    audit("audited_networks:two", input_shape="2", json="-")
-    assert json.loads(capsys.readouterr().out)["certified"]
-
-
-def test_the_result_types_are_told_apart(networks):
-    model = load_network("audited_networks:Attention")
-    assert isinstance(certify(model, torch.zeros(2, 3, 4)), Uncertified)
-    assert isinstance(certify(load_network("audited_networks:two"), torch.zeros(2, 2)), Certificate)

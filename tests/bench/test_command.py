@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from support.commands import run_cli
 from support.contenders import SMALL_CONVOLUTIONS, csv_rows
 
 from lightning_lip import bench as package
@@ -87,9 +88,7 @@ def test_threads_are_put_back(small_run, tmp_path, monkeypatch):
 )
 def test_options_that_make_no_sense_are_one_message_and_status_2(capsys, monkeypatch, options, message):
     monkeypatch.setattr(command, "run", lambda *_, **__: pytest.fail("it ran"))
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["bench", *options])
-    assert exit_info.value.code == 2
+    assert run_cli("bench", *options) == 2
     assert message in capsys.readouterr().err
 
 
@@ -105,9 +104,7 @@ def test_models_are_chosen_by_name_in_the_usual_order():
 @pytest.mark.parametrize("module", ["matplotlib", "scipy"])
 def test_a_missing_extra_names_the_remedy(capsys, monkeypatch, tmp_path, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(["bench", "--quick", "--out", str(tmp_path / "none")])
-    assert exit_info.value.code == 2
+    assert run_cli("bench", "--quick", "--out", str(tmp_path / "none")) == 2
     assert f"needs {module}" in (error := capsys.readouterr().err)
     assert 'pip install "lightning-lip[bench]"' in error
     assert not (tmp_path / "none").exists()

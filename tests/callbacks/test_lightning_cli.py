@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 import yaml
+from support.trainers import QUIET
 
 import lightning_lip
 
@@ -94,14 +95,11 @@ def cli(pl, make_module, tmp_path):
         def train_dataloader(self):
             return torch.utils.data.DataLoader(data, batch_size=4)
 
-        def val_dataloader(self):
-            return torch.utils.data.DataLoader(data, batch_size=4)
+        val_dataloader = train_dataloader
 
     def build(config=None, arguments=(), run=False):
-        settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "max_epochs": 1}
-        settings |= {"enable_progress_bar": False, "enable_model_summary": False}
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({"trainer": settings | ({} if config is None else {"callbacks": config})}))
+        path.write_text(yaml.safe_dump({"trainer": QUIET | ({} if config is None else {"callbacks": config})}))
         make = importlib.import_module(f"{pl.__name__}.cli").LightningCLI
         args = [*(["fit"] if run else []), f"--config={path}", *arguments]
         return make(module, Data, args=args, run=run, save_config_callback=None)
@@ -112,6 +110,13 @@ def cli(pl, make_module, tmp_path):
 def built(cli, name):
     (callback,) = [c for c in cli.trainer.callbacks if type(c).__name__ == name]
     return callback
+
+
+def contents(callback):
+    """Return what a callback holds, as text; of a callback in it what that one holds."""
+    return repr(
+        {k: contents(v) if isinstance(v, lightning_lip.CertifiedValidation) else v for k, v in vars(callback).items()}
+    )
 
 
 def test_the_arguments_are_complete():
@@ -125,23 +130,10 @@ def test_the_arguments_are_complete():
 def test_every_argument_from_yaml(cli, name, path):
     callback = built(cli([{"class_path": path.format(name), "init_args": ARGUMENTS[name]}]), name)
     assert type(callback) is getattr(lightning_lip, name)
-    given = {
-        "LipschitzPenalty": lambda c: (c.coefficient, c.name, c._arguments["layers"], c._arguments["exclude"]),
-        "LipschitzMonitor": lambda c: (c.name, c._layers, c._exclude, c._certified.eps, c._certified.task),
-        "NoisyValidation": lambda c: (tuple(c.noise_levels), c.feature_min.tolist(), c.batch_to_xy, c.prefix),
-        "CertifiedValidation": lambda c: (c.eps, c.task, c._batch_to_xy, c.prefix),
-        "LipschitzConstraint": lambda c: (c.target, c._arguments["method"], c._arguments["layers"], c.tighten_steps),
-        "MaxNorm": lambda c: (c.max_value, c._layers, c._exclude),
-    }[name](callback)
-    wanted = {
-        "LipschitzPenalty": (1e-3, "a", ["net.0", "net.2"], "net.2"),
-        "LipschitzMonitor": ("a", "net.*", ["net.2"], (0.1,), "regression"),
-        "NoisyValidation": ((0.0, 0.2), [0.0] * 4, to_xy, "val/noise"),
-        "CertifiedValidation": ((0.1, 0.2), "regression", to_xy, "test"),
-        "LipschitzConstraint": (3.0, "log_clip", ["net.*"], 4),
-        "MaxNorm": (3.0, ["net.*"], "net.2"),
-    }[name]
-    assert given == wanted
+    resolved = {key: to_xy if key == "batch_to_xy" else value for key, value in ARGUMENTS[name].items()}
+    if "certified" in resolved:
+        resolved["certified"] = lightning_lip.CertifiedValidation(**resolved["certified"]["init_args"])
+    assert contents(callback) == contents(getattr(lightning_lip, name)(**resolved))
 
 
 def test_trains_from_the_command_line(cli):

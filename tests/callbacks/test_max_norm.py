@@ -56,9 +56,3 @@ def test_a_parametrised_weight_is_refused(fit, make_module):
     net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 1)))
     with pytest.raises(ValueError, match=r"parametrised weight of layer 'net.0'"):
         fit(MaxNorm(1.0), module=make_module(lightning, net=net))
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), "10"])
-def test_bad_value(value):
-    with pytest.raises(ValueError, match="`max_value` to be a positive finite number"):
-        MaxNorm(value)

@@ -1,5 +1,7 @@
+import copy
 import random
 import warnings
+from collections import UserList
 
 import lightning.pytorch as pl
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from support import trainers
 from support.metrics import check_examples
+from support.noisy import true_errors
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -17,6 +20,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
+    StackDataset,
     SubsetRandomSampler,
     TensorDataset,
 )
@@ -29,41 +33,21 @@ NAMES = ["val/noisy_mae/eta=0", "val/noisy_mae/eta=0.2", "val/noisy_mae/eta=0.6"
 
 def make_data(n, seed):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 3, generator=generator) * torch.tensor([1.0, 10.0, 0.1])
+    x = torch.randn(n, 4, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 1.0])
     x[-1] = 1.1 * x.amax(dim=0)  # so that a loader that drops its last batch has other ranges
-    return TensorDataset(x, x @ torch.tensor([[1.0], [-0.1], [3.0]]))
+    return TensorDataset(x, x @ torch.tensor([[1.0], [-0.1], [3.0], [0.2]]))
 
 
 TRAIN, VAL = make_data(22, 0), make_data(9, 1)
 TRAIN_LOW, TRAIN_HIGH = TRAIN.tensors[0].amin(0).double(), TRAIN.tensors[0].amax(0).double()
 
 
-class ModuleMixin:
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.mse_loss(self.net(x), y)
-
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-2)
+def module_class(package=pl):
+    """Return a class of modules of a Lightning package: the small module of the tests, which logs nothing."""
+    return type("Module", (type(trainers.make_module(package)),), {"validation_step": lambda self, *batch: None})
 
 
-class Module(ModuleMixin, pl.LightningModule):
-    pass
-
-
-class StandaloneModule(ModuleMixin, pytorch_lightning.LightningModule):
-    pass
+Module = module_class()
 
 
 def make_trainer(*callbacks, package=pl, **settings):
@@ -88,19 +72,11 @@ def fit(*callbacks, module=None, train=None, validation=None, package=pl, ckpt_p
 
 def truth(module, dataset=VAL, batch_size=5, low=TRAIN_LOW, high=TRAIN_HIGH, levels=LEVELS, ranks=1, symmetric=False):
     """Float64 values over the (sequential, unpadded) shards of all ranks, each rank's seed replayed."""
-    net = torch.nn.Sequential(*module.net).double()
-    x, y = (part.double() for part in dataset.tensors)
-    sums, count = np.zeros(len(levels)), 0
+    net, errors = copy.deepcopy(module.net).double(), []
     for rank in range(ranks):
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([0, rank]).generate_state(1)[0]))
-        for batch_x, batch_y in zip(x[rank::ranks].split(batch_size), y[rank::ranks].split(batch_size), strict=True):
-            u = torch.rand(batch_x.shape, generator=generator).double()
-            u = 2 * u - 1 if symmetric else u
-            with torch.no_grad():
-                sums += [(net(batch_x + eta * (high - low) * u) - batch_y).abs().sum().item() for eta in levels]
-            count += batch_y.numel()
-    net.float()
-    return sums / count
+        batches = list(zip(*(part[rank::ranks].split(batch_size) for part in dataset.tensors), strict=True))
+        errors.append(true_errors(batches, levels, low, high, symmetric, rank=rank, predict=net))
+    return sum(sums.sum(axis=0) for sums, _ in errors) / sum(counts.sum() for _, counts in errors)
 
 
 def logged(trainer, names=NAMES):
@@ -117,12 +93,10 @@ class Record(pl.Callback):
         self.values.append((trainer.sanity_checking, {k: v.item() for k, v in trainer.callback_metrics.items()}))
 
 
-@pytest.mark.parametrize(
-    ("package", "module_class"), [(pl, Module), (pytorch_lightning, StandaloneModule)], ids=["lightning", "standalone"]
-)
-def test_logs_the_noisy_error_with_learnt_ranges(package, module_class):
+@pytest.mark.parametrize("package", [pl, pytorch_lightning], ids=["lightning", "standalone"])
+def test_logs_the_noisy_error_with_learnt_ranges(package):
     callback = NoisyValidation(LEVELS)
-    module, trainer = fit(callback, module=module_class(), package=package)
+    module, trainer = fit(callback, module=module_class(package)(), package=package)
     assert torch.equal(callback.feature_min, TRAIN_LOW)
     assert torch.equal(callback.feature_max, TRAIN_HIGH)
     assert sorted(trainer.callback_metrics) == NAMES
@@ -136,14 +110,14 @@ def test_given_ranges_and_options(symmetric):
             raise AssertionError("no pass is needed")
 
     callback = NoisyValidation(
-        (0.1, 1), feature_min=-1.0, feature_max=[1.0, 2.0, 3.0], symmetric=symmetric, prefix="robust"
+        (0.1, 1), feature_min=-1.0, feature_max=[1.0, 2.0, 3.0, 4.0], symmetric=symmetric, prefix="robust"
     )
     trainer = make_trainer(callback)
     module = NoPass()
     trainer.validate(module, val_loader(), verbose=False)
     np.testing.assert_allclose(
         logged(trainer, ["robust/eta=0.1", "robust/eta=1"]),
-        truth(module, low=-1.0, high=torch.tensor([1.0, 2.0, 3.0]), levels=(0.1, 1.0), symmetric=symmetric),
+        truth(module, low=-1.0, high=torch.tensor([1.0, 2.0, 3.0, 4.0]), levels=(0.1, 1.0), symmetric=symmetric),
         rtol=1e-5,
     )
     assert callback.state_dict() == {}
@@ -157,14 +131,11 @@ def test_given_ranges_make_no_pass_in_fit():
             self.calls += 1
             return train_loader()
 
-        def val_dataloader(self):
-            return val_loader()
-
     module = Counted()
-    make_trainer(NoisyValidation(LEVELS, 0.0, 1.0)).fit(module)
+    make_trainer(NoisyValidation(LEVELS, 0.0, 1.0)).fit(module, val_dataloaders=val_loader())
     assert module.calls == 1
     module = Counted()
-    make_trainer(callback := NoisyValidation(LEVELS)).fit(module)
+    make_trainer(callback := NoisyValidation(LEVELS)).fit(module, val_dataloaders=val_loader())
     assert module.calls == 2
     assert torch.equal(callback.feature_min, TRAIN_LOW)
 
@@ -200,7 +171,7 @@ class RandomTransform(Dataset):
 
     def __getitem__(self, index):
         x, y = TRAIN[index]
-        return x + 0.1 * torch.rand(3) + 0.1 * float(np.random.rand()) + 0.1 * random.random(), y  # noqa: NPY002
+        return x + 0.1 * torch.rand(4) + 0.1 * float(np.random.rand()) + 0.1 * random.random(), y  # noqa: NPY002
 
 
 class Dropping(Module):
@@ -208,10 +179,6 @@ class Dropping(Module):
 
     def forward(self, x):
         return self.net(nn.functional.dropout(x, 0.2, training=True))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.mse_loss(self(x), y)
 
 
 class Shuffled(Sampler):
@@ -278,17 +245,6 @@ class PlainIterable:
         return iter(DataLoader(TRAIN, batch_size=4))
 
 
-class ListOfBatches:
-    def __init__(self):
-        self.batches = list(DataLoader(TRAIN, batch_size=4))
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
-
-
 @pytest.mark.parametrize(
     ("make_loader", "kwargs", "n_seen"),
     [
@@ -300,7 +256,7 @@ class ListOfBatches:
         (lambda: train_loader(Endless(), shuffle=False), {"limit_train_batches": 2}, 8),
         (PlainIterable, {}, 22),
         (PlainIterable, {"limit_train_batches": 3}, 12),
-        (ListOfBatches, {}, 22),
+        (lambda: UserList(DataLoader(TRAIN, batch_size=4)), {}, 22),
         (lambda: train_loader(shuffle=False), {"limit_train_batches": 1}, 22),  # later epochs may see the rest
         (lambda: train_loader(shuffle=False), {"fast_dev_run": 2}, 8),
     ],
@@ -313,17 +269,6 @@ def test_ranges_are_those_of_the_training_data(make_loader, kwargs, n_seen):
 
 
 def test_ranges_from_a_datamodule_with_batch_to_xy():
-    class Data(pl.LightningDataModule):
-        def setup(self, stage):
-            self.train = [{"x": x, "y": y} for x, y in TRAIN]
-            self.val = [{"x": x, "y": y} for x, y in VAL]
-
-        def train_dataloader(self):
-            return DataLoader(self.train, batch_size=4)
-
-        def val_dataloader(self):
-            return DataLoader(self.val, batch_size=5)
-
     class DictModule(Module):
         def training_step(self, batch, batch_idx):
             return super().training_step((batch["x"], batch["y"]), batch_idx)
@@ -335,7 +280,8 @@ def test_ranges_from_a_datamodule_with_batch_to_xy():
     callback = NoisyValidation(LEVELS, batch_to_xy=lambda batch: (batch["x"], batch["y"]))
     trainer = make_trainer(callback)
     module = DictModule()
-    trainer.fit(module, datamodule=Data())
+    datasets = [StackDataset(x=dataset.tensors[0], y=dataset.tensors[1]) for dataset in (TRAIN, VAL)]
+    trainer.fit(module, datamodule=pl.LightningDataModule.from_datasets(*datasets, batch_size=5))
     assert torch.equal(callback.feature_max, TRAIN_HIGH)
     np.testing.assert_allclose(logged(trainer), truth(module), rtol=1e-5)
 
@@ -468,51 +414,59 @@ def test_ddp(dataset, tmp_path):
     np.testing.assert_allclose(logged(trainer), truth(module, even, batch_size=3, ranks=2), rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"noise_levels": ()}, "at least one noise level"),
-        ({"noise_levels": (-0.1,)}, "not negative"),
-        ({"noise_levels": (0.1, 0.1)}, "distinct"),
-        ({"noise_levels": (0.1, 0.1 + 1e-9)}, "first six digits"),
-        ({"feature_min": 0.0}, "no feature_max"),
-        ({"feature_max": 0.0}, "no feature_min"),
-        ({"feature_min": 1.0, "feature_max": 0.0}, "feature_max >= feature_min"),
-        ({"seed": -1}, "non-negative int"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_once(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        NoisyValidation(**kwargs)
-
-
 def test_validate_without_ranges():
     with pytest.raises(RuntimeError, match="to validate without either, pass feature_min and feature_max"):
         make_trainer(NoisyValidation()).validate(Module(), val_loader(), verbose=False)
 
 
+class Holding(Shuffled):
+    """A sampler that cannot be copied."""
+
+    def __init__(self, n):
+        super().__init__(n)
+        self.stream = (i for i in range(n))
+
+
+HAS_NAN = TensorDataset(TRAIN.tensors[0].index_fill(0, torch.tensor(7), torch.nan), TRAIN.tensors[1])
+
+
 @pytest.mark.parametrize(
-    ("make_loader", "message"),
+    ("make_loader", "kwargs", "error", "message"),
     [
-        (lambda: [train_loader(), train_loader()], "one training loader only, got a list: pass feature_min"),
-        (lambda: pl.utilities.CombinedLoader([train_loader()]), "one training loader only, got a CombinedLoader"),
-        (lambda: iter(train_loader()), "use up: pass feature_min"),
-        (lambda: 3, "one training loader only, got a int"),
+        (
+            lambda: [train_loader(), train_loader()],
+            {},
+            RuntimeError,
+            "one training loader only, got a list: pass feature_min",
+        ),
+        (lambda: pl.utilities.CombinedLoader([train_loader()]), {}, RuntimeError, "loader only, got a CombinedLoader"),
+        (lambda: iter(train_loader()), {}, RuntimeError, "use up: pass feature_min"),
+        (lambda: 3, {}, RuntimeError, "one training loader only, got a int"),
+        (
+            lambda: train_loader(shuffle=False, sampler=Holding(22)),
+            {},
+            RuntimeError,
+            "sampler BatchSampler cannot be copied: pass feature_min",
+        ),
+        (lambda: train_loader(HAS_NAN, shuffle=False), {}, ValueError, "training inputs hold NaN"),
+        (
+            lambda: train_loader(TensorDataset(torch.zeros(4, 4))),
+            {},
+            TypeError,
+            r"a batch to be .* got a list of \['Tensor'\]: pass batch_to_xy=",
+        ),
+        (lambda: train_loader([{"x": 0.0}] * 4), {}, TypeError, "a batch to be .* got a dict: pass batch_to_xy="),
+        (
+            train_loader,
+            {"batch_to_xy": lambda batch: (batch[0], None)},
+            TypeError,
+            r"what batch_to_xy returns to be .* of \['Tensor', 'NoneType'\]",
+        ),
     ],
 )
-def test_training_data_that_ranges_cannot_be_learnt_from(make_loader, message):
-    with pytest.raises(RuntimeError, match=message):
-        learn(make_loader())
-
-
-def test_sampler_that_cannot_be_copied():
-    class Holding(Shuffled):
-        def __init__(self, n):
-            super().__init__(n)
-            self.stream = (i for i in range(n))
-
-    with pytest.raises(RuntimeError, match="sampler BatchSampler cannot be copied: pass feature_min"):
-        learn(train_loader(shuffle=False, sampler=Holding(22)))
+def test_training_data_that_ranges_cannot_be_learnt_from(make_loader, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        learn(make_loader(), callback=kwargs)
 
 
 def test_fit_without_training_data():
@@ -523,30 +477,6 @@ def test_fit_without_training_data():
     trainer._data_connector.attach_data(module, val_dataloaders=val_loader())
     with pytest.raises(RuntimeError, match="there is no training data: pass feature_min"):
         callback.on_fit_start(trainer, module)
-
-
-def test_nan_in_the_training_inputs():
-    x, y = TRAIN.tensors[0].clone(), TRAIN.tensors[1]
-    x[7, 1] = torch.nan
-    with pytest.raises(ValueError, match="training inputs hold NaN"):
-        learn(train_loader(TensorDataset(x, y), shuffle=False))
-
-
-@pytest.mark.parametrize(
-    ("dataset", "kwargs", "message"),
-    [
-        (TensorDataset(torch.zeros(4, 3)), {}, r"a batch to be .* got a list of \['Tensor'\]: pass batch_to_xy="),
-        ([{"x": 0.0}] * 4, {}, "a batch to be .* got a dict: pass batch_to_xy="),
-        (
-            TRAIN,
-            {"batch_to_xy": lambda batch: (batch[0], None)},
-            r"what batch_to_xy returns to be .* of \['Tensor', 'NoneType'\]",
-        ),
-    ],
-)
-def test_batches_that_are_no_pair(dataset, kwargs, message):
-    with pytest.raises(TypeError, match=message):
-        learn(train_loader(dataset), callback=kwargs)
 
 
 def test_prediction_shape_is_checked_in_the_sanity_check():

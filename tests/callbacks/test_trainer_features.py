@@ -24,13 +24,13 @@ def in_loss(weights):
 
 @pytest.fixture
 def compare(make_module, fit):
-    """Return the error of training with the callback, first or last among others, in fp64."""
+    """Return the error of training with the callback, first or last among others, in fp64; `override` has methods."""
 
-    def run(others=list, module_class=None, module_settings=None, callback_first=True, package=lightning, **settings):
+    def run(others=list, override=None, module_settings=None, callback_first=True, package=lightning, **settings):
         def train(term, penalty):
             module = make_module(package, term, **(module_settings or {}))
-            if module_class is not None:
-                module.__class__ = module_class(type(module))
+            if override is not None:
+                module.__class__ = type("Module", (override, type(module)), {})
             callbacks = [*penalty, *others()] if callback_first else [*others(), *penalty]
             return fit(*callbacks, package=package, module=module, **(DOUBLE | settings))[0]
 
@@ -54,10 +54,7 @@ def test_bf16_true(compare):
 
 
 def test_gradient_accumulation_scheduler(compare):
-    def others():
-        return [GradientAccumulationScheduler({0: 1, 1: 3, 3: 4})]
-
-    assert compare(others) <= TOLERANCE
+    assert compare(lambda: [GradientAccumulationScheduler({0: 1, 1: 3, 3: 4})]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -89,32 +86,26 @@ def test_a_penalty_that_is_not_finite_changes_nothing(fit):
 
 def test_skipped_batches(compare):
     # training_step returns None on every third batch, at the end of an epoch too.
-    def skipping(base):
-        class Skipping(base):
-            def training_step(self, batch, batch_idx):
-                return None if batch_idx % 3 == 2 else super().training_step(batch, batch_idx)
-
-        return Skipping
+    class Skipping:
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 3 == 2 else super().training_step(batch, batch_idx)
 
     # Without a backward pass the gradients are those of zero_grad: none, so nothing moves, in either run.
-    assert compare(module_class=skipping) <= TOLERANCE
+    assert compare(override=Skipping) <= TOLERANCE
 
 
 def test_overridden_optimizer_step(compare):
     # Lightning's documented recipe: warm up the learning rate, step every second batch.
-    def overridden(base):
-        class Overridden(base):
-            def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
-                for group in optimizer.param_groups:
-                    group["lr"] = 1e-2 * min(1.0, (self.trainer.global_step + 1) / 20)
-                if batch_idx % 2:
-                    optimizer.step(closure=optimizer_closure)
-                else:
-                    optimizer_closure()
+    class Overridden:
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2 * min(1.0, (self.trainer.global_step + 1) / 20)
+            if batch_idx % 2:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
 
-        return Overridden
-
-    assert compare(module_class=overridden) <= TOLERANCE
+    assert compare(override=Overridden) <= TOLERANCE
 
 
 def test_warns_when_optimizer_step_bypasses_lightning(fit, make_module):
@@ -128,10 +119,8 @@ def test_warns_when_optimizer_step_bypasses_lightning(fit, make_module):
 
 
 def test_stochastic_weight_averaging(compare):
-    def others():
-        return [StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=2, annealing_epochs=1)]
-
-    assert compare(others) <= TOLERANCE
+    settings = {"swa_lrs": 5e-3, "swa_epoch_start": 2, "annealing_epochs": 1}
+    assert compare(lambda: [StochasticWeightAveraging(**settings)]) <= TOLERANCE
 
 
 def test_exponential_moving_average(compare):

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.metrics import check_examples, copies, on_two_ranks
+from support.certified import LEVELS, make_batches, make_metric, true_values, update_all
 from torch import nn
 
 from lightning_lip.metrics.certified_accuracy import (
@@ -12,69 +12,37 @@ from lightning_lip.metrics.certified_accuracy import (
     certified_worst_case_mae,
 )
 
-RADII = (0.0, 0.1, 0.5)
-
-
-def make_batches(n_batches=3, dtype=torch.float32, seed=0, n_classes=4):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(size, n_classes, generator=generator).to(dtype),
-            torch.randint(n_classes, (size,), generator=generator),
-        )
-        for size in [5, 1, 40, 7][:n_batches]
-    ]
-
-
-def numpy_truth(batches, lipschitz, radii=RADII, weight=None):
-    """Certified samples, counted one by one."""
-    counts, total = np.zeros(len(radii)), 0
-    for logits, target in batches:
-        for row, y in zip(logits.double().numpy(), target.tolist(), strict=True):
-            total += 1
-            for index, eps in enumerate(radii):
-                slopes = (
-                    np.full(len(row), math.sqrt(2)) if weight is None else np.linalg.norm(weight[y] - weight, axis=1)
-                )
-                others = [j for j in range(len(row)) if j != y]
-                counts[index] += all(row[y] - row[j] > slopes[j] * lipschitz * eps for j in others)
-    return counts / total
-
-
-def update_all(metric, batches, **kwargs):
-    for logits, target in batches:
-        metric.update(logits, target, **{"lipschitz": 1.5, **kwargs})
-    return metric
-
 
 @pytest.mark.parametrize("with_weight", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_class_and_function_match_numpy(dtype, with_weight):
+def test_class_and_function_match_the_truth(dtype, with_weight):
     batches = make_batches(dtype=dtype)
     weight = (torch.randn(4, 6, generator=torch.Generator().manual_seed(9)) / 4).to(dtype) if with_weight else None
-    metric = update_all(CertifiedAccuracy(RADII), batches, last_weight=weight)
-    truth = numpy_truth(batches, 1.5, weight=None if weight is None else weight.double().numpy())
+    metric = update_all(make_metric(), batches, last_weight=weight)
+    truth = true_values(batches, 1.5, weight=None if weight is None else weight.double().numpy())
     np.testing.assert_allclose(metric.compute().numpy(), truth, rtol=1e-6)
     assert 0 < truth[2] < truth[1] < truth[0]  # the data tell the radii apart
     stacked = [torch.cat(part) for part in zip(*batches, strict=True)]
-    np.testing.assert_allclose(certified_accuracy(*stacked, 1.5, RADII, weight).numpy(), truth, rtol=1e-6)
+    np.testing.assert_allclose(certified_accuracy(*stacked, 1.5, LEVELS, weight).numpy(), truth, rtol=1e-6)
 
 
-def test_one_radius_gives_a_scalar():
+def test_one_radius_gives_a_scalar(pyplot):
     batches = make_batches()
     metric = update_all(CertifiedAccuracy(0.1), batches)
     assert metric.compute().shape == ()
-    assert metric.compute().item() == pytest.approx(numpy_truth(batches, 1.5)[1])
+    assert metric.compute().item() == pytest.approx(true_values(batches, 1.5)[1])
     assert certified_accuracy(*batches[0], 1.5, 0.1).shape == ()
+    _, axes = metric.plot()
+    assert [list(line.get_ydata()) for line in axes.lines] == [[pytest.approx(metric.compute().item())]]
 
 
 def test_the_constant_may_change_between_batches():
     batches = make_batches()
-    metric = CertifiedAccuracy(RADII)
+    metric = make_metric()
     counts = 0
     for (logits, target), lipschitz in zip(batches, (0.0, torch.tensor(2.0), 0.5), strict=True):
         metric.update(logits, target, lipschitz)
-        counts = counts + numpy_truth([(logits, target)], float(lipschitz)) * len(target)
+        counts = counts + true_values([(logits, target)], float(lipschitz)) * len(target)
     np.testing.assert_allclose(metric.compute().numpy(), counts / 46, rtol=1e-6)
 
 
@@ -126,30 +94,6 @@ def test_wrong_predictions_do_not_count():
     assert certified_accuracy(logits, torch.tensor([1, 0]), 1e-3, 0.0) == 0
 
 
-@copies
-def test_copies(copy_of):
-    batches = make_batches()
-    metric = update_all(CertifiedAccuracy(RADII), batches[:1])
-    twin = copy_of(metric)
-    for each in (metric, twin):
-        update_all(each, batches[1:])
-        np.testing.assert_allclose(each.compute().numpy(), numpy_truth(batches, 1.5), rtol=1e-6)
-
-
-def test_forward_merge_and_inference_mode():
-    batches = make_batches(4)
-    metric, other = CertifiedAccuracy(RADII), CertifiedAccuracy(RADII)
-    with torch.inference_mode():
-        value = metric(*batches[0], 1.5)
-    np.testing.assert_allclose(value.numpy(), numpy_truth(batches[:1], 1.5), rtol=1e-6)
-    update_all(metric, batches[1:2])
-    update_all(other, batches[2:])
-    if not hasattr(metric, "merge_state"):
-        pytest.skip("torchmetrics before 1.5")
-    metric.merge_state(other)
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches, 1.5), rtol=1e-6)
-
-
 def test_half_of_a_module_leaves_the_counts():
     parent = nn.Module()
     parent.metric = CertifiedAccuracy(0.0)
@@ -158,17 +102,6 @@ def test_half_of_a_module_leaves_the_counts():
         parent.metric.update(torch.tensor([[1.0, 0.0]]).expand(1001, 2), torch.zeros(1001, dtype=torch.long), 1.0)
     assert parent.metric.certified.tolist() == [3003]
     assert parent.metric.compute() == 1
-
-
-def test_ddp(tmp_path):
-    of_rank = [make_batches(n_batches=2 + rank, seed=rank) for rank in range(2)]
-
-    def work(metric, rank):
-        return update_all(metric, of_rank[rank]).compute()
-
-    values = on_two_ranks(lambda: CertifiedAccuracy(RADII), work, tmp_path)
-    assert torch.equal(*values)
-    np.testing.assert_allclose(values[0].numpy(), numpy_truth([*of_rank[0], *of_rank[1]], 1.5), rtol=1e-6)
 
 
 LOGITS, TARGET = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
@@ -200,23 +133,13 @@ def test_wrong_arguments(arguments, error, message):
         certified_accuracy(logits, target, lipschitz, 0.1, *weight)
 
 
-@pytest.mark.parametrize("radius", [-0.1, math.nan, [0.1, math.inf]])
+@pytest.mark.parametrize("radius", [[], -0.1, math.nan, [0.1, math.inf]])
 def test_wrong_radius(radius):
-    with pytest.raises(ValueError, match="finite and not negative"):
+    with pytest.raises(ValueError, match="`radius` to be one or more finite numbers of at least 0"):
         CertifiedAccuracy(radius)
 
 
-def test_no_radius():
-    with pytest.raises(ValueError, match="at least one radius"):
-        CertifiedAccuracy([])
-
-
-# torchmetrics warns, we raise.
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_compute_without_samples():
-    metric = CertifiedAccuracy(0.1)
-    with pytest.raises(RuntimeError, match="no sample was seen"):
-        metric.compute()
+def test_an_empty_batch():
     for weight in (None, torch.ones(3, 2)):
         with pytest.raises(RuntimeError, match="no sample was seen"):
             certified_accuracy(LOGITS[:0], TARGET[:0], 1.0, 0.1, weight)
@@ -253,29 +176,13 @@ def test_worst_case_mae_is_attained():
         ((-1.0, 1.0, 1.0), "mae as a finite number of at least 0, got -1.0"),
         ((1.0, math.inf, 1.0), "lipschitz as a finite .* where nothing is certified"),
         ((1.0, 1.0, math.nan), "noise_norm as a finite"),
-        ((1.0, 1.0, 1.0, 0), "n_outputs as an int of at least 1, got 0"),
-        ((1.0, 1.0, 1.0, True), "n_outputs as an int of at least 1, got True"),
+        ((1.0, 1.0, 1.0, 0), "`n_outputs` to be an integer of at least 1, got 0"),
+        ((1.0, 1.0, 1.0, True), "`n_outputs` to be an integer of at least 1, got True"),
     ],
 )
 def test_worst_case_mae_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         certified_worst_case_mae(*arguments)
-
-
-def test_plot(pyplot):
-    batches = make_batches()
-    metric = update_all(CertifiedAccuracy(RADII), batches)
-    for val in (None, metric.compute()):
-        _, ax = metric.plot(val)
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.1", "0.5"]
-        assert ax.get_legend() is None
-    _, ax = metric.plot([metric.compute(), metric.compute()])
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["eps=0", "eps=0.1", "eps=0.5"]
-    scalar = update_all(CertifiedAccuracy(0.1), batches)
-    _, given = pyplot.subplots()
-    figure, ax = scalar.plot(ax=given)
-    assert figure is None
-    assert ax is given
 
 
 @pytest.mark.gpu
@@ -284,12 +191,8 @@ def test_same_on_cuda():
     batches = make_batches()
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
     for last in (None, weight):
-        metric = CertifiedAccuracy(RADII).cuda()
+        metric = make_metric().cuda()
         for logits, target in batches:
             metric.update(logits.cuda(), target.cuda(), torch.tensor(1.5).cuda(), None if last is None else last.cuda())
-        truth = numpy_truth(batches, 1.5, weight=None if last is None else last.double().numpy())
+        truth = true_values(batches, 1.5, weight=None if last is None else last.double().numpy())
         np.testing.assert_allclose(metric.compute().cpu().numpy(), truth, rtol=1e-6)
-
-
-def test_doctests(pyplot):
-    check_examples(CertifiedAccuracy, 11)

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-import torchmetrics
-from support.metrics import check_examples, copies, on_two_ranks
+from support.noisy import HIGH, LEVELS, LOW, linear, make_batches, make_metric, true_errors, true_values, update_all
 from torch import nn
 
 from lightning_lip.metrics import (
@@ -11,10 +10,7 @@ from lightning_lip.metrics import (
     noisy_mean_absolute_error,
 )
 
-LEVELS = (0.0, 0.3, 0.1)
-LOW = [-1.0, 0.0, 2.0]
-HIGH = [1.0, 10.0, 2.0]  # the last feature is constant: it gets no noise
-WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.2, -1.0]])
+INPUTS, TARGET = torch.zeros(5, 3), torch.zeros(5, 2)
 
 # One rounding of each product and of the sum over a batch, in the accumulating dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
@@ -22,70 +18,23 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 HALF_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def linear(x):
-    return x @ WEIGHT.to(x.dtype).T
-
-
-def make_batches(n_batches=3, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [5, 1, 4, 7][:n_batches]
-    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
-    return [
-        (
-            (low + (high - low) * torch.rand(size, 3, generator=generator, dtype=torch.float64)).to(dtype),
-            torch.randn(size, 2, generator=generator, dtype=torch.float64).to(dtype),
-        )
-        for size in sizes
-    ]
-
-
-def numpy_errors(batches, levels=LEVELS, low=LOW, high=HIGH, symmetric=False, seed=0, rank=0):
-    """Sum of absolute errors per level and batch, and target elements per batch, in float64, with the seed replayed."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
-    weight = WEIGHT.numpy().astype(np.float64)
-    sums, counts = [], []
-    for inputs, target in batches:
-        u = torch.rand(inputs.shape, generator=generator).numpy().astype(np.float64)
-        u = 2 * u - 1 if symmetric else u
-        x, y = inputs.double().numpy(), target.double().numpy()
-        span = np.asarray(high, dtype=np.float64) - np.asarray(low, dtype=np.float64)
-        sums.append([np.abs((x + eta * span * u) @ weight.T - y).sum() for eta in levels])
-        counts.append(y.size)
-    return np.array(sums), np.array(counts)
-
-
-def numpy_truth(batches, **kwargs):
-    sums, counts = numpy_errors(batches, **kwargs)
-    return sums.sum(axis=0) / counts.sum()
-
-
-def make_metric(**kwargs):
-    return NoisyMeanAbsoluteError(LEVELS, **{"feature_min": LOW, "feature_max": HIGH, **kwargs})
-
-
-def update_all(metric, batches, predict=linear):
-    for inputs, target in batches:
-        metric.update(predict, inputs, target)
-    return metric
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_class_matches_numpy(dtype, symmetric):
+def test_class_matches_the_truth(dtype, symmetric):
     batches = make_batches(dtype=dtype)
     value = update_all(make_metric(symmetric=symmetric, seed=7), batches).compute()
     assert value.dtype == dtype
     assert value.shape == (len(LEVELS),)
-    truth = numpy_truth(batches, symmetric=symmetric, seed=7)
+    truth = true_values(batches, symmetric=symmetric, seed=7)
     np.testing.assert_allclose(value.numpy(), truth, rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_function_matches_numpy(symmetric):
+def test_function_matches_the_truth(symmetric):
     batches = make_batches(n_batches=1)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([3, 0]).generate_state(1)[0]))
     value = noisy_mean_absolute_error(linear, *batches[0], LEVELS, LOW, HIGH, symmetric=symmetric, generator=generator)
-    truth = numpy_truth(batches, symmetric=symmetric, seed=3)
+    truth = true_values(batches, symmetric=symmetric, seed=3)
     np.testing.assert_allclose(value.numpy(), truth, rtol=TOLERANCE[torch.float32])
 
 
@@ -105,7 +54,7 @@ def test_half_precision_inputs_accumulate_in_float32(dtype):
     value = update_all(make_metric(), batches, lambda x: seen.append(x.dtype) or linear(x)).compute()
     assert set(seen) == {dtype}  # the model gets what it was built for
     assert value.dtype == torch.float32
-    np.testing.assert_allclose(value.numpy(), numpy_truth(batches), rtol=HALF_TOLERANCE[dtype])
+    np.testing.assert_allclose(value.numpy(), true_values(batches), rtol=HALF_TOLERANCE[dtype])
 
 
 def test_half_precision_sum_does_not_saturate():
@@ -192,6 +141,7 @@ def test_seeds_differ():
     values = [update_all(make_metric(seed=seed), batches).compute() for seed in (0, 1)]
     assert values[0][0] == values[1][0]  # eta = 0: no noise
     assert (values[0][1:] != values[1][1:]).all()
+    assert (true_values(batches, rank=0)[1:] != true_values(batches, rank=1)[1:]).all()  # each rank's is its own
 
 
 def test_global_generators_are_neither_used_nor_moved():
@@ -209,9 +159,9 @@ def test_forward_value_and_accumulated_value_come_from_one_draw(dist_sync_on_ste
     batches = make_batches()
     metric = make_metric(dist_sync_on_step=dist_sync_on_step)
     values = np.array([metric(linear, inputs, target).numpy() for inputs, target in batches])
-    sums, counts = numpy_errors(batches)
+    sums, counts = true_errors(batches)
     np.testing.assert_allclose(values, sums / counts[:, None], rtol=TOLERANCE[torch.float32])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
+    np.testing.assert_allclose(metric.compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_forward_and_update_mix():
@@ -220,7 +170,7 @@ def test_forward_and_update_mix():
     metric.update(linear, *batches[0])
     metric(linear, *batches[1])
     metric.update(linear, *batches[2])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
+    np.testing.assert_allclose(metric.compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_failed_forward_leaves_the_reset_working():
@@ -230,19 +180,8 @@ def test_failed_forward_leaves_the_reset_working():
         metric(linear, torch.full((2, 3), torch.nan), torch.zeros(2, 2))
     metric.reset()
     np.testing.assert_allclose(
-        update_all(metric, batches).compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32]
+        update_all(metric, batches).compute().numpy(), true_values(batches), rtol=TOLERANCE[torch.float32]
     )
-
-
-@copies
-@pytest.mark.parametrize("n_before", [0, 1])
-def test_copies_continue_the_noise(copy_of, n_before):
-    batches = make_batches()
-    metric = update_all(make_metric(), batches[:n_before])
-    twin = copy_of(metric)
-    for each in (metric, twin):
-        update_all(each, batches[n_before:])
-        np.testing.assert_allclose(each.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_half_of_a_module_leaves_states_and_ranges():
@@ -258,25 +197,6 @@ def test_half_of_a_module_leaves_states_and_ranges():
 def test_set_dtype_accumulates_in_float64():
     metric = make_metric().set_dtype(torch.float64)
     assert update_all(metric, make_batches()).compute().dtype == torch.float64
-
-
-@pytest.mark.skipif(not hasattr(torchmetrics.Metric, "merge_state"), reason="torchmetrics before 1.5")
-def test_merge_state():
-    batches = make_batches()
-    first, second = update_all(make_metric(), batches[:2]), update_all(make_metric(seed=5), batches[2:])
-    first.merge_state(second)
-    sums = numpy_errors(batches[:2])[0].sum(axis=0) + numpy_errors(batches[2:], seed=5)[0].sum(axis=0)
-    count = sum(target.numel() for _, target in batches)
-    np.testing.assert_allclose(first.compute().numpy(), sums / count, rtol=TOLERANCE[torch.float32])
-
-
-def test_states_made_in_inference_mode_stay_usable():
-    batches = make_batches()
-    metric = make_metric()
-    with torch.inference_mode():
-        update_all(metric, batches[:1])
-    update_all(metric, batches[1:])
-    np.testing.assert_allclose(metric.compute().numpy(), numpy_truth(batches), rtol=TOLERANCE[torch.float32])
 
 
 def test_value_on_a_batch_is_differentiable_and_states_are_not():
@@ -300,32 +220,6 @@ def test_default_dtype_and_integer_targets():
     assert metric.compute().item() == 0.5
 
 
-# A rank without a batch is warned by torchmetrics.
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_ddp_matches_numpy_with_both_ranks_seeds(tmp_path):
-    of_rank = [make_batches(n_batches=2 + rank, seed=rank) for rank in range(2)]
-
-    def work(metric, rank):
-        # The ranks hold different numbers of samples; the second epoch gives a rank no batch at all.
-        epochs = []
-        for batches in (of_rank[rank], make_batches() if rank == 0 else []):
-            update_all(metric, batches)
-            first = metric.compute()
-            assert torch.equal(metric.compute(), first)  # unsynced and synced again
-            epochs.append(first)
-            metric.reset()
-        return torch.stack(epochs)
-
-    values = on_two_ranks(lambda: make_metric(seed=2), work, tmp_path)
-    assert torch.equal(values[0], values[1])
-    sums, counts = zip(*(numpy_errors(of_rank[rank], seed=2, rank=rank) for rank in range(2)), strict=True)
-    truth = sum(each.sum(axis=0) for each in sums) / sum(each.sum() for each in counts)
-    np.testing.assert_allclose(values[0][0].numpy(), truth, rtol=TOLERANCE[torch.float32])
-    np.testing.assert_allclose(values[0][1].numpy(), numpy_truth(make_batches(), seed=2), rtol=TOLERANCE[torch.float32])
-    # The truth itself depends on the rank's seed.
-    assert not np.allclose(numpy_truth(make_batches(), rank=0)[1:], numpy_truth(make_batches(), rank=1)[1:])
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_same_noise_on_cuda():
@@ -345,11 +239,11 @@ def test_same_noise_on_cuda():
 @pytest.mark.parametrize(
     ("noise_levels", "error", "message"),
     [
-        ((), ValueError, "at least one noise level"),
-        ((0.1, -0.1), ValueError, "finite and not negative"),
-        ((float("nan"),), ValueError, "finite and not negative"),
-        ((float("inf"),), ValueError, "finite and not negative"),
-        ((0.1, 0.2, 0.1), ValueError, "distinct noise levels"),
+        ((), ValueError, "`noise_levels` to be one or more finite numbers"),
+        ((0.1, -0.1), ValueError, "one or more finite numbers of at least 0"),
+        ((float("nan"),), ValueError, "one or more finite numbers of at least 0"),
+        ((float("inf"),), ValueError, "one or more finite numbers of at least 0"),
+        ((0.1, 0.2, 0.1), ValueError, "`noise_levels` to be distinct"),
         (0.2, TypeError, r"`noise_levels` to be a sequence of numbers, .* got 0\.2\."),
         ("0.2", TypeError, r"`noise_levels` to be a sequence of numbers, .* got '0\.2'\."),
     ],
@@ -387,71 +281,37 @@ def test_feature_ranges_missing_by_default():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None])
 def test_wrong_seed(seed):
-    with pytest.raises(ValueError, match="non-negative int"):
+    with pytest.raises(ValueError, match="`seed` to be an integer of at least 0"):
         make_metric(seed=seed)
 
 
-@pytest.mark.parametrize("shape", [(2,), (4, 3)])
-def test_ranges_of_another_shape_than_the_features(shape):
-    metric = make_metric(feature_min=torch.zeros(shape), feature_max=torch.ones(shape))
-    with pytest.raises(ValueError, match=r"broadcast to the features' shape \(3,\), got \("):
-        metric.update(linear, torch.zeros(5, 3), torch.zeros(5, 2))
-
-
 @pytest.mark.parametrize(
-    ("predict", "target", "message"),
+    ("predict", "inputs", "target", "error", "message"),
     [
         # (15, 1) - (5,) would broadcast silently to (3, 5, 5)
-        (lambda x: x[:, :1], torch.zeros(5), r"shape \(15,\) .* got \(15, 1\)"),
-        (lambda x: x[:, 0], torch.zeros(5, 1), r"shape \(15, 1\) .* got \(15,\)"),
-        (lambda x: x[:5], torch.zeros(5, 3), r"shape \(15, 3\) .* got \(5, 3\)"),
-        (lambda x: x.sum(), torch.zeros(5), r"shape \(15,\) .* got \(\)"),
-        (linear, torch.zeros(4, 2), r"inputs of shape .* got \(5, 3\) and \(4, 2\)"),
-        (linear, torch.tensor(0.0), r"inputs of shape .* got \(5, 3\) and \(\)"),
+        (lambda x: x[:, :1], INPUTS, torch.zeros(5), ValueError, r"shape \(15,\) .* got \(15, 1\)"),
+        (lambda x: x[:, 0], INPUTS, torch.zeros(5, 1), ValueError, r"shape \(15, 1\) .* got \(15,\)"),
+        (lambda x: x[:5], INPUTS, torch.zeros(5, 3), ValueError, r"shape \(15, 3\) .* got \(5, 3\)"),
+        (lambda x: x.sum(), INPUTS, torch.zeros(5), ValueError, r"shape \(15,\) .* got \(\)"),
+        (lambda x: (x, x), INPUTS, TARGET, TypeError, r"one tensor of shape \(15, 2\), got a tuple"),
+        (linear, INPUTS, torch.zeros(4, 2), ValueError, r"inputs of shape .* got \(5, 3\) and \(4, 2\)"),
+        (linear, INPUTS, torch.tensor(0.0), ValueError, r"inputs of shape .* got \(5, 3\) and \(\)"),
+        (linear, torch.tensor(0.0), torch.zeros(1), ValueError, r"got \(\) and \(1,\)"),
+        (linear, torch.zeros(5, 4), TARGET, ValueError, r"broadcast to the features' shape \(4,\), got \(3,\)"),
+        (linear, torch.zeros(5), TARGET, ValueError, r"broadcast to the features' shape \(\), got \(3,\)"),
+        (linear, INPUTS.long(), TARGET, TypeError, r"floating-point inputs, got torch\.int64"),
+        (linear, INPUTS.index_fill(1, torch.tensor(1), torch.nan), TARGET, ValueError, "inputs without NaN"),
     ],
 )
-def test_wrong_shapes(predict, target, message):
-    with pytest.raises(ValueError, match=message):
-        make_metric().update(predict, torch.zeros(5, 3), target)
-
-
-def test_scalar_inputs():
-    with pytest.raises(ValueError, match=r"got \(\) and \(1,\)"):
-        NoisyMeanAbsoluteError((0.0,), 0.0, 1.0).update(linear, torch.tensor(0.0), torch.zeros(1))
-
-
-def test_predictions_that_are_no_tensor():
-    with pytest.raises(TypeError, match=r"one tensor of shape \(15, 2\), got a tuple"):
-        make_metric().update(lambda x: (x, x), torch.zeros(5, 3), torch.zeros(5, 2))
-
-
-def test_integer_inputs():
-    with pytest.raises(TypeError, match=r"floating-point inputs, got torch\.int64"):
-        make_metric().update(linear, torch.zeros(5, 3, dtype=torch.int64), torch.zeros(5, 2))
-
-
-def test_nan_inputs():
-    inputs = torch.zeros(5, 3)
-    inputs[3, 1] = torch.nan
-    with pytest.raises(ValueError, match="inputs without NaN"):
-        make_metric().update(linear, inputs, torch.zeros(5, 2))
+def test_wrong_batches(predict, inputs, target, error, message):
+    with pytest.raises(error, match=message):
+        make_metric().update(predict, inputs, target)
 
 
 def test_nan_predictions_are_reported_not_refused():
     metric = make_metric()
     metric.update(lambda x: linear(x) * torch.nan, torch.zeros(5, 3), torch.zeros(5, 2))
     assert metric.compute().isnan().all()
-
-
-# torchmetrics warns, we raise.
-@pytest.mark.filterwarnings("ignore:The ``compute`` method")
-def test_compute_without_update():
-    metric = make_metric()
-    with pytest.raises(RuntimeError, match="call update"):
-        metric.compute()
-    update_all(metric, make_batches()).reset()
-    with pytest.raises(RuntimeError, match="call update"):
-        metric.compute()
 
 
 def test_empty_batch():
@@ -493,37 +353,3 @@ def test_feature_ranges_of_integers_and_images():
 def test_feature_ranges_refuse(batches, error, message):
     with pytest.raises(error, match=message):
         feature_ranges(batches)
-
-
-def test_plot_of_one_value_has_noise_levels_on_its_axis(pyplot):
-    metric = update_all(make_metric(), make_batches())
-    for val in (None, metric.compute()):
-        figure, ax = metric.plot(val)
-        assert figure is not None
-        assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "0.3", "0.1"]
-        drawn = [float(line.get_ydata()[0]) for line in ax.lines]
-        np.testing.assert_allclose(drawn, metric.compute().numpy())
-        assert ax.get_xaxis().get_visible()
-        assert ax.get_legend() is None
-
-
-def test_plot_of_a_single_level_on_given_axes(pyplot):
-    metric = NoisyMeanAbsoluteError((0.2,), 0.0, 1.0)
-    metric.update(lambda x: x, torch.rand(3, 2), torch.rand(3, 2))
-    _, given = pyplot.subplots()
-    figure, ax = metric.plot(ax=given)
-    assert figure is None
-    assert ax is given
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["0.2"]
-
-
-def test_plot_of_steps_has_one_line_a_level(pyplot):
-    metric = make_metric()
-    values = [metric(linear, inputs, target) for inputs, target in make_batches()]
-    _, ax = metric.plot(values)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["eta=0", "eta=0.3", "eta=0.1"]
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [value[1] for value in values])
-
-
-def test_doctests(pyplot):
-    check_examples(NoisyMeanAbsoluteError, 11)

@@ -18,8 +18,12 @@ import pytest
 import torch
 from support import trainers
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lip import LipschitzRegularizer, MaxNorm, project, rebalance
+from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer, MaxNorm, project, rebalance
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
@@ -49,8 +53,6 @@ def matrices(magnitude=1.0, dtype=torch.float64):
 
 
 def sharded_copy(model, mesh, placements):
-    from torch.distributed.tensor import distribute_tensor
-
     copy = nn.Sequential(*(nn.Linear(n, m, bias=False, device="meta") for m, n in SIZES))
     for ours, theirs in zip(copy, model, strict=True):
         ours.weight = nn.Parameter(distribute_tensor(theirs.weight.detach().clone(), mesh, placements))
@@ -120,9 +122,6 @@ def check_shards(mesh, placements, n_calls, cases=CASES):
 
 
 def case_shards(pl):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard
-
     mesh = init_device_mesh("cpu", (2,))
     for placements, n_calls in (([Shard(0)], 1), ([Shard(1)], 1), ([Replicate()], 0)):
         check_shards(mesh, placements, n_calls)
@@ -132,8 +131,6 @@ def case_shards(pl):
 
 def check_bad_layers(mesh):
     """A zero layer gets no gradient; a NaN in one layer does not reach another's vectors."""
-    from torch.distributed.tensor import Shard
-
     model = sharded_copy(matrices(), mesh, [Shard(0)])
     regularizer = LipschitzRegularizer(model, 1.0, penalty="layer_sum")
     regularizer.add_grad_()
@@ -156,21 +153,13 @@ def check_bad_layers(mesh):
 
 def check_saved_sides(mesh):
     """Vectors of another side start afresh with a warning, also where the shapes agree (6 x 6)."""
-    from torch.distributed.tensor import Shard
-
     plain = matrices()
-    regularizers = {
-        name: LipschitzRegularizer(model, 1.0, penalty="layer_sum")
-        for name, model in (
-            ("whole", plain),
-            ("rows", sharded_copy(plain, mesh, [Shard(0)])),
-            ("columns", sharded_copy(plain, mesh, [Shard(1)])),
-        )
-    }
-    states = {}
-    for name, regularizer in regularizers.items():
-        regularizer.add_grad_()
-        states[name] = regularizer.state_dict()
+    rows, columns = (sharded_copy(plain, mesh, [Shard(side)]) for side in (0, 1))
+    regularizers, states = {}, {}
+    for name, model in {"whole": plain, "rows": rows, "columns": columns}.items():
+        regularizers[name] = LipschitzRegularizer(model, 1.0, penalty="layer_sum")
+        regularizers[name].add_grad_()
+        states[name] = regularizers[name].state_dict()
     # Rows sharded: wide matrices differ from whole ones. Columns sharded: tall and square ones.
     for saved, loaded, n_afresh in (
         ("rows", "rows", 0),
@@ -189,9 +178,6 @@ def check_saved_sides(mesh):
 
 
 def case_meshes(pl):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard
-
     mesh = init_device_mesh("cpu", (2, 2))
     for placements, n_calls in (
         ([Replicate(), Shard(0)], 1),  # HSDP
@@ -221,8 +207,6 @@ def make_net(pl, parallel, penalty=None):
             if self.is_parallel:
                 return
             self.is_parallel = True
-            from torch.distributed.fsdp import fully_shard
-            from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
             if "tensor" in parallel:
                 plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(), "6": RowwiseParallel()}
@@ -279,8 +263,6 @@ def check_training(pl, parallel, first=17, later=2, logged=1, data=1, tensor=1, 
         monitor: Whether to add a LipschitzMonitor and TensorBoard's files, which rank 0 alone writes.
         settings: The Trainer's.
     """
-    from lightning_lip import LipschitzMonitor, LipschitzPenalty
-
     counted = []
 
     class Watch(pl.Callback):
@@ -342,8 +324,6 @@ def tensorboard(pl):
 
 def train(pl, parallel, data=0, max_epochs=4, ckpt_path=None, save_distributed_checkpoint=True, save=None):
     """Return the weights after training, and the penalty."""
-    from lightning_lip import LipschitzPenalty
-
     penalty = LipschitzPenalty(0.3, n_iterations=2)
     net = make_net(pl, parallel)
     trainer = make_trainer(pl, [penalty], data, max_epochs=max_epochs)
@@ -401,8 +381,6 @@ def on_ranks(case, n_ranks, package):
 
 def case_long(pl):
     """Over 200 steps of FSDP2 the weights and vectors of the ranks stay the same bit for bit."""
-    from lightning_lip import LipschitzPenalty
-
     penalty = LipschitzPenalty(0.3)
     net = make_net(pl, "fsdp")
     make_trainer(pl, [penalty], 2, max_epochs=-1, max_steps=200).fit(net, loader())
@@ -438,24 +416,18 @@ def test_resume():
 @pytest.fixture
 def mesh():
     """Return the mesh of this process alone: what is refused is so whatever the number of ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
 
 
 def fsdp(mesh, *layers):
-    from torch.distributed.fsdp import fully_shard
-
     model = nn.Sequential(*layers)
     fully_shard(model, mesh=mesh)
     return model
 
 
 def placed(mesh, placements):
-    from torch.distributed.tensor import DTensor
-
     layer = nn.Linear(3, 3, bias=False)
     layer.weight = nn.Parameter(DTensor.from_local(layer.weight.detach(), mesh, placements))
     return layer
@@ -463,9 +435,6 @@ def placed(mesh, placements):
 
 @needs_fsdp2
 def test_layers_that_cannot_be_iterated_are_refused(mesh):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Partial, Shard
-
     cube = init_device_mesh("cpu", (1, 1, 1))
     convolution = fsdp(mesh, nn.Conv2d(1, 2, 3))
     for layer, reason in (
@@ -531,8 +500,6 @@ def test_a_kernel_asked_for_by_name_is_refused(mesh):
 
 
 def test_a_gradient_of_other_placement_is_refused(mesh):
-    from torch.distributed.tensor import DTensor, Replicate, Shard
-
     layer = placed(mesh, [Replicate()])
     # A whole weight acts on inputs that are dealt out: its gradient is a sum that is still due.
     (DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)]) @ layer.weight.mT).sum().backward()

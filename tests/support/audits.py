@@ -1,8 +1,6 @@
-"""What is audited in tests: networks in a module of its own, files with code in them, and the command."""
+"""What is audited in tests: networks in a module of its own, and files with code in them."""
 
 import os
-
-from lightning_lip import cli
 
 PAPER = "lightning_lip.paper:PaperRegressor"
 BORING = "lightning.pytorch.demos.boring_classes:BoringModel"
@@ -82,12 +80,3 @@ class Touch:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
-
-
-def run_cli(*options):
-    """Return the exit status of the command."""
-    try:
-        cli.main(["audit", *map(str, options)])
-    except SystemExit as stopped:
-        return stopped.code
-    return 0

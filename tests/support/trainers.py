@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch
 import pytest
 import torch
 from torch import nn
@@ -56,6 +57,36 @@ def make_module(package, loss_term=None, optimizer=None, net=None, loss=nn.funct
             return torch.optim.Adam(parameters, lr=1e-2) if optimizer is None else optimizer(parameters)
 
     return Regressor()
+
+
+class TwoNets(lightning.pytorch.LightningModule):
+    """Two networks with an optimiser each in manual optimisation; the second loss sees the first step's weights."""
+
+    def __init__(self, coefficient=0.0, terms=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.coefficient, self.terms = coefficient, terms
+        self.a, self.b = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def norm(self, *layers):
+        return torch.stack([torch.linalg.matrix_norm(layer.weight, 2) for layer in layers]).prod()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        first, second = self.optimizers()
+        for optimizer, layers in ((first, [self.a]), (second, [self.b[0], self.b[2]])):
+            loss = nn.functional.mse_loss(self.b(self.a(x)), y)
+            if self.terms == "each":
+                loss = loss + self.coefficient * self.norm(*layers)
+            elif self.terms == "joint":
+                loss = loss + self.coefficient * self.norm(self.a, self.b[0], self.b[2])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.a.parameters(), 1e-2), torch.optim.Adam(self.b.parameters(), 1e-2)]
 
 
 def with_backbone(module):

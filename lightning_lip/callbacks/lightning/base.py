@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from torch import nn
 from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within_epochs, refuse_strategy
-from lightning_lip.checks import check_name
+from lightning_lip.checks import check_integers, check_name
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.operators.selection import Selection, refuse_replaced
+from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.projection.projector import LipschitzProjector
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
@@ -44,21 +46,8 @@ else:
 __all__ = ["BaseCallback", "SelectingCallback", "skip_hooks"]
 
 
-class HoldsVectors(Protocol):
-    """What a selecting callback hands the layers to: a regulariser or a projector."""
-
-    @property
-    def operators(self) -> Sequence[LinearOperator]:
-        """The layers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the singular vectors."""
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Take singular vectors over."""
-
-
-Core = TypeVar("Core", bound=HoldsVectors)
+Core = TypeVar("Core", LipschitzRegularizer, LipschitzProjector)
+"""What a selecting callback hands the layers to; it holds the singular vectors."""
 
 
 class SelectingCallback(BaseCallback, Generic[Core]):
@@ -69,14 +58,40 @@ class SelectingCallback(BaseCallback, Generic[Core]):
 
     Args:
         name: Tells several callbacks of one class in one Trainer apart.
+        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
+        exclude: Names, glob patterns or submodules to leave out.
+        block_size: Singular vectors a layer.
+        n_iterations: Iterations a step.
+        seed: Seed of the private generator that the singular vectors start from.
+        example_input: An input of the model, whose graph is then traced, or None.
     """
 
     key: ClassVar[str]
     """What the callback is called in checkpoints and messages, in users' subclasses too."""
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        layers: Selection | None,
+        exclude: Selection | None,
+        block_size: int,
+        n_iterations: int,
+        seed: int,
+        example_input: Any,
+    ) -> None:
         check_name(name)
+        check_integers(1, block_size=block_size, n_iterations=n_iterations)
+        check_integers(0, seed=seed)
         self.name = name
+        self._arguments: dict[str, Any] = {
+            "layers": layers,
+            "exclude": exclude,
+            "block_size": block_size,
+            "n_iterations": n_iterations,
+            "seed": seed,
+            "example_input": example_input,
+        }
+        """What the core is made of; subclasses add arguments of their own core."""
         self._core: Core | None = None
         self._model: nn.Module | None = None
         """The model of the core."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_lip.paper.regimes.settings import LABELS, REGIMES, Table
+from lightning_lip.paper.regimes.settings import LABELS, REGIMES, Table, finals
 from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import (
     ALPHA,
@@ -71,7 +71,7 @@ class Claim:
 def comparisons(table: Table) -> dict[str, dict[str, Comparison]]:
     """Compare the product penalty with every rival, by metric and rival."""
     return {
-        metric: {rival: compare(_finals(table, "product", metric), _finals(table, rival, metric)) for rival in RIVALS}
+        metric: {rival: compare(finals(table, "product", metric), finals(table, rival, metric)) for rival in RIVALS}
         for metric in METRICS
     }
 
@@ -89,27 +89,18 @@ def epochs_ratios(table: Table) -> list[float]:
 def judge(table: Table) -> list[Claim]:
     """Test the four claims on one setting's records."""
     compared = comparisons(table)
-    return [_training(compared), _validation(compared), _speed(table), _mass(table)]
-
-
-def _training(compared: dict[str, dict[str, Comparison]]) -> Claim:
-    return _best(
-        "a",
-        "the product penalty has the best training MAE",
-        {LABELS[rival]: comparison for rival, comparison in compared["train_mae"].items()},
-    )
-
-
-def _validation(compared: dict[str, dict[str, Comparison]]) -> Claim:
-    return _best(
-        "b",
-        "the product penalty has the best validation MAE at every eta",
-        {
-            f"{LABELS[rival]}, eta {level:g}": comparison
-            for level in NOISE_LEVELS
-            for rival, comparison in compared[validation_key(level)].items()
-        },
-    )
+    validation = {
+        f"{LABELS[rival]}, eta {level:g}": comparison
+        for level in NOISE_LEVELS
+        for rival, comparison in compared[validation_key(level)].items()
+    }
+    training = {LABELS[rival]: comparison for rival, comparison in compared["train_mae"].items()}
+    return [
+        _best("a", "the product penalty has the best training MAE", training),
+        _best("b", "the product penalty has the best validation MAE at every eta", validation),
+        _speed(table),
+        _mass(table),
+    ]
 
 
 def _best(letter: str, statement: str, parts: dict[str, Comparison]) -> Claim:
@@ -140,11 +131,7 @@ def _speed(table: Table) -> Claim:
     return Claim(
         "c",
         f"at eta {NOISE_LEVELS[-1]:g} the product penalty reaches a low MAE twice as fast as the layer penalty",
-        _verdict(
-            median >= SPEED_UP and p_value < ALPHA,
-            can_decide(len(ratios), 1),
-            median >= SPEED_UP,
-        ),
+        _verdict(median >= SPEED_UP and p_value < ALPHA, can_decide(len(ratios), 1), median >= SPEED_UP),
         f"median ratio of epochs at least {SPEED_UP:g}, and fewer epochs, one-sided Wilcoxon over {len(ratios)} "
         f"seeds, p < {ALPHA:g}",
         f"epochs of the layer penalty / epochs of the product penalty: median {median:.2f}, from "
@@ -181,10 +168,6 @@ def _verdict(passed: bool, decidable: bool, as_claimed_on_average: bool) -> str:
     if passed:
         return HOLDS
     return UNDECIDED if as_claimed_on_average and not decidable else DOES_NOT_HOLD
-
-
-def _finals(table: Table, regime: str, metric: str) -> list[float]:
-    return [record.final(metric) for record in table[regime]]
 
 
 def _heaviest(sigmas: Sequence[float]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_lip.paper.regimes.settings import GRID, LABELS, PAPER_SETTING, REGIMES, Setting, Table
+from lightning_lip.paper.regimes.settings import GRID, LABELS, PAPER_SETTING, REGIMES, Setting, Table, finals
 from lightning_lip.paper.regimes.tuning import Sweep, Tuning, sweeps_of
 from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import interval
@@ -89,8 +89,7 @@ def front(table: Table, sweeps: Sequence[Sweep] = ()) -> Figure:
     figure, axes = _panels(1, 1, (6.6, 5.2))
     clean_key, noisy_key = METRICS[1], METRICS[-1]
     for regime in REGIMES:
-        clean = [record.final(clean_key) for record in table[regime]]
-        noisy = [record.final(noisy_key) for record in table[regime]]
+        clean, noisy = finals(table, regime, clean_key), finals(table, regime, noisy_key)
         style = {"color": COLOURS[regime], "marker": MARKERS[regime], "linestyle": "none"}
         # Open and of different sizes, so that regimes with equal errors remain visible in one place.
         style |= {"markerfacecolor": "none"}

@@ -18,6 +18,7 @@ from lightning_lip.paper.regimes.settings import (
     Lambdas,
     Setting,
     Table,
+    finals,
 )
 from lightning_lip.paper.regimes.tuning import Tuning
 from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
@@ -51,7 +52,7 @@ def print_errors(console: Console, setting: Setting, table: Table, lambdas: dict
     )
     grid = make_table(title, ["regime"], ["lambda", *METRIC_LABELS.values()])
     for regime in REGIMES:
-        errors = [interval([record.final(metric) for record in table[regime]]) for metric in METRICS]
+        errors = [interval(finals(table, regime, metric)) for metric in METRICS]
         coefficient = f"{lambdas[regime]:.3g}" if regime in lambdas else "-"
         grid.add_row(LABELS[regime], coefficient, *(f"{error:.2f}" for error in errors))
     console.print(grid)
@@ -111,7 +112,7 @@ def findings(table: Table) -> list[str]:
     change sign with the rounding of the kernels, and the smallest of twenty uncorrected p-values means little.
     """
     compared = {
-        (pair, metric): compare(*([record.final(metric) for record in table[regime]] for regime in pair))
+        (pair, metric): compare(*(finals(table, regime, metric) for regime in pair))
         for pair in PAIRS
         for metric in METRICS
     }

@@ -18,6 +18,7 @@ from lightning_lip.paper.regimes.settings import (
     Records,
     Setting,
     Table,
+    finals,
 )
 from lightning_lip.paper.regimes.tuning import Tuning
 from lightning_lip.paper.settings import BATCH_SIZE, METRICS, NOISE_LEVELS
@@ -95,7 +96,7 @@ def _regime(table: Table, regime: str) -> dict[str, Any]:
     rows = table[regime]
     sigmas = np.array([record.sigmas for record in rows])
     return {
-        "metrics": {metric: asdict(interval([record.final(metric) for record in rows])) for metric in METRICS},
+        "metrics": {metric: asdict(interval(finals(table, regime, metric))) for metric in METRICS},
         "sigmas": [asdict(interval(column)) for column in sigmas.T],
         "product_of_3": asdict(interval(sigmas[:, :3].prod(axis=1))),
         "product_of_all": asdict(interval(sigmas.prod(axis=1))),

@@ -188,3 +188,8 @@ def run_for(setting: Setting, regime: str, seed: int, lambdas: Lambdas, epochs: 
 def table_of(records: Records, setting: Setting, seeds: range, lambdas: Lambdas, epochs: int) -> Table:
     """Collect one setting's records by regime; a regime without a penalty serves several settings."""
     return {regime: [records[run_for(setting, regime, seed, lambdas, epochs)] for seed in seeds] for regime in REGIMES}
+
+
+def finals(table: Table, regime: str, metric: str) -> list[float]:
+    """Return a regime's error at the last epoch, one value per seed."""
+    return [record.final(metric) for record in table[regime]]
