@@ -47,7 +47,7 @@ def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | 
     weight = evaluated(operator.weight) if weight is None else weight
     module = check_convolution(operator.module)
 
-    names = ("stride", "dilation", "padding", "padding_mode", "transposed", "output_padding")
+    names = ("stride", "dilation", "padding", "padding_mode", "transposed")
     settings: dict[str, Any] = {name: getattr(module, name) for name in names}
 
     def norm(kernel: Tensor, groups: int) -> float:
