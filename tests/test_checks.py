@@ -116,55 +116,38 @@ def test_a_state_of_something_else_is_refused_where_an_empty_one_is_right(callba
         callback().load_state_dict({"foo": 1})
 
 
-WRONG = {
-    "seed": (
-        ValueError,
-        "`seed` to be an integer of at least 0, got 'a'",
-        [
-            lambda: LipschitzPenalty(seed="a"),
-            lambda: LipschitzMonitor(seed="a"),
-            lambda: LipschitzConstraint(1.0, seed="a"),
-            lambda: LipschitzRegularizer(network(), 1.0, seed="a"),
-            lambda: LipschitzProjector(network(), 1.0, seed="a"),
-        ],
-    ),
-    "name": (
-        TypeError,
-        "`name` to be a string or None, got",
-        [lambda: LipschitzPenalty(name=5), lambda: LipschitzMonitor(name=5), lambda: LipschitzConstraint(1.0, name=5)],
-    ),
-    "eps": (
-        TypeError,
-        "`eps` to be a sequence of numbers, (0.1, 0.2) say, got 0.1",
-        [lambda: CertifiedValidation(0.1)],
-    ),
-    "eps as text": (
-        TypeError,
-        "`eps` to be a sequence of numbers",
-        [lambda: CertifiedValidation("0.1"), lambda: CertifiedValidation(None), lambda: CertifiedValidation(["a"])],
-    ),
-    "batch_to_xy": (
-        TypeError,
-        "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got",
-        [lambda: CertifiedValidation(batch_to_xy=5), lambda: NoisyValidation(batch_to_xy=5)],
-    ),
-    "certified": (
-        TypeError,
-        "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True",
-        [lambda: LipschitzMonitor(certified=True)],
-    ),
-    "max_value": (ValueError, "`max_value` to be a positive finite number, got True", [lambda: MaxNorm(True)]),
-    "vectors": (
-        TypeError,
-        'the state\'s "vectors" by layer name, got a int',
-        [lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})],
-    ),
-}
+SEED = ValueError, "`seed` to be an integer of at least 0, got 'a'"
+NAME = TypeError, "`name` to be a string or None, got"
+EPS = TypeError, "`eps` to be a sequence of numbers"
+TO_XY = TypeError, "expected batch_to_xy to be a callable from a batch to (inputs, target), or None, got"
+CERTIFIED = TypeError, "`certified` to be a CertifiedValidation((0.1,)), say, or None, got True"
+MAX_VALUE = ValueError, "`max_value` to be a positive finite number, got True"
+VECTORS = TypeError, 'the state\'s "vectors" by layer name, got a int'
 
 
-@pytest.mark.parametrize("argument", WRONG)
-def test_wrong_arguments_are_told_at_once(argument):
-    error, said, calls = WRONG[argument]
-    for call in calls:
-        with pytest.raises(error, match=re.escape(said)):
-            call()
+@pytest.mark.parametrize(
+    ("call", "refusal"),
+    [
+        (lambda: LipschitzPenalty(seed="a"), SEED),
+        (lambda: LipschitzMonitor(seed="a"), SEED),
+        (lambda: LipschitzConstraint(1.0, seed="a"), SEED),
+        (lambda: LipschitzRegularizer(network(), 1.0, seed="a"), SEED),
+        (lambda: LipschitzProjector(network(), 1.0, seed="a"), SEED),
+        (lambda: LipschitzPenalty(name=5), NAME),
+        (lambda: LipschitzMonitor(name=5), NAME),
+        (lambda: LipschitzConstraint(1.0, name=5), NAME),
+        (lambda: CertifiedValidation(0.1), (TypeError, f"{EPS[1]}, (0.1, 0.2) say, got 0.1")),
+        (lambda: CertifiedValidation("0.1"), EPS),
+        (lambda: CertifiedValidation(None), EPS),
+        (lambda: CertifiedValidation(["a"]), EPS),
+        (lambda: CertifiedValidation(batch_to_xy=5), TO_XY),
+        (lambda: NoisyValidation(batch_to_xy=5), TO_XY),
+        (lambda: LipschitzMonitor(certified=True), CERTIFIED),
+        (lambda: MaxNorm(True), MAX_VALUE),
+        (lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5}), VECTORS),
+    ],
+)
+def test_wrong_arguments_are_told_at_once(call, refusal):
+    error, said = refusal
+    with pytest.raises(error, match=re.escape(said)):
+        call()

@@ -72,7 +72,7 @@ class SpectralNorms:
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
 
-        The next call may overwrite the vectors. Of a vector along a sharded side, each rank gets its own part.
+        The next call may overwrite the vectors. Of a vector along a sharded side, a rank gets its part only.
         """
         return self._evaluate(self.n_iterations)
 
@@ -344,9 +344,10 @@ def _images(matrix: Tensor, block: Tensor) -> Tensor:
 
 
 def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
-    """Return the name that an operator's block is saved under, which tells a sharded weight's side from a whole one's.
+    """Return the name under which an operator's block is saved. It says on which side the block lives.
 
-    Their shapes alone would not, for a square weight.
+    That may be another side for a sharded weight than for a whole one, and the shape of a square weight's block does
+    not tell.
     """
     if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
         other_side = not other_side

@@ -28,9 +28,9 @@ class ConvolutionOperator(LinearOperator):
     Stride, dilation, groups, padding (numbers, ``"same"``, ``"valid"``), every padding mode and output padding are
     the module's own, read when the operator is made; the adjoint is *exact*.
 
-    A kernel of size 1 without padding is one matrix (c_out, c_in), block-diagonal with groups, at every place that its
-    stride reads. That is the matrix beside an identity: its singular values are the matrix's, and so is the gradient of
-    its norm. The operator is then taken at a single place, whatever the size of the input.
+    A kernel of size 1 without padding applies one matrix (c_out, c_in), block-diagonal with groups, at every place that
+    its stride reads. Its singular values, and the gradient of its norm, are those of that matrix. So the operator is
+    taken at a single place, whatever the size of the input.
 
     Args:
         name: The module's name in the model.
@@ -47,7 +47,7 @@ class ConvolutionOperator(LinearOperator):
     def __init__(self, name: str, module: nn.Module, domain_shape: Sequence[int]) -> None:
         super().__init__(name, module)
         self._convolution = module = check_convolution(module)
-        # Where the weight comes from is the same question for every layer.
+        # Its weight is a parameter or parametrised, as a linear layer's is.
         parametrized = parametrize.is_parametrized(module, "weight")
         self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
         self._domain_shape = tuple(int(n) for n in domain_shape)
@@ -69,11 +69,11 @@ class ConvolutionOperator(LinearOperator):
             self._codomain_shape = (module.out_channels, *self._output_size())
         self._beyond = self._unreached()
         is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and self._pads_itself
-        # The columns of the product are then fewer numbers than the kernel.
+        # The input unfolded into columns is then smaller than the kernel.
         self._is_product = is_plain and math.prod(self._codomain_shape[1:]) < module.out_channels
 
     def _unreached(self) -> list[int]:
-        """Return how many places at the end of the larger side the strides of the smaller one do not reach."""
+        """Return, for each dimension, how many places at the end of the larger side no tap of the kernel reaches."""
         small, large = self._domain_shape[1:], self._codomain_shape[1:]
         if not self._transposed:
             small, large = large, small
@@ -142,7 +142,7 @@ class ConvolutionOperator(LinearOperator):
         if not self._transposed:
             return self._upsample(outputs)
         inputs = self._convolve(outputs)
-        # Output padding of a stride or more (dilation > stride) leaves room for further places: they are no inputs.
+        # Output padding of a stride or more (dilation > stride) makes the convolution return places that are no inputs.
         for dim, size in enumerate(self._domain_shape[1:], start=2):
             inputs = inputs.narrow(dim, 0, size)
         return inputs
@@ -176,7 +176,7 @@ class ConvolutionOperator(LinearOperator):
     def norm_gradients(
         self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of :meth:`norm`, which is not formed: it would take as long again."""
+        """Return the gradients of :meth:`norm` without its value, which would double the time."""
         with torch.enable_grad():
             weight = self.weight()
         gradient = self.weight_gradient(left, right).to(weight.dtype)
@@ -189,7 +189,7 @@ class ConvolutionOperator(LinearOperator):
     ) -> None:
         """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
 
-        On the CPU that is one product of matrices, added in place, where the places are fewer than the channels.
+        On the CPU, where there are fewer places than output channels, it is one matrix product that is added in place.
         """
         kernel = self._convolution._parameters.get("weight")
         grad = kernel.grad if kernel is not None and [*map(id, parameters)] == [id(kernel)] else None

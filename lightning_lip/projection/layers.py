@@ -23,12 +23,11 @@ N_MARGIN_VECTORS = 2
 """A block holds at least so many vectors more than singular values are clipped."""
 
 N_GROWTH_ITERATIONS = 4
-"""Iterations of a block that got further random vectors."""
-
+"""Iterations after random vectors were added to a block."""
 
 REACH = 0.8
-"""A block must hold singular values down to this share of the cap: what lies just below it becomes leading by being
-clipped, and the iteration finds what is beyond the block at a rate of ``(sigma_{r+1} / cap)^2``."""
+"""A block must hold singular values down to this share of the cap. Clipping lowers the leading ones to the cap, so that
+the largest value beyond the block is found at a rate of ``(sigma_{r+1} / cap)^2``: it must lie well below the cap."""
 
 MAX_ITERATIONS = 30
 """Iterations a step at most."""
@@ -179,7 +178,7 @@ class ClippedLayer(ProjectedLayer):
     def clip_(self, triplets: Triplets, cap: float) -> None:
         """Write the weight with the given singular values clipped at `cap`: ``A - U (Sigma - cap)_+ V^T``."""
         if cap < triplets.sigma[0] / 2:
-            # That would cancel, down to roundings of the size of the norm, not of the cap.
+            # The subtraction below would cancel: its rounding errors have the size of the norm, not of the cap.
             if triplets.sigma.dtype != torch.float64 or triplets.sigma.numel() < min(self.parameter.shape):
                 triplets = self.svd()
             clipped = (triplets.left * triplets.sigma.clamp(max=cap)) @ triplets.right.mT
@@ -208,7 +207,7 @@ def projected_layers(
     """Return the weights that a projection can change, and why it cannot change those of the other operators.
 
     Args:
-        bound: Of the L operators of the network; what it has selected may change.
+        bound: The bound of the network's L operators; only layers that it has selected may change.
         clip: Whether matrices are clipped; otherwise they are scaled like all others.
         block_size: Vectors a clipped layer.
         seed: Of the blocks.
@@ -247,7 +246,7 @@ def projected_layers(
 
 
 def _writable(op: LinearOperator) -> nn.Parameter | str:
-    """Return the parameter in which an operator is homogeneous and which training leaves effective, or why none is."""
+    """Return the parameter whose factor is the operator's factor, also in training, or why there is none."""
     if op.direct_parameter is not None:
         return op.direct_parameter
     if isinstance(op, ScaledOperator):

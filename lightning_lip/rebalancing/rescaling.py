@@ -93,7 +93,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
 
     Call it after training. An optimiser's state, and averaged or saved copies of the weights, belong to the old
     scaling: make the optimiser anew if training goes on. Hidden activations are rescaled too, by up to 2^32 for units
-    that nothing depends on: what reads them, outside of the traced forward pass, must not.
+    that nothing depends on: code that reads them outside of the traced forward pass will see other numbers.
 
     Args:
         model: The network, a LightningModule as well. fp32 or fp64 weights, trainable, not shared or parametrised.
