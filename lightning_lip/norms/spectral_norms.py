@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_integer
-from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
+from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_modes
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, iterates_on_codomain
@@ -145,9 +145,7 @@ class SpectralNorms:
         """Return the iteration that serves all operators, in their order, if there is one such."""
         return self._groups[0][1] if len(self._groups) == 1 and not self._others else None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def prepare(self) -> list[Tensor]:
         """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
         weights = self._weights()
@@ -160,9 +158,7 @@ class SpectralNorms:
             self._served = served
         return weights
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
         weights = self.prepare()
         whole = self._whole()
@@ -243,9 +239,7 @@ class SpectralNorms:
         others = [i for i in which if not self.operators[i].is_matrix]
         return groups, [(i, MatrixFreeIteration(self.operators[i], blocks[i], self.backend)) for i in others]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def upper(self) -> Tensor:
         """Return upper bounds of the spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
 
@@ -264,9 +258,7 @@ class SpectralNorms:
         estimates, uppers = self._of_present(own, ShardedIteration.upper)
         return torch.stack([upper.to(estimates) for upper in uppers])
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def ritz_values(self) -> list[Tensor]:
         """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
 
