@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.iteration import predicted_traffic
-from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
@@ -246,7 +246,8 @@ def plot(path: Path, table: list[dict[str, object]], about: dict[str, object]) -
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("microseconds a step: median, p20 to p80")
     figure.suptitle(f"Power step and gradient; {about['cpu']}, {about['threads']} threads", fontsize=9)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
     plt.close(figure)
 
 

@@ -7,7 +7,7 @@ from support.records import record
 
 from lightning_lip.errors import UsageError
 from lightning_lip.paper import command
-from lightning_lip.paper.regimes import experiment, figures, settings, tuning
+from lightning_lip.paper.regimes import experiment, figures, settings, training, tuning
 from lightning_lip.paper.regimes.settings import LAMBDAS, PAPER_SETTING, REGIMES, Setting, run_for, table_of
 from lightning_lip.reporting.processes import RunError
 
@@ -76,6 +76,68 @@ def test_reproduce_leaves_its_files_and_repeats_its_numbers(tmp_path, monkeypatc
     shown = capsys.readouterr().out
     for part in ("column B", "lambda by grid search", "(d) the layer penalty", "results.json"):
         assert part in shown
+
+
+def test_an_interrupted_reproduction_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tuning, "GRID", (0.01, 0.1))
+    monkeypatch.setattr(figures, "GRID", (0.01, 0.1))
+    options = {"quick": True, "tune": True, "seeds": 2, "epochs": 1, "workers": 1}
+    whole = command.reproduce(str(tmp_path / "whole"), **options)
+    trained = []
+
+    def until(limit):
+        def train(run, *arguments):
+            if len(trained) == limit:
+                raise KeyboardInterrupt
+            trained.append(run)
+            return training.train(run, *arguments)
+
+        monkeypatch.setattr(experiment, "train", train)
+
+    n_tuning, n_runs = 2 * 2 * 3, 4 * 2
+    out = tmp_path / "out"
+    for limit in (5, n_tuning + 5):  # in the tuning, then in the runs
+        until(limit)
+        with pytest.raises(KeyboardInterrupt):
+            command.reproduce(str(out), **options)
+    # A logged run's files belong to its record: without them it is trained again.
+    (out / whole["artefacts"]["layer"]["checkpoint"]).unlink()
+    until(None)
+    found = command.reproduce(str(out), **options)
+    shown = capsys.readouterr().out
+    assert f"continuing: 5 of {n_tuning} tuning runs are done" in shown
+    assert f"continuing: 4 of {n_runs} runs are done" in shown
+    assert len(trained) == n_tuning + n_runs + 1
+    for document in (whole, found):
+        del document["timing"]
+    assert found == whole
+    written = json.loads((out / "results.json").read_text())
+    del written["timing"]
+    assert written == json.loads(json.dumps(whole))
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+    for places in found["artefacts"].values():
+        assert (out / places["checkpoint"]).is_file()
+    trained.clear()
+    command.reproduce(str(out), **options)
+    assert len(trained) == n_tuning + n_runs  # nothing is kept of a command that has ended
+
+
+def test_a_changed_plan_does_not_use_finished_runs(tmp_path, monkeypatch):
+    trained = []
+
+    def train(run, *arguments):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(run)
+        return training.train(run, *arguments)
+
+    monkeypatch.setattr(experiment, "train", train)
+    for epochs in (1, 2):
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            command.reproduce(str(tmp_path), seeds=2, epochs=epochs, workers=1)
+    assert {run.epochs for run in trained} == {2}
+    assert len(trained) == 3
 
 
 def test_a_failing_run_names_regime_and_seed(tmp_path, monkeypatch):
