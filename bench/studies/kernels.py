@@ -21,6 +21,7 @@ from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.iteration import predicted_traffic
 from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
+from lightning_lip.reporting.finished import Finished
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
@@ -263,12 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     about = machine() | versions("numba", "numpy")
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    settings = (options.seconds, options.quick, about)
+    finished = Finished(options.output / "kernels.partial.jsonl", settings, list[dict[str, object]])
     table: list[dict[str, object]] = []
     for model, shapes in MODELS.items():
         if options.only not in model or (options.quick and sum(m * n for m, n in shapes) > 1e7):
             continue
         seconds = 2.0 if options.quick else options.seconds
-        added = rows(model, interleaved(contenders(shapes), seconds))
+        added = finished.once(model, lambda m=model, s=shapes, t=seconds: rows(m, interleaved(contenders(s), t)))
         print(f"\n{model}")
         for row in added:
             print("  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us  x loop {over_loop:>9}"
@@ -277,6 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"  predicted traffic of the GPU kernels at r = {r}: {traffic_report(shapes, r)}")
         table += added
     write_csv(options.output / "kernels.csv", COLUMNS, [[row[c] for c in COLUMNS] for row in table], about)
+    finished.remove()
     try:
         plot(options.output / "kernels.png", table, about)
     except ImportError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from lightning_lip import LipschitzRegularizer
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.extras import extra
+from lightning_lip.reporting.finished import Finished
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
@@ -169,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     data = list(digits())
     epochs = 2 if options.quick else options.epochs
+    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
+    finished = Finished(options.output / "tracking.partial.jsonl", about, Result._make)
     results = []
     print(
         f"{'optimiser':10}{'penalty':14}{'r':>3}{'k':>3}{'median':>10}{'p99':>10}{'>1%':>8}{'us':>8}{'acc':>7}{'S':>7}"
@@ -177,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for penalty in PENALTIES:
             for r in BLOCK_SIZES:
                 for k in ITERATIONS:
-                    x = train(optimiser, penalty, r, k, epochs, data)
+                    one = partial(train, optimiser, penalty, r, k, epochs, data)
+                    x = finished.once((optimiser, penalty, r, k), one)
                     results.append(x)
                     print(
                         f"{x.optimiser:10}{x.penalty:14}{x.r:3}{x.k:3}{x.median:10.1e}{x.p99:10.1e}"
@@ -185,8 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         flush=True,
                     )
     print(choice(results))
-    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
     write_csv(options.output / "tracking.csv", Result._fields, results, about)
+    finished.remove()
 
 
 if __name__ == "__main__":

@@ -45,12 +45,36 @@ def test_plans():
     assert not set(full.seeds) & set(full.tuning_seeds)
 
 
-def test_reproduce_leaves_its_files_and_repeats_its_numbers(tmp_path, monkeypatch, capsys):
+def interrupt_after(n_runs, trained, monkeypatch):
+    """Let `reproduce` be interrupted before it trains more than so many runs in all; None for never."""
+
+    def train(run, *arguments):
+        if len(trained) == n_runs:
+            raise KeyboardInterrupt
+        trained.append(run)
+        return training.train(run, *arguments)
+
+    monkeypatch.setattr(experiment, "train", train)
+
+
+def test_reproduce_leaves_its_files_and_repeats_its_numbers_after_interrupts_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "GRID", (0.01, 0.1))
     monkeypatch.setattr(figures, "GRID", (0.01, 0.1))
     options = {"quick": True, "tune": True, "seeds": 2, "epochs": 1}
     first = command.reproduce(str(tmp_path / "first"), workers=1, **options)
-    again = command.reproduce(str(tmp_path / "again"), workers=1, **options)
+    trained, again_folder = [], tmp_path / "again"
+    for n_runs in (5, 12 + 5):  # in the tuning, then in the runs
+        interrupt_after(n_runs, trained, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            command.reproduce(str(again_folder), workers=1, **options)
+    # A logged run's files belong to its record: without them it is trained again.
+    (again_folder / first["artefacts"]["layer"]["checkpoint"]).unlink()
+    interrupt_after(None, trained, monkeypatch)
+    again = command.reproduce(str(again_folder), workers=1, **options)
+    assert len(trained) == 12 + 8 + 1
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("first", "again")]
+    assert names[0] == names[1]  # nothing is left of the interrupts
+    assert (again_folder / first["artefacts"]["layer"]["checkpoint"]).is_file()
     for document in (first, again):
         assert document.pop("timing")["seconds"] > 0
     assert first == again
@@ -74,64 +98,15 @@ def test_reproduce_leaves_its_files_and_repeats_its_numbers(tmp_path, monkeypatc
         assert list((tmp_path / "first" / places["tensorboard"]).glob("events.*"))
     assert list((tmp_path / "first" / "tensorboard" / "figures").glob("events.*"))
     shown = capsys.readouterr().out
+    for line in ("continuing: 5 of 12 tuning runs are done", "continuing: 4 of 8 runs are done"):
+        assert line in shown
     for part in ("column B", "lambda by grid search", "(d) the layer penalty", "results.json"):
         assert part in shown
 
 
-def test_an_interrupted_reproduction_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tuning, "GRID", (0.01, 0.1))
-    monkeypatch.setattr(figures, "GRID", (0.01, 0.1))
-    options = {"quick": True, "tune": True, "seeds": 2, "epochs": 1, "workers": 1}
-    whole = command.reproduce(str(tmp_path / "whole"), **options)
-    trained = []
-
-    def until(limit):
-        def train(run, *arguments):
-            if len(trained) == limit:
-                raise KeyboardInterrupt
-            trained.append(run)
-            return training.train(run, *arguments)
-
-        monkeypatch.setattr(experiment, "train", train)
-
-    n_tuning, n_runs = 2 * 2 * 3, 4 * 2
-    out = tmp_path / "out"
-    for limit in (5, n_tuning + 5):  # in the tuning, then in the runs
-        until(limit)
-        with pytest.raises(KeyboardInterrupt):
-            command.reproduce(str(out), **options)
-    # A logged run's files belong to its record: without them it is trained again.
-    (out / whole["artefacts"]["layer"]["checkpoint"]).unlink()
-    until(None)
-    found = command.reproduce(str(out), **options)
-    shown = capsys.readouterr().out
-    assert f"continuing: 5 of {n_tuning} tuning runs are done" in shown
-    assert f"continuing: 4 of {n_runs} runs are done" in shown
-    assert len(trained) == n_tuning + n_runs + 1
-    for document in (whole, found):
-        del document["timing"]
-    assert found == whole
-    written = json.loads((out / "results.json").read_text())
-    del written["timing"]
-    assert written == json.loads(json.dumps(whole))
-    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
-    for places in found["artefacts"].values():
-        assert (out / places["checkpoint"]).is_file()
-    trained.clear()
-    command.reproduce(str(out), **options)
-    assert len(trained) == n_tuning + n_runs  # nothing is kept of a command that has ended
-
-
 def test_a_changed_plan_does_not_use_finished_runs(tmp_path, monkeypatch):
     trained = []
-
-    def train(run, *arguments):
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        trained.append(run)
-        return training.train(run, *arguments)
-
-    monkeypatch.setattr(experiment, "train", train)
+    interrupt_after(3, trained, monkeypatch)
     for epochs in (1, 2):
         trained.clear()
         with pytest.raises(KeyboardInterrupt):
