@@ -23,8 +23,8 @@ from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 from lightning_lip.checks import check_integers, check_levels
 from lightning_lip.metrics.plotting import plot_levels
 
-# More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
-_SLACK = 8 * 2.0**-53
+# More than the relative rounding error of a threshold: a product of four factors, and of a scaled difference's norm.
+_SLACK = 16 * 2.0**-53
 
 
 def certified_accuracy(
@@ -218,9 +218,9 @@ def _update(
     scores, classes = logits.detach().to(device, torch.float64), target.detach().to(device, torch.int64)
     margins = scores.gather(1, classes[:, None]) - scores
     if last_weight is None:
-        slopes, slack = scores.new_full((1, 1), math.sqrt(2)), 1 + _SLACK
+        slopes, slack = scores.new_full((1, 1), math.sqrt(2)), 1 + _SLACK  # math.sqrt(2) is rounded up
     else:
-        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes:
+        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes or not last_weight.numel():
             raise ValueError(
                 f"expected last_weight of shape ({n_classes}, d) for logits of shape {tuple(logits.shape)}, got "
                 f"{tuple(last_weight.shape)}"
@@ -229,9 +229,10 @@ def _update(
         slack = 1 + _SLACK + 2.0**-52 * last_weight.shape[1]
     own_class = torch.arange(n_classes, device=device) == classes[:, None]
     finite = scores.isfinite().all(dim=1)
-    certified = [
-        (finite & ((margins > slopes * (constant * slack * eps)) | own_class).all(dim=1)).sum() for eps in radii
-    ]
+    growths = [constant * eps * slack for eps in radii]
+    # Where fp64 underflows, the slack does not cover the rounding, but the next number does. A zero is exact.
+    growths = [math.nextafter(g, math.inf) if constant and eps else 0.0 for g, eps in zip(growths, radii, strict=True)]
+    certified = [(finite & ((margins > slopes * g) | own_class).all(dim=1)).sum() for g in growths]
     return torch.stack(certified).to(logits.device), len(classes)
 
 
@@ -248,7 +249,15 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
     # One class at a time: all differences at once would need memory for C^2 d numbers.
-    return torch.stack([torch.linalg.vector_norm(weight - weight[y], dim=1) for y in present])[row]
+    return torch.stack([_row_norms(weight - weight[y]) for y in present])[row]
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row, at least the true one less a relative `_SLACK`, also where squares underflow."""
+    largest = rows.abs().amax(dim=1)
+    norms = largest * torch.linalg.vector_norm(rows / largest[:, None], dim=1)
+    # A row of zeros gives 0 / 0. The next number covers the rounding to a subnormal one.
+    return torch.where(largest == 0, largest, norms.nextafter(torch.full_like(norms, math.inf)))
 
 
 def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:

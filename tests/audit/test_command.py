@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from support.audits import BORING, PAPER, Touch
 from support.commands import run_cli
+from support.disk import full_disk
 from torch import nn
 
 from lightning_lip.audit.checkpoints import load_network
@@ -217,6 +219,42 @@ def test_exit_status(networks, capsys, target, shape, limit, status):
         assert found["max_bound"] == (None if limit is None else float(limit))
     else:
         assert not captured.out
+
+
+LEAVING = """
+import sys
+from torch import nn
+{on_import}
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        {on_construction}
+
+    def forward(self, x):
+        {on_call}
+        return super().forward(x)
+"""
+LEAVING_AT = ("on_import", "on_construction", "on_call")
+
+
+@pytest.mark.parametrize("where", LEAVING_AT)
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "sys.exit()", "raise SystemExit(1)"])
+def test_code_that_ends_the_process_does_not_pass(capsys, monkeypatch, where, leave):
+    Path("leaving.py").write_text(LEAVING.format(**dict.fromkeys(LEAVING_AT, "pass") | {where: leave}))
+    monkeypatch.delitem(sys.modules, "leaving", raising=False)
+    assert run_cli("leaving:Net", "--input-shape", "2", "--max-bound", "1e9", "--json", "-") == 2
+    captured = capsys.readouterr()
+    assert "leaving:Net calls sys.exit" in captured.err
+    assert not captured.out
+
+
+def test_a_full_disk_leaves_the_earlier_document(networks, capsys):
+    Path("out.json").write_text("valid")
+    with full_disk():
+        assert run_cli("audited_networks:two", "--input-shape", "2", "--json", "out.json") == 2
+    assert "--json out.json cannot be written" in capsys.readouterr().err
+    assert Path("out.json").read_text() == "valid"
+    assert not list(Path().glob(".out*"))
 
 
 def test_the_message_of_a_bound_that_is_not_kept(networks):
