@@ -7,10 +7,15 @@ from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 
 SHOWN_KEYS = 5
 """Keys of a wrong state in the message: a whole model's would fill the screen."""
+
+
+def got(value: object) -> str:
+    """Return what was given, for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def check_model(model: object, what: str) -> None:
@@ -25,12 +30,21 @@ def check_model(model: object, what: str) -> None:
     """
     if isinstance(model, nn.Module):
         return
-    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
     raise TypeError(
-        f"{what} expected the model to be a torch.nn.Module, got {got}. Give the network itself, a LightningModule, "
+        f"{what} expected the model to be a torch.nn.Module, got {got(model)}. Give the network itself, a LightningModule, "
         "say; construct it first, and load a checkpoint into it, where all there is yet is a class, a file or a "
         "state_dict."
     )
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Check that data holds no NaN and no infinity.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if not values.isfinite().all():
+        raise ValueError(f"Expected `{name}` without NaN and infinity: clean or impute the data first.")
 
 
 def check_state(state: object, keys: Collection[str], owner: str) -> None:

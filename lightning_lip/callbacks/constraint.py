@@ -15,7 +15,7 @@ from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
 from lightning_lip.checks import check_integer, check_state, check_target
-from lightning_lip.models.optimizer_steps import optimizer_steps
+from lightning_lip.models.optimizer_steps import last_step, optimizer_steps
 from lightning_lip.projection.allocation import Method
 from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
 from lightning_lip.projection.spectra import Metric
@@ -26,7 +26,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
 
-    - after each training batch in which an optimiser stepped, one by *estimated* norms, which aims at M (1 - 1e-4);
+    - after each training batch in which an optimiser of ``configure_optimizers`` stepped, one by *estimated* norms, which aims at M (1 - 1e-4);
     - at the start of training, before each validation, at the end of each epoch and of training, and whenever the
       module's ``state_dict()`` is asked for, as for every checkpoint of any kind, the exact one: what is saved
       has a *certified upper bound* of at most M. It costs a singular value decomposition of every layer, unless the
@@ -125,7 +125,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         }
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
-        self._n_optimizer_steps = 0
+        self._last_step = 0
         self._sizes_are_shared = False
         self._last: Projection | None = None
         self._certified: Projection | None = None
@@ -167,7 +167,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
             refuse_statistics_of_one_rank(pl_module, "the product of the layers, without an example input")
         if not self._start(projector, pl_module):
             self._n_steps = 0  # another model tightens anew
-        self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
+        self._last_step, self._sizes_are_shared = optimizer_steps(), False
         self.project()
         hook = _ExactBeforeSaving(self, pl_module._trainer)
         self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
@@ -192,9 +192,9 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Not the Trainer's global step: it does not count optimisers that are stepped past Lightning, and counts steps
-        # that a gradient scaler skipped.
-        if optimizer_steps() != self._n_optimizer_steps:
-            self._n_optimizer_steps = optimizer_steps()
+        # that a gradient scaler skipped. Nor every optimiser of the process: one of an attack moves inputs, not weights.
+        if (last := last_step(trainer.optimizers)) > self._last_step:
+            self._last_step = last
             self._n_steps += 1
             if self._n_steps % self.every_n_steps == 0:
                 if trainer.world_size > 1 and not self._sizes_are_shared:

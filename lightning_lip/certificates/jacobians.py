@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lip.checks import check_finite
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.modules import eval_mode
@@ -72,6 +73,7 @@ def largest_jacobian_norm(
                         f"Expected floating-point inputs, got {tensor.dtype}: a network has no Jacobian with respect "
                         "to integers; start at the embedding's output."
                     )
+                check_finite("data", tensor)
                 tensor.requires_grad_()
             # Copies, because a network may change its input in place, which a leaf refuses.
             copies = [tensor.clone() for tensor in inputs]

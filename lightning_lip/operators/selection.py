@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import eq
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -48,7 +49,9 @@ def _matcher(selection: Selection, argument: str, found: Sequence[Found]) -> set
             ids = {id(m) for m in item.modules()}
             hits = [f.name for f in found if id(f.module) in ids]
         else:
-            hits = [name for name in names if any(fnmatchcase(part, item) for part in _ancestry(name))]
+            # A name may look like a pattern, "[CLS]" say.
+            matches = eq if item in names else fnmatchcase
+            hits = [name for name in names if any(matches(part, item) for part in _ancestry(name))]
         if not hits:
             wanted = f"{type(item).__name__} module" if isinstance(item, nn.Module) else repr(item)
             raise ValueError(
@@ -170,12 +173,13 @@ def find_operators(
         tied = operators.setdefault(id(f.module if weight is None else weight), operator)
         tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
     if refused:
+        to_exclude = [name for name in to_exclude if name]  # the model itself has none
         names = to_exclude[0] if len(to_exclude) == 1 else to_exclude
+        remedy = f"Leave them out with exclude={names!r}, or select" if names else "Select"
         raise UnsupportedLayerError(
             "The spectral norm of these selected layers is not known, and an unknown one is never counted as 1:\n  - "
             + "\n  - ".join(refused)
-            + f"\nLeave them out with exclude={names!r}, or select others with "
-            "layers=...; the product then covers the selected layers only."
+            + f"\n{remedy} others with layers=...; the product then covers the selected layers only."
         )
     return list(operators.values())
 

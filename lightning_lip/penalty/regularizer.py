@@ -22,7 +22,7 @@ from lightning_lip.operators.composed import DiagonalOperator
 from lightning_lip.operators.selection import Selection
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty
 
 
 class LipschitzRegularizer:
@@ -105,6 +105,7 @@ class LipschitzRegularizer:
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
         self._log_target = math.log(target)
+        self._is_checked = isinstance(penalty, str)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
@@ -156,7 +157,10 @@ class LipschitzRegularizer:
         zero = sigma == 0
         log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
         log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
-        return self.coefficient * self.penalty_of(log_sigma)
+        value = self.penalty_of(log_sigma)
+        if log_sigma.requires_grad:
+            self._check(value, log_sigma)
+        return self.coefficient * value
 
     def add_grad_(
         self,
@@ -201,12 +205,18 @@ class LipschitzRegularizer:
         with torch.enable_grad():
             log_sigma = sigma.log().requires_grad_()
             value = self.penalty_of(log_sigma)
-            constant = not value.requires_grad
-            slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
+            self._check(value, log_sigma)
+            slope = torch.autograd.grad(value, log_sigma)[0] if value.requires_grad else torch.zeros_like(sigma)
         coefficients = slope / sigma * (self.coefficient * scale)
         coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
         self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, allowed)
         return (value.detach() * (self.coefficient * scale)).to(step.sigma.dtype)
+
+    def _check(self, value: Tensor, log_sigma: Tensor) -> None:
+        """Check a penalty of the user's own at the first step; later ones may return a constant."""
+        if not self._is_checked:
+            check_value(self._penalty, value, log_sigma)
+            self._is_checked = True
 
     def _add_norm_gradients_(self, coefficients: Tensor, step: kernels.PowerStep, allowed: set[int] | None) -> None:
         """Add ``c_l`` times the gradient of the norm of each trainable layer."""
@@ -249,12 +259,14 @@ class LipschitzRegularizer:
             The penalty, shape ().
 
         Raises:
-            ValueError: If a penalty of the user's own does not return a tensor of shape ().
+            ValueError: If a penalty of the user's own does not return a floating-point tensor of shape ().
         """
         value = self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma))
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
+        if not value.is_floating_point():
+            raise ValueError(f"Expected the penalty to return a floating-point tensor, got {value.dtype}.")
         return value
 
     def sigma(self) -> Tensor:
