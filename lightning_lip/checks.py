@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 SHOWN_KEYS = 5
 """Keys of a wrong state in the message: a whole model's would fill the screen."""
 
+SHOWN_CHARACTERS = 200
+"""Characters of a wrong value in the message."""
+
 
 def got(value: object) -> str:
     """Return what was given, for a message."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def shown(value: object) -> str:
+    """Return a value for a message, tensors and arrays by their dtype and shape."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{got(value)} of {value.dtype}, shape {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def check_model(model: object, what: str) -> None:
@@ -31,9 +44,9 @@ def check_model(model: object, what: str) -> None:
     if isinstance(model, nn.Module):
         return
     raise TypeError(
-        f"{what} expected the model to be a torch.nn.Module, got {got(model)}. Give the network itself, a LightningModule, "
-        "say; construct it first, and load a checkpoint into it, where all there is yet is a class, a file or a "
-        "state_dict."
+        f"{what} expected the model to be a torch.nn.Module, got {got(model)}. Give the network itself, a "
+        "LightningModule, say; construct it first, and load a checkpoint into it, where all there is yet is a class, a "
+        "file or a state_dict."
     )
 
 
@@ -43,6 +56,7 @@ def check_finite(name: str, values: Tensor) -> None:
     Raises:
         ValueError: If it does.
     """
+    check_tensor(name, values)
     if not values.isfinite().all():
         raise ValueError(f"Expected `{name}` without NaN and infinity: clean or impute the data first.")
 
@@ -72,13 +86,13 @@ def check_state(state: object, keys: Collection[str], owner: str) -> None:
 
 
 def check_integer(name: str, value: object, least: int) -> None:
-    """Check that an argument is an integer of at least so much.
+    """Check that an argument is an integer of at least so much, and within 64 bits.
 
     Raises:
         ValueError: If it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        raise ValueError(f"Expected `{name}` to be an integer of at least {least}, got {shown(value)}.")
 
 
 def check_name(name: object) -> None:
@@ -88,7 +102,68 @@ def check_name(name: object) -> None:
         TypeError: If it is neither a string nor None.
     """
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"Expected `name` to be a string or None, got {name!r}.")
+        raise TypeError(f"Expected `name` to be a string or None, got {shown(name)}.")
+
+
+def check_type(name: str, value: object, kind: type, what: str) -> None:
+    """Check the type of an argument.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        kind: The type that it must have.
+        what: The type in words.
+
+    Raises:
+        TypeError: If it has another.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"Expected `{name}` to be {what}, got {shown(value)}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check that an argument is True or False.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    check_type(name, value, bool, "True or False")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check that an argument is one of a few words.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, got {shown(value)}.")
+
+
+def check_callable(name: str, value: object, what: str) -> None:
+    """Check that an argument can be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"Expected `{name}` to be a callable {what}, got {shown(value)}.")
+
+
+def check_items(name: str, values: Any, of: str) -> list[Any]:
+    """Return what a sequence, or another iterable, holds.
+
+    Raises:
+        TypeError: If it is text or a mapping, or cannot be iterated over.
+    """
+    try:
+        if isinstance(values, (str, bytes, Mapping)):
+            raise TypeError
+        if isinstance(values, Tensor):
+            check_tensor(name, values)
+        return list(values)
+    except (TypeError, RuntimeError):  # of tensors without a dimension, or sparse ones
+        raise TypeError(f"Expected `{name}` to be a sequence of {of}, got {shown(values)}.") from None
 
 
 def check_numbers(name: str, values: object) -> tuple[float, ...]:
@@ -98,35 +173,94 @@ def check_numbers(name: str, values: object) -> tuple[float, ...]:
         TypeError: If it is none.
     """
     try:
-        if isinstance(values, (str, bytes)):
+        numbers = [_plain(value) for value in check_items(name, _plain(values), "numbers")]
+        if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
             raise TypeError
-        return tuple(float(value) for value in values)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise TypeError(f"Expected `{name}` to be a sequence of numbers, (0.1, 0.2) say, got {values!r}.") from None
+        return tuple(map(float, numbers))
+    except (TypeError, OverflowError, RuntimeError):
+        raise TypeError(
+            f"Expected `{name}` to be a sequence of numbers, (0.1, 0.2) say, got {shown(values)}."
+        ) from None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (Tensor, np.ndarray, np.generic)) else value
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a real number, finite, and not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a real number, finite as a float, and not a bool."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
-def check_coefficient(coefficient: float) -> float:
-    """Return `coefficient` as a float.
+def check_number(name: str, value: object) -> float:
+    """Return a number as a float.
 
     Raises:
         ValueError: If it is not a finite number of at least 0.
     """
-    if not is_finite_number(coefficient) or coefficient < 0:
-        raise ValueError(f"Expected `coefficient` to be a finite number of at least 0, got {coefficient!r}.")
-    return float(coefficient)
+    if not is_finite_number(value) or value < 0:
+        raise ValueError(f"Expected `{name}` to be a finite number of at least 0, got {shown(value)}.")
+    return float(value)
 
 
-def check_target(target: float, name: str = "target") -> float:
+def check_target(target: object, name: str = "target") -> float:
     """Return a target as a float.
 
     Raises:
         ValueError: If it is not a positive finite number.
     """
     if not is_finite_number(target) or target <= 0:
-        raise ValueError(f"Expected `{name}` to be a positive finite number, got {target!r}.")
+        raise ValueError(f"Expected `{name}` to be a positive finite number, got {shown(target)}.")
     return float(target)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Check that an argument is a tensor that can be computed with: dense, real, and with values.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    check_type(name, value, Tensor, "a tensor")
+    tensor: Any = value
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        raise TypeError(f"Expected `{name}` to be a dense tensor of real numbers, got {shown(value)}.")
+
+
+def check_array(name: str, values: Any) -> np.ndarray:
+    """Return numbers as an array in float64.
+
+    Args:
+        name: The argument.
+        values: A number, nested sequences of numbers, an array, or a tensor.
+
+    Raises:
+        TypeError: If it holds anything but integers and floats.
+    """
+    if isinstance(values, Tensor):
+        check_tensor(name, values)
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):  # ragged rows, or tensors among them
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"Expected `{name}` to hold real numbers, got {shown(values)}.")
+    return array.astype(np.float64)
+
+
+def check_vectors(name: str, value: object) -> None:
+    """Check the blocks of singular vectors in a state.
+
+    Raises:
+        TypeError: If they are no mapping from names of layers to dense matrices.
+    """
+    check_type(name, value, Mapping, "a mapping from names of layers to singular vectors")
+    blocks: Any = value
+    for key, block in blocks.items():
+        check_tensor(f"{name}[{key!r}]", block)
+        if block.dim() != 2 or not block.is_floating_point():
+            raise TypeError(f"Expected `{name}[{key!r}]` to be a floating-point matrix, got {shown(block)}.")

@@ -17,7 +17,7 @@ from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.certificates.interval import Certificate, certify
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_finite, check_integer, check_numbers
+from lightning_lip.checks import check_choice, check_finite, check_integer, check_numbers, check_type
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 
@@ -37,8 +37,8 @@ class CertifiedValidation(BaseCallback):
     The statements hold for the network in exact arithmetic, in eval mode. Certifying costs fp64 work on the CPU, from
     milliseconds (an MLP) to seconds (a small ResNet) and more; use ``check_val_every_n_epoch`` where it is too much.
     A certificate holds for one size of inputs: each size has its own, and the largest bound is logged. If something
-    cannot be certified, a warning names it once and nothing is logged. The sanity check runs all of it, and logs nothing:
-    what fails, fails before training.
+    cannot be certified, a warning names it once and nothing is logged. The sanity check runs all of it and logs
+    nothing: what fails, fails before training.
 
     Args:
         eps: The norms of the perturbations, distinct, at least 0.
@@ -65,8 +65,8 @@ class CertifiedValidation(BaseCallback):
         self.eps = check_numbers("eps", eps)
         if not self.eps or len(set(self.eps)) < len(self.eps) or not all(math.isfinite(e) and e >= 0 for e in self.eps):
             raise ValueError(f"Expected `eps` to be distinct finite numbers of at least 0, got {eps!r}.")
-        if task not in ("classification", "regression"):
-            raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
+        check_choice("task", task, ("classification", "regression"))
+        check_type("prefix", prefix, str, "a string")
         check_integer("max_inputs", max_inputs, 0)
         check_batch_to_xy(batch_to_xy)
         self.task = task

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -14,10 +14,10 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
-from lightning_lip.checks import check_integer, check_state, check_target
+from lightning_lip.checks import check_choice, check_integer, check_state, check_target, check_type
 from lightning_lip.models.optimizer_steps import last_step, optimizer_steps
 from lightning_lip.projection.allocation import Method
-from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
+from lightning_lip.projection.projector import STATE_KEYS, LipschitzProjector, Projection
 from lightning_lip.projection.spectra import Metric
 
 
@@ -26,7 +26,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
 
-    - after each training batch in which an optimiser of ``configure_optimizers`` stepped, one by *estimated* norms, which aims at M (1 - 1e-4);
+    - after each training batch in which an optimiser of the Trainer stepped (one of ``configure_optimizers``, also past
+      Lightning), one by *estimated* norms, which aims at M (1 - 1e-4);
     - at the start of training, before each validation, at the end of each epoch and of training, and whenever the
       module's ``state_dict()`` is asked for, as for every checkpoint of any kind, the exact one: what is saved
       has a *certified upper bound* of at most M. It costs a singular value decomposition of every layer, unless the
@@ -97,10 +98,11 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(name, layers, exclude)
         self.target = check_target(target)
         self.initial_target = self.target if initial_target is None else check_target(initial_target, "initial_target")
-        check_method(method, metric)
+        check_choice("method", method, get_args(Method))
+        check_choice("metric", metric, get_args(Metric))
         for argument, value, least in (
             ("every_n_steps", every_n_steps, 1),
             ("tighten_steps", tighten_steps, 0 if initial_target is None else 1),
@@ -192,7 +194,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Not the Trainer's global step: it does not count optimisers that are stepped past Lightning, and counts steps
-        # that a gradient scaler skipped. Nor every optimiser of the process: one of an attack moves inputs, not weights.
+        # that a gradient scaler skipped. Nor all optimisers of the process: an attack's moves inputs, not weights.
         if (last := last_step(trainer.optimizers)) > self._last_step:
             self._last_step = last
             self._n_steps += 1
@@ -245,6 +247,10 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "projector"), self.key)
+        check_integer("n_steps", state_dict["n_steps"], 0)
+        if state_dict["projector"] is not None:
+            check_type("projector", state_dict["projector"], Mapping, "a state or None")
+            check_state(state_dict["projector"], STATE_KEYS, "The state's `projector`")
         self._n_steps = state_dict["n_steps"]
         self._keep_until_training(state_dict["projector"])
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -14,9 +12,10 @@ from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.trainer import refuse_strategy
+from lightning_lip.checks import check_target
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.operators.selection import find_operators
+from lightning_lip.operators.selection import check_selection, find_operators
 
 
 class MaxNorm(BaseCallback):
@@ -43,10 +42,8 @@ class MaxNorm(BaseCallback):
         layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
         exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
     ) -> None:
-        is_number = isinstance(max_value, Real) and not isinstance(max_value, bool)
-        if not (is_number and math.isfinite(max_value) and max_value > 0):
-            raise ValueError(f"Expected `max_value` to be a positive finite number, got {max_value!r}.")
-        self.max_value = float(max_value)
+        self.max_value = check_target(max_value, "max_value")
+        check_selection(layers, exclude)
         self._layers, self._exclude = layers, exclude
         self._weights: list[nn.Parameter] = []
         self._n_clipped: Tensor | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     log_metrics,
     monitors_of,
 )
-from lightning_lip.checks import check_coefficient, check_integer, check_state
+from lightning_lip.checks import check_integer, check_number, check_state, check_type
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
@@ -87,8 +87,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         example_input: Any = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
-        self.coefficient = check_coefficient(coefficient)
+        super().__init__(name, layers, exclude)
+        self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target)
         for argument, value, least in (
             ("block_size", block_size, 1),
@@ -301,8 +301,16 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "regularizer"), self.key)
-        self._n_steps = state_dict["n_steps"]
-        self._n_steps_of = dict(state_dict.get("optimizer_steps", {0: self._n_steps}))
+        check_integer("n_steps", state_dict["n_steps"], 0)
+        steps = state_dict.get("optimizer_steps", {0: state_dict["n_steps"]})
+        check_type("optimizer_steps", steps, Mapping, "a mapping from indices of optimisers to their steps")
+        for index, n_steps in steps.items():
+            check_integer("optimizer_steps", index, -1)
+            check_integer("optimizer_steps", n_steps, 0)
+        if state_dict["regularizer"] is not None:
+            check_type("regularizer", state_dict["regularizer"], Mapping, "a state or None")
+            check_state(state_dict["regularizer"], ("vectors",), "The state's `regularizer`")
+        self._n_steps, self._n_steps_of = state_dict["n_steps"], dict(steps)
         self._keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_lip.checks import check_finite
+from lightning_lip.checks import check_finite, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.modules import eval_mode
@@ -125,6 +125,7 @@ def _chunks(
     data: Tensor | Iterable[Any], example_input: object, max_inputs: int
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
     """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
+    check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)

@@ -208,7 +208,8 @@ class SpectralNorms:
             elif loaded is not None:
                 warnings.warn(
                     f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
-                    f"`block_size` ask for {tuple(random.shape)} and finite values, not all zero: its iteration starts afresh.",
+                    f"`block_size` ask for {tuple(random.shape)} and finite values, not all zero: its iteration starts "
+                    "afresh.",
                     stacklevel=2,
                 )
             blocks.append(torch.linalg.qr(random.mT).Q.mT)

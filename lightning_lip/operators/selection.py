@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import eq
@@ -10,6 +10,7 @@ from operator import eq
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_lip.checks import check_items
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import Found, walk
 from lightning_lip.operators.base import LinearOperator
@@ -23,17 +24,25 @@ Selection = str | nn.Module | Sequence[str | nn.Module]
 def _items(selection: Selection, argument: str) -> list[str | nn.Module]:
     if isinstance(selection, (str, nn.Module)):
         return [selection]
-    if not isinstance(selection, Iterable) or isinstance(selection, (Mapping, type)):
-        raise TypeError(
-            f"Expected `{argument}` to be a module name, a glob pattern, a module or a list of them, got {selection!r}."
-        )
-    items = list(selection)
+    items = check_items(argument, selection, "module names, glob patterns or modules, or one of them")
     for item in items:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"Expected `{argument}` to hold module names, glob patterns or modules, got {item!r}.")
     if not items:
         raise ValueError(f"`{argument}` is empty: expected at least one name, pattern or module, or None.")
     return items
+
+
+def check_selection(layers: Selection | None, exclude: Selection | None) -> None:
+    """Check a selection where there is no model yet to select from.
+
+    Raises:
+        TypeError: If it holds anything but names, patterns and modules.
+        ValueError: If it is empty.
+    """
+    for argument, selection in (("layers", layers), ("exclude", exclude)):
+        if selection is not None and not isinstance(selection, Iterator):  # which can be read once only
+            _items(selection, argument)
 
 
 def _matcher(selection: Selection, argument: str, found: Sequence[Found]) -> set[str]:

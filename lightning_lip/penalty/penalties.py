@@ -70,7 +70,8 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
     if not callable(penalty) or isinstance(penalty, type):
         raise TypeError(f"Expected `penalty` to be a name or a callable, got {got(penalty)}.")
     try:
-        inspect.signature(penalty).bind(None, None)
+        # A module is called through its forward.
+        inspect.signature(getattr(penalty, "forward", penalty)).bind(None, None)
     except TypeError as error:
         raise TypeError(f"Expected `penalty` to take (log_sigma, log_bound), {penalty!r} does not: {error}.") from None
     except ValueError:  # a built-in function without a signature

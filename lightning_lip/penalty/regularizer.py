@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.checks import check_coefficient, check_model, check_state
+from lightning_lip.checks import (
+    check_flag,
+    check_items,
+    check_model,
+    check_number,
+    check_state,
+    check_tensor,
+    check_vectors,
+    is_finite_number,
+    shown,
+)
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
@@ -93,7 +103,7 @@ class LipschitzRegularizer:
         backend: kernels.Backend | None = None,
     ) -> None:
         check_model(model, "LipschitzRegularizer")
-        self.coefficient = check_coefficient(coefficient)
+        self.coefficient = check_number("coefficient", coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)
@@ -183,6 +193,15 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
+        if not is_finite_number(scale):
+            check_tensor("scale", scale)
+            if scale.shape != () or not scale.is_floating_point():
+                raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
+        check_flag("advance", advance)
+        if parameters is not None:
+            parameters = check_items("parameters", parameters, "tensors")
+            if not all(isinstance(p, nn.Parameter) for p in parameters):
+                raise TypeError(f"Expected `parameters` to hold parameters of the model, got {shown(parameters)}.")
         return self.accumulate_(scale, advance, parameters).clone()
 
     def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:
@@ -343,9 +362,7 @@ class LipschitzRegularizer:
             ValueError: If it is no such state.
         """
         check_state(state, ("vectors",), "LipschitzRegularizer")
-        if not isinstance(state["vectors"], Mapping):
-            got = type(state["vectors"]).__name__
-            raise TypeError(f'LipschitzRegularizer expected the state\'s "vectors" by layer name, got a {got}.')
+        check_vectors("vectors", state["vectors"])
         self._norms.load_state_dict(state["vectors"])
         self._step = self._step_version = None
 

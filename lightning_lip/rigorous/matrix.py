@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_lip.checks import check_number, check_tensor
 from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
@@ -66,6 +67,9 @@ def certified_matrix_norm(weight: Tensor, estimate: float | None = None) -> floa
         >>> 4 <= bound < 4 + 1e-9
         True
     """
+    check_tensor("weight", weight)
+    if estimate is not None:
+        check_number("estimate", estimate)
     matrix, exponent = scaled_matrix(weight)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.mT
@@ -102,7 +106,8 @@ def scaled_matrix(weight: Tensor) -> tuple[Tensor, int]:
         )
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"Expected a real floating-point matrix of shape (m, n), got {weight.dtype} of shape {tuple(weight.shape)}."
+            f"Expected a weight that is a real floating-point matrix of shape (m, n), got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}."
         )
     matrix = weight.detach().to("cpu", torch.float64)
     if matrix.numel() == 0:

@@ -54,7 +54,7 @@ def test_a_penalty_that_trains_nothing_is_refused_at_the_first_step(case, way):
 
 def test_in_training_too(make_module, make_trainer, regression_data):
     trainer = make_trainer(lightning, callbacks=[LipschitzPenalty(1.0, without_grad)])
-    with pytest.raises(ValueError, match="`penalty` .*without_grad.* does not depend on"):
+    with pytest.raises(ValueError, match=r"`penalty` .*without_grad.* does not depend on"):
         trainer.fit(make_module(lightning), regression_data)
 
 

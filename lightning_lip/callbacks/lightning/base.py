@@ -19,7 +19,7 @@ from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within
 from lightning_lip.checks import check_name
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import refuse_replaced
+from lightning_lip.operators.selection import Selection, check_selection, refuse_replaced
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
@@ -69,13 +69,16 @@ class SelectingCallback(BaseCallback, Generic[Core]):
 
     Args:
         name: Tells several callbacks of one class in one Trainer apart.
+        layers: What to select.
+        exclude: What to leave out.
     """
 
     key: ClassVar[str]
     """What the callback is called in checkpoints and messages, in users' subclasses too."""
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None, layers: Selection | None, exclude: Selection | None) -> None:
         check_name(name)
+        check_selection(layers, exclude)
         self.name = name
         self._core: Core | None = None
         self._model: nn.Module | None = None
