@@ -20,13 +20,15 @@ SHOWN_CHARACTERS = 200
 
 def got(value: object) -> str:
     """Return what was given, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 def shown(value: object) -> str:
-    """Return a value for a message, tensors and arrays by their dtype and shape."""
+    """Return a value for a message: not a tensor's or an array's numbers."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"{got(value)} of {value.dtype}, shape {tuple(value.shape)}"
+        return f"{got(value)}, {value.dtype}"
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
@@ -150,8 +152,13 @@ def check_callable(name: str, value: object, what: str) -> None:
         raise TypeError(f"Expected `{name}` to be a callable {what}, got {shown(value)}.")
 
 
-def check_items(name: str, values: Any, of: str) -> list[Any]:
+def check_items(name: str, values: Any, what: str) -> list[Any]:
     """Return what a sequence, or another iterable, holds.
+
+    Args:
+        name: The argument.
+        values: Its value.
+        what: The right type in words.
 
     Raises:
         TypeError: If it is text or a mapping, or cannot be iterated over.
@@ -162,8 +169,8 @@ def check_items(name: str, values: Any, of: str) -> list[Any]:
         if isinstance(values, Tensor):
             check_tensor(name, values)
         return list(values)
-    except (TypeError, RuntimeError):  # of tensors without a dimension, or sparse ones
-        raise TypeError(f"Expected `{name}` to be a sequence of {of}, got {shown(values)}.") from None
+    except (TypeError, ValueError):  # of tensors without a dimension, say
+        raise TypeError(f"Expected `{name}` to be {what}, got {shown(values)}.") from None
 
 
 def check_numbers(name: str, values: object) -> tuple[float, ...]:
@@ -173,7 +180,7 @@ def check_numbers(name: str, values: object) -> tuple[float, ...]:
         TypeError: If it is none.
     """
     try:
-        numbers = [_plain(value) for value in check_items(name, _plain(values), "numbers")]
+        numbers = [_plain(value) for value in check_items(name, _plain(values), "a sequence of numbers")]
         if not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
             raise TypeError
         return tuple(map(float, numbers))
@@ -221,12 +228,13 @@ def check_tensor(name: str, value: object) -> None:
     """Check that an argument is a tensor that can be computed with: dense, real, and with values.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If it is no tensor.
+        ValueError: If it is sparse, quantised, complex or on the meta device.
     """
     check_type(name, value, Tensor, "a tensor")
     tensor: Any = value
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
-        raise TypeError(f"Expected `{name}` to be a dense tensor of real numbers, got {shown(value)}.")
+        raise ValueError(f"Expected `{name}` to be a dense tensor of real numbers, got {shown(value)}.")
 
 
 def check_array(name: str, values: Any) -> np.ndarray:
@@ -238,6 +246,7 @@ def check_array(name: str, values: Any) -> np.ndarray:
 
     Raises:
         TypeError: If it holds anything but integers and floats.
+        ValueError: If it is a tensor that is sparse, quantised, complex or on the meta device.
     """
     if isinstance(values, Tensor):
         check_tensor(name, values)
@@ -256,7 +265,8 @@ def check_vectors(name: str, value: object) -> None:
     """Check the blocks of singular vectors in a state.
 
     Raises:
-        TypeError: If they are no mapping from names of layers to dense matrices.
+        TypeError: If they are no mapping from names of layers to floating-point matrices.
+        ValueError: If one is sparse, quantised, complex or on the meta device.
     """
     check_type(name, value, Mapping, "a mapping from names of layers to singular vectors")
     blocks: Any = value

@@ -357,14 +357,17 @@ CALLS = {
         {name: kind for name, kind in SPECTRA.items() if name != "multiplicities"} | METRIC | {"log_bound": CALLABLES},
     ),
     "certify": (
-        lambda model, example_input, data=None: lightning_lip.certify(model, example_input, data),
+        lambda model, example_input: lightning_lip.certify(model, example_input),
         lambda: {"model": network(), "example_input": EXAMPLE},
-        {"model": set(), "example_input": set(), "data": {"None"}},
+        {"model": set(), "example_input": set()},
     ),
     "certified_matrix_norm": (
         certified_matrix_norm,
         lambda: {"weight": torch.ones(2, 2)},
-        {"weight": {"2-d", "empty 2-d"}, "estimate": {"None"} | REALS},
+        {
+            "weight": {"2-d", "empty 2-d"},
+            "estimate": REALS | {"None", "-1", "nan", "inf", "-inf", "np nan", "0-d", "0-d nan"},
+        },
     ),
     "rebalance": (
         lightning_lip.rebalance,

@@ -169,7 +169,7 @@ WRONG = {
     "max_value": (ValueError, "`max_value` to be a positive finite number, got True", [lambda: MaxNorm(True)]),
     "vectors": (
         TypeError,
-        'the state\'s "vectors" by layer name, got a int',
+        "`vectors` to be a mapping from names of layers to singular vectors, got 5",
         [
             lambda: LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5}),
         ],

@@ -24,6 +24,7 @@ from lightning_lip.checks import (
     check_numbers,
     check_tensor,
     check_type,
+    got,
     shown,
 )
 from lightning_lip.metrics.plotting import plot_levels
@@ -58,7 +59,7 @@ def feature_ranges(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for index, inputs in enumerate(batches):
         if not isinstance(inputs, Tensor) or inputs.ndim == 0:
             raise TypeError(
-                f"expected training inputs of shape (batch, *features) in batches, got {shown(inputs)} as batch {index}"
+                f"expected training inputs of shape (batch, *features) in batches, got {got(inputs)} as batch {index}"
             )
         if inputs.shape[0] == 0:
             continue
@@ -311,7 +312,7 @@ def _noisy_mean_absolute_error_update(
     predictions = predict(stacked)
     expected = (n_levels * batch_size, *target.shape[1:])
     if not isinstance(predictions, Tensor):
-        raise TypeError(f"expected predict to return one tensor of shape {expected}, got {shown(predictions)}")
+        raise TypeError(f"expected predict to return one tensor of shape {expected}, got {got(predictions)}")
     if predictions.shape != expected:
         raise ValueError(
             f"expected predictions of shape {expected} for {n_levels} noise levels and target of shape "

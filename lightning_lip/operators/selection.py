@@ -24,7 +24,7 @@ Selection = str | nn.Module | Sequence[str | nn.Module]
 def _items(selection: Selection, argument: str) -> list[str | nn.Module]:
     if isinstance(selection, (str, nn.Module)):
         return [selection]
-    items = check_items(argument, selection, "module names, glob patterns or modules, or one of them")
+    items = check_items(argument, selection, "a module name, a glob pattern, a module or a list of them")
     for item in items:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"Expected `{argument}` to hold module names, glob patterns or modules, got {item!r}.")

@@ -199,7 +199,7 @@ class LipschitzRegularizer:
                 raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
         check_flag("advance", advance)
         if parameters is not None:
-            parameters = check_items("parameters", parameters, "tensors")
+            parameters = check_items("parameters", parameters, "a sequence of tensors")
             if not all(isinstance(p, nn.Parameter) for p in parameters):
                 raise TypeError(f"Expected `parameters` to hold parameters of the model, got {shown(parameters)}.")
         return self.accumulate_(scale, advance, parameters).clone()

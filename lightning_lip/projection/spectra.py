@@ -28,13 +28,13 @@ class Spectra:
         metric: Metric | Sequence[float],
         frobenius: Sequence[float | None] | None,
     ) -> None:
-        rows = [check_array("spectra", row) for row in check_items("spectra", spectra, "vectors of singular values")]
+        rows = [check_array("spectra", row) for row in check_items("spectra", spectra, "a sequence of vectors")]
         if not rows:
             raise ValueError("Expected `spectra` to hold the singular values of at least one layer, got none.")
         for index, row in enumerate(rows):
             if row.ndim != 1 or row.size == 0:
                 raise ValueError(
-                    f"Expected `spectra` to hold a non-empty vector for layer {index}, got shape {row.shape}."
+                    f"`spectra`: expected layer {index}'s singular values in a non-empty vector, got {row.shape}."
                 )
         values = np.zeros((len(rows), max(row.size for row in rows)))
         for index, row in enumerate(rows):
@@ -52,7 +52,7 @@ class Spectra:
             costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
         self._ratios = values / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
         if frobenius is not None:
-            frobenius = check_items("frobenius", frobenius, "numbers or None")
+            frobenius = check_items("frobenius", frobenius, "a sequence of numbers and None")
             if len(frobenius) != len(rows):
                 raise ValueError(f"Expected {len(rows)} entries of `frobenius`, one per layer, got {len(frobenius)}.")
             for index, norm in enumerate(frobenius):
@@ -60,7 +60,9 @@ class Spectra:
                     continue
                 f = check_array("frobenius", norm)
                 if f.ndim or not (np.isfinite(f) and (f > 0.0 or f == self.norms[index])):
-                    raise ValueError(f"Expected finite positive norms in `frobenius`, got {norm!r} for layer {index}.")
+                    raise ValueError(
+                        f"`frobenius`: expected a positive Frobenius norm, got {norm!r} for layer {index}."
+                    )
                 if self.norms[index] > 0.0:
                     self._ratios[index, 1:] = 0.0
                     costs[index] *= (f / self.norms[index]) ** 2

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_lip.checks import check_number, check_tensor
+from lightning_lip.checks import check_numbers, check_tensor, check_type
 from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
@@ -67,9 +67,9 @@ def certified_matrix_norm(weight: Tensor, estimate: float | None = None) -> floa
         >>> 4 <= bound < 4 + 1e-9
         True
     """
-    check_tensor("weight", weight)
+    check_type("weight", weight, Tensor, "a matrix")
     if estimate is not None:
-        check_number("estimate", estimate)
+        (estimate,) = check_numbers("estimate", [estimate])
     matrix, exponent = scaled_matrix(weight)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.mT
@@ -109,6 +109,7 @@ def scaled_matrix(weight: Tensor) -> tuple[Tensor, int]:
             f"Expected a weight that is a real floating-point matrix of shape (m, n), got {weight.dtype} of shape "
             f"{tuple(weight.shape)}."
         )
+    check_tensor("weight", weight)
     matrix = weight.detach().to("cpu", torch.float64)
     if matrix.numel() == 0:
         return matrix, 0

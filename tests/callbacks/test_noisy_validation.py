@@ -478,7 +478,7 @@ def test_ddp(dataset, tmp_path):
         ({"feature_min": 0.0}, "no feature_max"),
         ({"feature_max": 0.0}, "no feature_min"),
         ({"feature_min": 1.0, "feature_max": 0.0}, "feature_max >= feature_min"),
-        ({"seed": -1}, "non-negative int"),
+        ({"seed": -1}, "integer of at least 0"),
     ],
 )
 def test_wrong_arguments_are_refused_at_once(kwargs, message):

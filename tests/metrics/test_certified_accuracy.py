@@ -253,8 +253,8 @@ def test_worst_case_mae_is_attained():
         ((-1.0, 1.0, 1.0), "mae as a finite number of at least 0, got -1.0"),
         ((1.0, math.inf, 1.0), "lipschitz as a finite .* where nothing is certified"),
         ((1.0, 1.0, math.nan), "noise_norm as a finite"),
-        ((1.0, 1.0, 1.0, 0), "n_outputs as an int of at least 1, got 0"),
-        ((1.0, 1.0, 1.0, True), "n_outputs as an int of at least 1, got True"),
+        ((1.0, 1.0, 1.0, 0), "`n_outputs` to be an integer of at least 1, got 0"),
+        ((1.0, 1.0, 1.0, True), "`n_outputs` to be an integer of at least 1, got True"),
     ],
 )
 def test_worst_case_mae_refuses(arguments, message):

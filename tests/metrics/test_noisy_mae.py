@@ -387,7 +387,7 @@ def test_feature_ranges_missing_by_default():
 
 @pytest.mark.parametrize("seed", [-1, 1.5, True, None])
 def test_wrong_seed(seed):
-    with pytest.raises(ValueError, match="non-negative int"):
+    with pytest.raises(ValueError, match="integer of at least 0"):
         make_metric(seed=seed)
 
 
