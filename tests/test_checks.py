@@ -184,5 +184,5 @@ def test_wrong_arguments_are_told_at_once(error, owner, arguments, said):
 
 
 def test_vectors_that_are_no_mapping_are_refused():
-    with pytest.raises(TypeError, match='the state\'s "vectors" by layer name, got a int'):
+    with pytest.raises(TypeError, match="`vectors` to be a mapping from names of layers to singular vectors, got 5"):
         LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lip.checks import check_finite, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.modules import eval_mode
@@ -72,6 +73,7 @@ def largest_jacobian_norm(
                         f"Expected floating-point inputs, got {tensor.dtype}: a network has no Jacobian with respect "
                         "to integers; start at the embedding's output."
                     )
+                check_finite("data", tensor)
                 tensor.requires_grad_()
             # Copies, because a network may change its input in place, which a leaf refuses.
             copies = [tensor.clone() for tensor in inputs]
@@ -123,6 +125,7 @@ def _chunks(
     data: Tensor | Iterable[Any], example_input: object, max_inputs: int
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
     """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
+    check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)
