@@ -26,7 +26,7 @@ def in_a_fork(function, *arguments):
     return queue.get()
 
 
-def tested_apart(file, folder, *options, **environment):
+def run_apart(file, folder, *options, **environment):
     """Run a file of tests in a process of its own; returns the cases of JUnit's XML, and the output.
 
     The checkout must not be its working directory: `kernels` is a subpackage of the installed one.

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from support.iterations import tested_apart
+from support.iterations import run_apart
 
 pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases of the interpreter
@@ -21,7 +21,7 @@ NAMES = [
 def outcome(tmp_path_factory):
     """Run all cases once; {test name: [(case, failure or None)]} and the process's output."""
     folder, environment = tmp_path_factory.mktemp("interpreter"), {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    cases, output = tested_apart(CASES, folder, f"--rootdir={CASES.parent}", **environment)
+    cases, output = run_apart(CASES, folder, f"--rootdir={CASES.parent}", **environment)
     results = {}
     for case in cases:
         failure = next((child.attrib.get("message", child.tag) for child in case if child.tag != "system-out"), None)

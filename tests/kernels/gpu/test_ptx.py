@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", minversion="3.3")
 
 from support.gpu import launch, ptx, ptx_grammar, ptx_memory, workloads
-from support.iterations import tested_apart
+from support.iterations import run_apart
 from support.truth import blocks
 
 from lightning_lip.kernels import reference
@@ -330,7 +330,7 @@ def test_a_new_spelling_fails_one_test(tmp_path):
     Path(tmp_path, "respelling.py").write_text(PLUGIN)
     python_path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     options = ["-p", "respelling", "-k", "not new_spelling"]
-    cases, output = tested_apart(__file__, tmp_path, *options, PYTHONPATH=python_path)
+    cases, output = run_apart(__file__, tmp_path, *options, PYTHONPATH=python_path)
     failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     assert [case.get("name") for case in failed] == [workloads.DECODING], output[-4000:]
     message = failed[0].find("failure").text
