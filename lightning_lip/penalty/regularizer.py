@@ -189,10 +189,13 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        if not is_finite_number(scale):
+        if isinstance(scale, Tensor):
             check_tensor("scale", scale)
-            if scale.shape != () or not scale.is_floating_point():
-                raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
+            is_right = scale.shape == () and scale.is_floating_point()
+        else:
+            is_right = is_finite_number(scale)
+        if not is_right:
+            raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
         check_flag("advance", advance)
         if parameters is not None:
             parameters = check_items("parameters", parameters, "a sequence of tensors")
