@@ -19,6 +19,16 @@ def without_autocast() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def without_modes() -> Iterator[None]:
+    """Record no gradients inside the context, and leave surrounding inference mode and autocast regions.
+
+    What is made under inference mode could neither be updated in place later nor be saved for a backward pass.
+    """
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
+        yield
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor (FSDP2, tensor parallel), replicated ones included."""
     # By name: importing torch.distributed.tensor takes a second.

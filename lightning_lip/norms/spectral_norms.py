@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_integers
-from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_autocast
+from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_modes
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, iterates_on_codomain
@@ -71,7 +71,7 @@ class SpectralNorms:
     def step(self) -> kernels.PowerStep:
         """Advance the blocks by `n_iterations` and return the leading singular triplets of the present weights.
 
-        The next call may overwrite the vectors. Of a vector along a sharded side, each rank gets its own part.
+        The next call may overwrite the vectors. Of a vector along a sharded side, a rank gets its part only.
         """
         return self._evaluate(self.n_iterations)
 
@@ -144,9 +144,7 @@ class SpectralNorms:
         """Return the iteration that serves all operators, in their order, if there is one such."""
         return self._groups[0][1] if len(self._groups) == 1 and not self._others else None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def prepare(self) -> list[Tensor]:
         """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
         weights = self._weights()
@@ -159,9 +157,7 @@ class SpectralNorms:
             self._served = served
         return weights
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
         weights = self.prepare()
         whole = self._whole()
@@ -243,9 +239,7 @@ class SpectralNorms:
         others = [i for i in which if not self.operators[i].is_matrix]
         return groups, [(i, MatrixFreeIteration(self.operators[i], blocks[i], self.backend)) for i in others]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def upper(self) -> Tensor:
         """Return upper bounds of the spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
 
@@ -264,9 +258,7 @@ class SpectralNorms:
         estimates, uppers = self._of_present(own, ShardedIteration.upper)
         return torch.stack([upper.to(estimates) for upper in uppers])
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def ritz_values(self) -> list[Tensor]:
         """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
 
@@ -349,9 +341,10 @@ def _images(matrix: Tensor, block: Tensor) -> Tensor:
 
 
 def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
-    """Return the name that an operator's block is saved under, which tells a sharded weight's side from a whole one's.
+    """Return the name under which an operator's block is saved. It says on which side the block lives.
 
-    Their shapes alone would not, for a square weight.
+    That may be another side for a sharded weight than for a whole one, and the shape of a square weight's block does
+    not tell.
     """
     if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
         other_side = not other_side

@@ -228,7 +228,8 @@ class ParametrizedMatrixOperator(MatrixOperator):
 def iterates_on_codomain(weight: Tensor) -> bool:
     """Whether the singular vectors that an iteration keeps of a matrix (m, n) are left ones.
 
-    They live on the shorter side; of a weight that is sharded along one side, on the other; along both, on the domain.
+    They live on the shorter side. For a weight that is sharded along one side, they live on the other one; for a
+    weight that is sharded along both, on the domain.
     """
     sharded = {placement.dim for placement in getattr(weight, "placements", ()) if not placement.is_replicate()}
     return sharded == {1} if sharded else weight.shape[0] < weight.shape[1]

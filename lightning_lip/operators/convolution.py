@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,35 +22,42 @@ from lightning_lip.operators.paddings import PaddingMode, check_padding, pad, pa
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
+class Sizes(NamedTuple):
+    """Shapes of one input and one output, and how far the larger side goes on behind the last tap."""
+
+    domain: tuple[int, ...]
+    codomain: tuple[int, ...]
+    beyond: list[int]
+
+
 class ConvolutionOperator(LinearOperator):
     """A convolution or transposed convolution without its bias, for inputs of one size.
 
     Stride, dilation, groups, padding (numbers, ``"same"``, ``"valid"``), every padding mode and output padding are
     the module's own, read when the operator is made; the adjoint is *exact*.
 
-    A kernel of size 1 without padding is one matrix (c_out, c_in), block-diagonal with groups, at every place that its
-    stride reads. That is the matrix beside an identity: its singular values are the matrix's, and so is the gradient of
-    its norm. The operator is then taken at a single place, whatever the size of the input.
+    A kernel of size 1 without padding applies one matrix (c_out, c_in), block-diagonal with groups, at every place that
+    its stride reads. Its singular values, and the gradient of its norm, are those of that matrix. So the operator is
+    taken at a single place, whatever the size of the input.
 
     Args:
         name: The module's name in the model.
         module: An ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``; its weight may be
             parametrised. A transposed convolution is taken with its own ``output_padding``, as it is called without
             ``output_size``.
-        domain_shape: Shape of one input, (c_in, *spatial).
+        domain_shape: Shape of one input, (c_in, *spatial); None where a subclass finds it later.
 
     Raises:
         UnsupportedLayerError: If the module is no convolution, or has a forward of its own.
         ValueError: If an input of `domain_shape` does not fit the module.
     """
 
-    def __init__(self, name: str, module: nn.Module, domain_shape: Sequence[int]) -> None:
+    def __init__(self, name: str, module: nn.Module, domain_shape: Sequence[int] | None) -> None:
         super().__init__(name, module)
         self._convolution = module = check_convolution(module)
-        # Where the weight comes from is the same question for every layer.
+        # Its weight is a parameter or parametrised, as a linear layer's is.
         parametrized = parametrize.is_parametrized(module, "weight")
         self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
-        self._domain_shape = tuple(int(n) for n in domain_shape)
         self._kernel_size = tuple(module.kernel_size)
         self._stride = tuple(module.stride)
         self._dilation = tuple(module.dilation)
@@ -63,33 +70,40 @@ class ConvolutionOperator(LinearOperator):
         dims = len(self._kernel_size)
         self._forward: Callable[..., Tensor] = getattr(F, f"conv{dims}d")
         self._backward: Callable[..., Tensor] = getattr(F, f"conv_transpose{dims}d")
-        self._codomain_shape = (module.out_channels, *self._output_size())
-        if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
-            self._domain_shape = (module.in_channels, *[1] * len(self._kernel_size))
-            self._codomain_shape = (module.out_channels, *self._output_size())
-        self._beyond = self._unreached()
-        is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and self._pads_itself
-        # The columns of the product are then fewer numbers than the kernel.
-        self._is_product = is_plain and math.prod(self._codomain_shape[1:]) < module.out_channels
+        self._is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and self._pads_itself
+        self._known = None if domain_shape is None else self._at(tuple(int(n) for n in domain_shape))
 
-    def _unreached(self) -> list[int]:
-        """Return how many places at the end of the larger side the strides of the smaller one do not reach."""
-        small, large = self._domain_shape[1:], self._codomain_shape[1:]
-        if not self._transposed:
-            small, large = large, small
+    @property
+    def _sizes(self) -> Sizes:
+        assert self._known is not None
+        return self._known
+
+    def _at(self, domain_shape: tuple[int, ...]) -> Sizes:
+        """Return the sizes for inputs of one shape.
+
+        Raises:
+            ValueError: If such an input does not fit the module.
+        """
+        spatial = self._output_size(domain_shape)
+        if all(k == 1 for k in self._kernel_size) and not any(map(any, self._pairs)):
+            domain_shape = (self._convolution.in_channels, *[1] * len(self._kernel_size))
+            spatial = self._output_size(domain_shape)
+        # How many places at the end of the larger side no tap of the kernel reaches, for each dimension.
+        small, large = (domain_shape[1:], spatial) if self._transposed else (spatial, domain_shape[1:])
         reached = [
             (n - 1) * s + d * (k - 1) + 1
             for n, s, d, k in zip(small, self._stride, self._dilation, self._kernel_size, strict=True)
         ]
-        return [n + sum(pair) - reach for n, pair, reach in zip(large, self._pairs, reached, strict=True)]
+        beyond = [n + sum(pair) - reach for n, pair, reach in zip(large, self._pairs, reached, strict=True)]
+        return Sizes(domain_shape, (self._convolution.out_channels, *spatial), beyond)
 
-    def _output_size(self) -> tuple[int, ...]:
-        channels, *spatial = self._domain_shape or (0,)
+    def _output_size(self, domain_shape: tuple[int, ...]) -> tuple[int, ...]:
+        channels, *spatial = domain_shape or (0,)
         dims, expected = len(self._kernel_size), self._convolution.in_channels
         if channels != expected or len(spatial) != dims or any(n < 1 for n in spatial):
             raise ValueError(
                 f"Expected layer {self.name!r} to take inputs of shape ({expected}, then {dims} sizes of at least 1), "
-                f"got {self._domain_shape}: give the shape of one input, without the batch."
+                f"got {domain_shape}: give the shape of one input, without the batch."
             )
         check_padding(spatial, self._pairs, self._mode)
         sizes = []
@@ -100,7 +114,7 @@ class ConvolutionOperator(LinearOperator):
             sizes.append((n - 1) * s - sum(pair) + reach + o if self._transposed else (n + sum(pair) - reach) // s + 1)
         if any(size < 1 for size in sizes):
             raise ValueError(
-                f"Layer {self.name!r} has no output for inputs of shape {self._domain_shape}: its output would have "
+                f"Layer {self.name!r} has no output for inputs of shape {domain_shape}: its output would have "
                 f"size {tuple(sizes)}. Give the shape of the layer's own input."
             )
         return tuple(sizes)
@@ -110,19 +124,19 @@ class ConvolutionOperator(LinearOperator):
         return self._convolution.transposed
 
     @property
-    def spatial(self) -> tuple[int, ...]:
+    def spatial(self) -> tuple[int, ...] | None:
         """The spatial size of one input; ones for a kernel of size 1 without padding."""
-        return self._domain_shape[1:]
+        return self._sizes.domain[1:]
 
     @property
     def domain_shape(self) -> tuple[int, ...]:
         """Shape (c_in, *spatial)."""
-        return self._domain_shape
+        return self._sizes.domain
 
     @property
     def codomain_shape(self) -> tuple[int, ...]:
         """Shape (c_out, *spatial)."""
-        return self._codomain_shape
+        return self._sizes.codomain
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -142,8 +156,8 @@ class ConvolutionOperator(LinearOperator):
         if not self._transposed:
             return self._upsample(outputs)
         inputs = self._convolve(outputs)
-        # Output padding of a stride or more (dilation > stride) leaves room for further places: they are no inputs.
-        for dim, size in enumerate(self._domain_shape[1:], start=2):
+        # Output padding of a stride or more (dilation > stride) makes the convolution return places that are no inputs.
+        for dim, size in enumerate(self._sizes.domain[1:], start=2):
             inputs = inputs.narrow(dim, 0, size)
         return inputs
 
@@ -154,7 +168,7 @@ class ConvolutionOperator(LinearOperator):
     def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the gradient of ``<u, A v>``, which is linear in the kernel: of its shape, in the vectors' dtype."""
         weight = self.weight().detach().to(left.dtype)  # only its shape matters
-        outputs, inputs = left.view(1, *self._codomain_shape), right.view(1, *self._domain_shape)
+        outputs, inputs = left.view(1, *self.codomain_shape), right.view(1, *self.domain_shape)
         if not self._pads_itself:
             inputs = pad(inputs, self._pairs, self._mode)
         with _fp32_kept(inputs):
@@ -176,7 +190,7 @@ class ConvolutionOperator(LinearOperator):
     def norm_gradients(
         self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of :meth:`norm`, which is not formed: it would take as long again."""
+        """Return the gradients of :meth:`norm` without its value, which would double the time."""
         with torch.enable_grad():
             weight = self.weight()
         gradient = self.weight_gradient(left, right).to(weight.dtype)
@@ -189,18 +203,21 @@ class ConvolutionOperator(LinearOperator):
     ) -> None:
         """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
 
-        On the CPU that is one product of matrices, added in place, where the places are fewer than the channels.
+        On the CPU, where there are fewer places than output channels, it is one matrix product that is added in place.
         """
         kernel = self._convolution._parameters.get("weight")
         grad = kernel.grad if kernel is not None and [*map(id, parameters)] == [id(kernel)] else None
-        is_product = self._is_product and type(grad) is Tensor and grad.is_contiguous() and grad.dtype == left.dtype
+        channels, *places = self.codomain_shape
+        # The input unfolded into columns is then smaller than the kernel.
+        is_product = self._is_plain and math.prod(places) < channels
+        is_product = is_product and type(grad) is Tensor and grad.is_contiguous() and grad.dtype == left.dtype
         if grad is None or isinstance(factor, Tensor) or not is_product or left.device.type != "cpu":
             super().add_norm_gradients_(factor, left, right, parameters)
         elif factor != 0:
-            inputs = right.view(1, *self._domain_shape)
+            inputs = right.view(1, *self.domain_shape)
             padding: Any = self._padding
             columns = F.unfold(inputs, self._kernel_size, self._dilation, padding, self._stride)[0]
-            outputs = left.view(self._codomain_shape[0], -1)
+            outputs = left.view(channels, -1)
             grad.view(len(outputs), -1).addmm_(outputs, columns.mT, alpha=factor)
 
     def _convolve(self, inputs: Tensor) -> Tensor:
@@ -215,7 +232,7 @@ class ConvolutionOperator(LinearOperator):
         """Apply the transposed convolution, then crop by the padding or add the padded places to their sources."""
         weight, groups = self.weight().to(inputs.dtype), self._convolution.groups
         padding: Any = self._padding
-        beyond: Any = self._beyond
+        beyond: Any = self._sizes.beyond
         with _fp32_kept(inputs):
             outputs = self._backward(inputs, weight, None, self._stride, padding, beyond, groups, self._dilation)
         return outputs if self._pads_itself else pad_adjoint(outputs, self._pairs, self._mode)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
-from lightning_lip.operators.convolution import ConvolutionOperator, check_convolution
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolution import ConvolutionOperator, Sizes
 from lightning_lip.operators.known import check_weight
 
 
@@ -35,7 +35,7 @@ class _Recorder:
             self.other = shape  # the warning comes later: a compiled forward pass could not give it
 
 
-class RecordedConvolution(LinearOperator):
+class RecordedConvolution(ConvolutionOperator):
     """A :class:`ConvolutionOperator` at the size of the first input that the module sees with gradients enabled.
 
     A forward pre-hook records it, until :meth:`stop_recording` or the end of the operator. If the size changes later,
@@ -50,16 +50,12 @@ class RecordedConvolution(LinearOperator):
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__(name, module)
-        check_convolution(module)
-        parametrized = parametrize.is_parametrized(module, "weight")
-        if not parametrized:
+        super().__init__(name, module, None)
+        if not parametrize.is_parametrized(module, "weight"):
             check_weight(module)
-        self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
         self._recorder, self._warned = _Recorder(), False
         self._handle = module.register_forward_pre_hook(self._recorder)
         _forget_compiled_code()
-        self._known: ConvolutionOperator | None = None
 
     def stop_recording(self) -> None:
         """Take the hook off the module; a size that is known stays."""
@@ -71,7 +67,7 @@ class RecordedConvolution(LinearOperator):
             self.stop_recording()
 
     @property
-    def _operator(self) -> ConvolutionOperator:
+    def _sizes(self) -> Sizes:
         if self._known is None:
             if self._recorder.shape is None:
                 raise RuntimeError(
@@ -79,7 +75,7 @@ class RecordedConvolution(LinearOperator):
                     f"first, or pass example_input=; a layer that training never calls is left out with "
                     f"exclude={self.name!r}."
                 )
-            self._known = ConvolutionOperator(self.name, self.module, self._recorder.shape)
+            self._known = self._at(self._recorder.shape)
         if self._recorder.other is not None and not self._warned:
             self._warned = True
             warnings.warn(
@@ -93,53 +89,6 @@ class RecordedConvolution(LinearOperator):
     def spatial(self) -> tuple[int, ...] | None:
         """The spatial size of one input; None while it is unknown."""
         return None if self._recorder.shape is None else self._recorder.shape[1:]
-
-    @property
-    def domain_shape(self) -> tuple[int, ...]:
-        """Shape (c_in, *spatial)."""
-        return self._operator.domain_shape
-
-    @property
-    def codomain_shape(self) -> tuple[int, ...]:
-        """Shape (c_out, *spatial)."""
-        return self._operator.codomain_shape
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The kernel, or the parameters that its parametrization computes it from."""
-        return self._source.parameters
-
-    def weight(self) -> Tensor:
-        """Return the kernel; one that is not parametrised also while the input's size is unknown."""
-        return self._operator.weight() if parametrize.is_parametrized(self.module, "weight") else self.parameters[0]
-
-    def apply(self, inputs: Tensor) -> Tensor:
-        """Map (r, *domain_shape) to (r, *codomain_shape)."""
-        return self._operator.apply(inputs)
-
-    def adjoint(self, outputs: Tensor) -> Tensor:
-        """Map (r, *codomain_shape) to (r, *domain_shape)."""
-        return self._operator.adjoint(outputs)
-
-    def norm(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return ``<u, A v>``, shape ()."""
-        return self._operator.norm(left, right)
-
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return the gradient of :meth:`norm` in the kernel."""
-        return self._operator.weight_gradient(left, right)
-
-    def norm_gradients(
-        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of :meth:`norm` in some of the parameters."""
-        return self._operator.norm_gradients(left, right, parameters)
-
-    def add_norm_gradients_(
-        self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
-    ) -> None:
-        """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some of the parameters."""
-        self._operator.add_norm_gradients_(factor, left, right, parameters)
 
 
 def stop_recording(operators: Iterable[LinearOperator]) -> None:

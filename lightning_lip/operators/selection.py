@@ -111,11 +111,11 @@ def select(model: nn.Module, layers: Selection | None = None, exclude: Selection
     unique: dict[int, Found] = {}
     for f in found:
         unique.setdefault(id(f.module), f)
-    named_parameters = [
-        Found(f"{f.name}.{key}" if f.name else key, f.module, 0)
-        for f in unique.values()
-        for key in f.module._parameters
-    ]
+    own_keys = {
+        index: {f"{f.name}.{key}" if f.name else key: key for key in f.module._parameters}
+        for index, f in unique.items()
+    }
+    named_parameters = [Found(name, f.module, 0) for index, f in unique.items() for name in own_keys[index]]
     selected = None if layers is None else _matcher(layers, "layers", found)
     excluded = set() if exclude is None else _matcher(exclude, "exclude", [*found, *named_parameters])
     # A module that stands under several names is one module, whichever name it was selected by.
@@ -125,7 +125,7 @@ def select(model: nn.Module, layers: Selection | None = None, exclude: Selection
     for f in unique.values():
         if id(f.module) not in selected_ids or id(f.module) in excluded_ids or not carries_weight(f.module):
             continue
-        own = {f"{f.name}.{key}" if f.name else key: key for key in f.module._parameters}
+        own = own_keys[id(f.module)]
         left = tuple(name for name in own if name not in excluded)
         computed = f.module._modules.get("parametrizations") if parametrize.is_parametrized(f.module) else None
         only_biases = not isinstance(computed, nn.ModuleDict) or not set(computed) - {"bias"}

@@ -3,8 +3,8 @@
 The operator is handed the parameters, so that the compiler knows what the penalty depends on, and finds the
 :class:`lightning_lip.LipschitzRegularizer` by its handle; what that computes is hidden from the compiler, singular
 vectors that advance included. Value and gradient are formed together: the gradient is as large as the parameters and
-lives until the backward pass. There is no second derivative. A traced bound over batch normalisation reads the running
-statistics of before the compiled call, at whose end the compiler updates them.
+lives until the backward pass. There is no second derivative. The compiler updates running statistics at the end of a
+compiled call, so that a traced bound over batch normalisation reads those from before the call.
 """
 
 from __future__ import annotations

@@ -26,14 +26,14 @@ LARGEST_SHIFT = 1000.0
 
 
 class Allocation:
-    """Which norms can move, G of the L, and the bound as a function of their logarithms.
+    """The G of the L norms that can be lowered, and the bound as a function of their logarithms.
 
     Args:
         bound: The product or the network's bound, of L operators.
         layers: The G layers, at least one; the operators of one layer move together.
         spectra: Their singular values, or the norm alone where they are scaled; the largest is positive.
         frobenius: The Frobenius norms of those that are scaled, None where they are clipped.
-        log_norms: Of all operators, shape (L,).
+        log_norms: The logarithms of all operators' norms, shape (L,).
     """
 
     def __init__(

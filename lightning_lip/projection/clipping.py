@@ -1,10 +1,12 @@
 """The convex problem inside the joint projection: how far to clip every layer so that a linear constraint holds.
 
-Layer l is clipped by ``u_l = log(sigma_l1 / c_l)``: its singular values above c_l become c_l. In units of its own norm,
-with the depth ``delta = 1 - e^-u`` and the deficits ``e_i = 1 - sigma_li / sigma_l1``, that costs
-``q_l phi_l(u_l)``, ``phi(u) = sum_i (delta - e_i)_+^2``. phi is convex for ``u <= log 2``: with k values clipped and
-``S = sum_i (delta - e_i)_+``, ``phi'' = 2 (1 - delta) (k (1 - delta) - S)`` and ``S <= k delta <= k (1 - delta)``.
-Deficits instead of singular values: nothing cancels where almost nothing is clipped.
+Clipping layer l by ``u_l = log(sigma_l1 / c_l)`` sets its singular values above c_l to c_l. Let ``delta = 1 - e^-u`` be
+the depth and ``e_i = 1 - sigma_li / sigma_l1`` the deficits, both in units of the layer's norm. The cost is
+``q_l phi_l(u_l)`` with ``phi(u) = sum_i (delta - e_i)_+^2``.
+
+phi is convex for ``u <= log 2``: with k values clipped and ``S = sum_i (delta - e_i)_+``,
+``phi'' = 2 (1 - delta) (k (1 - delta) - S)``, and ``S <= k delta <= k (1 - delta)``. Deficits stand for singular values
+because they do not cancel where almost nothing is clipped.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ class ClippingProblem:
     def __init__(self, deficits: FloatArray, costs: FloatArray) -> None:
         # No cap falls below half the norm, so smaller values are never clipped.
         self._deficits = deficits[:, : max(1, int((deficits < 0.5).sum(axis=1).max()))]
-        # Floored: where a layer costs nothing beside another, its share is decided by the box alone.
+        # A floor, not to divide by zero: where a layer costs next to nothing, the box alone decides how far it goes.
         self._costs = np.maximum(costs / costs.max(), 1e-250)
         counts = np.arange(1.0, self._deficits.shape[1] + 1.0)
         self._sums = np.cumsum(self._deficits, axis=1)
-        # The pressure (1 - delta) S(delta), half the derivative of phi, where the k-th value begins to be clipped ...
+        # The pressure is (1 - delta) S(delta), half the derivative of phi. Where the k-th value begins to be clipped:
         pressures = (1.0 - self._deficits) * (counts * self._deficits - self._sums)
         self._breaks = np.where(self._deficits < 0.5, pressures, np.inf)
-        # ... and at the end of the box.
+        # At the end of the box, u = log 2:
         self._largest = 0.5 * np.maximum(0.5 - self._deficits, 0.0).sum(axis=1)
         self._rows = np.arange(len(costs))
 
@@ -57,7 +59,7 @@ class ClippingProblem:
         E = self._sums[self._rows, k - 1]
         root = np.sqrt(np.maximum((k - E) ** 2 - 4.0 * k * m, 0.0))
         depths = np.minimum(2.0 * (E + m) / (k + E + root), 0.5)
-        # The slope is infinite at the end of the box where all values are equal; there any large number does.
+        # If all values are equal, the slope is infinite at the end of the box: any large number serves there.
         slopes = np.where(pressures < self._largest, 1.0 / ((1.0 - depths) * np.maximum(root, 1e-12)), 0.0)
         u: FloatArray = -np.log1p(-depths)
         return u, slopes
@@ -71,7 +73,7 @@ class ClippingProblem:
     def is_global(self, u: FloatArray) -> bool:
         """Return whether no point outside the box can be nearer than `u`: *exact*, up to a rounding of 1e-12.
 
-        Outside, some layer is clipped below half its norm, and costs more than clipping it to the half.
+        Outside the box some layer is clipped below half its norm, which alone costs more than clipping it to the half.
         """
         outside = self.distances(np.full(len(u), LOG_2)).min()
         return bool(self.distances(u).sum() <= outside * (1.0 + 1e-12))
@@ -82,7 +84,7 @@ class ClippingProblem:
         KKT: the pressure on layer l is ``mu a_l / q_l``. Safeguarded Newton on mu.
 
         Args:
-            a: Coefficients >= 0, shape (L,), not all 0. Where 0, u is exactly 0.
+            a: Coefficients >= 0, shape (L,), not all 0. A layer with the coefficient 0 gets u = 0 exactly.
             d: Positive. At ``log 2 sum(a)`` and above, u is log 2 wherever a > 0.
         """
         rates = a / self._costs
@@ -106,7 +108,8 @@ class ClippingProblem:
                 break
             mu = following
         if slope > 0.0:
-            # What mu cannot resolve (u goes as a square root near the end of the box) goes where u moves most.
+            # Near the end of the box u changes faster than mu can resolve, like a square root: the rest that is
+            # missing goes to the layers whose u moves most.
             u = np.clip(u + missing * (rates * slopes / slope), 0.0, LOG_2)
         return u, mu
 

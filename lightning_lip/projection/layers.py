@@ -24,12 +24,11 @@ N_MARGIN_VECTORS = 2
 """A block holds at least so many vectors more than singular values are clipped."""
 
 N_GROWTH_ITERATIONS = 4
-"""Iterations of a block that got further random vectors."""
-
+"""Iterations after random vectors were added to a block."""
 
 REACH = 0.8
-"""A block must hold singular values down to this share of the cap: what lies just below it becomes leading by being
-clipped, and the iteration finds what is beyond the block at a rate of ``(sigma_{r+1} / cap)^2``."""
+"""A block must hold singular values down to this share of the cap. Clipping lowers the leading ones to the cap, so that
+the largest value beyond the block is found at a rate of ``(sigma_{r+1} / cap)^2``: it must lie well below the cap."""
 
 MAX_ITERATIONS = 30
 """Iterations a step at most."""
@@ -99,21 +98,19 @@ class ClippedLayer(ProjectedLayer):
         weight = self.parameter.detach()
         return weight if weight.shape[0] >= weight.shape[1] else weight.mT
 
+    def _converted(self) -> Tensor:
+        return self._matrix().to(compute_dtype(self.parameter.dtype))
+
     def ritz(self, n_iterations: int) -> Triplets:
         """Advance the block and return its Ritz triplets, *estimates (from below)*; exact where it is the whole space.
 
         Raises:
             ValueError: If the weight is not finite.
         """
-        matrix = self._matrix()
-        dtype = compute_dtype(matrix.dtype)
-        converted = matrix.to(dtype)
-        block = self.block
-        if block is None:
-            block, n_iterations = self._random(self.block_size, converted), N_START_ITERATIONS
-        elif block.device != matrix.device or block.dtype != dtype:
-            block = block.to(matrix.device, dtype)
-        return self._iterate(matrix, converted, block, n_iterations)
+        converted = self._converted()
+        if self.block is None:
+            return self._iterate(converted, self._random(self.block_size, converted), N_START_ITERATIONS)
+        return self._iterate(converted, self.block.to(converted), n_iterations)
 
     def needs_more(self, triplets: Triplets, cap: float) -> bool:
         """Whether the block does not reach far enough below the cap, or lacks values that exceed it."""
@@ -122,27 +119,26 @@ class ClippedLayer(ProjectedLayer):
 
     def grown(self) -> Triplets:
         """Add random vectors to the block, half as many as it holds, iterate, and return its Ritz triplets."""
-        matrix = self._matrix()
-        converted = matrix.to(compute_dtype(matrix.dtype))
+        converted = self._converted()
         assert self.block is not None
-        self.block_size = min(self.block_size + max(4, self.block_size // 2), matrix.shape[1])
+        self.block_size = min(self.block_size + max(4, self.block_size // 2), converted.shape[1])
         fresh = self._random(self.block_size - self.block.shape[1], converted)
         block = torch.linalg.qr(torch.cat([self.block, fresh], 1)).Q
-        return self._iterate(matrix, converted, block, N_GROWTH_ITERATIONS)
+        return self._iterate(converted, block, N_GROWTH_ITERATIONS)
 
-    def _iterate(self, matrix: Tensor, converted: Tensor, block: Tensor, n_iterations: int) -> Triplets:
+    def _iterate(self, matrix: Tensor, block: Tensor, n_iterations: int) -> Triplets:
         """Iterate at least `n_iterations` times, and on until the leading Ritz value rises by less than a tolerance."""
         for iteration in range(1, MAX_ITERATIONS + 1):
             # Householder QR, not Gram matrices: nothing is squared, so no magnitude overflows.
-            basis, triangle = torch.linalg.qr(converted @ block)
+            basis, triangle = torch.linalg.qr(matrix @ block)
             if not bool(triangle.isfinite().all()):
                 raise self._not_finite()
             before = torch.linalg.svdvals(triangle)[0]
-            block, sigma, rotation = torch.linalg.svd(converted.mT @ basis, full_matrices=False)
+            block, sigma, rotation = torch.linalg.svd(matrix.mT @ basis, full_matrices=False)
             if iteration >= n_iterations and bool(sigma[0] <= before * (1 + RISE)):
                 break
         self.block = block
-        return Triplets(basis @ rotation.mT, sigma, block, matrix)
+        return Triplets(basis @ rotation.mT, sigma, block, self._matrix())
 
     def svd(self) -> Triplets:
         """Return all singular triplets in fp64; the block becomes the leading ones at :meth:`keep`.
@@ -180,7 +176,7 @@ class ClippedLayer(ProjectedLayer):
     def clip_(self, triplets: Triplets, cap: float) -> None:
         """Write the weight with the given singular values clipped at `cap`: ``A - U (Sigma - cap)_+ V^T``."""
         if cap < triplets.sigma[0] / 2:
-            # That would cancel, down to roundings of the size of the norm, not of the cap.
+            # The subtraction below would cancel: its rounding errors have the size of the norm, not of the cap.
             if triplets.sigma.dtype != torch.float64 or triplets.sigma.numel() < min(self.parameter.shape):
                 triplets = self.svd()
             clipped = (triplets.left * triplets.sigma.clamp(max=cap)) @ triplets.right.mT
@@ -209,7 +205,7 @@ def projected_layers(
     """Return the weights that a projection can change, and why it cannot change those of the other operators.
 
     Args:
-        bound: Of the L operators of the network; what it has selected may change.
+        bound: The bound of the network's L operators; only layers that it has selected may change.
         clip: Whether matrices are clipped; otherwise they are scaled like all others.
         block_size: Vectors a clipped layer.
         seed: Of the blocks.
@@ -248,7 +244,7 @@ def projected_layers(
 
 
 def _writable(op: LinearOperator) -> nn.Parameter | str:
-    """Return the parameter in which an operator is homogeneous and which training leaves effective, or why none is."""
+    """Return the parameter whose factor is the operator's factor, also in training, or why there is none."""
     if op.direct_parameter is not None:
         return op.direct_parameter
     if isinstance(op, ScaledOperator):

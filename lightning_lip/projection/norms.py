@@ -1,4 +1,4 @@
-"""The norms of all operators of a network that is projected: estimated at a step, certified where it must be exact."""
+"""The norms of a projected network's operators: estimated for a step, certified for the exact projection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_lip.rigorous.operators import certified_norm
 
 
 class OperatorNorms:
-    """The L operators' norms: those of clipped layers from their triplets, the others' by blocks of their own.
+    """The norms of the L operators. Clipped layers bring theirs as triplets; the other operators have blocks here.
 
     Args:
         operators: The L operators.

@@ -23,7 +23,7 @@ from lightning_lip.checks import (
 )
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import without_modes
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Selection
@@ -182,9 +182,7 @@ class LipschitzProjector:
         """What is held: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
         return self._bound.kind
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def step(self) -> Projection:
         """Project after a step of training, by *estimated* norms; weights within the target stay bit for bit.
 
@@ -226,9 +224,7 @@ class LipschitzProjector:
         log_norms = allocation.log_norms(np.log(caps.caps))
         return self._result(caps, log_norms, self._log_bound(log_norms), certified=False)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    @without_autocast()
+    @without_modes()
     def exact(self) -> Projection:
         """Project by full singular value decompositions, so that the *certified upper bound* is at most the target.
 

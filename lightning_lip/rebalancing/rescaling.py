@@ -19,7 +19,7 @@ from lightning_lip.checks import check_flag, check_model
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder
 from lightning_lip.graph.tracing import RESHAPES, TracedModel, operation_name, trace
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import without_modes
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.rebalancing.least_product import evened, least_product
 from lightning_lip.rigorous.chain import product_bound
@@ -74,9 +74,7 @@ class _Layer:
     bias: nn.Parameter | None
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-@without_autocast()
+@without_modes()
 def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool = True) -> Rebalanced:
     """Rescale a network's hidden units in place: the same function, with a smaller certified product of norms.
 
@@ -93,7 +91,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
 
     Call it after training. An optimiser's state, and averaged or saved copies of the weights, belong to the old
     scaling: make the optimiser anew if training goes on. Hidden activations are rescaled too, by up to 2^32 for units
-    that nothing depends on: what reads them, outside of the traced forward pass, must not.
+    that nothing depends on: code that reads them outside of the traced forward pass will see other numbers.
 
     Args:
         model: The network, a LightningModule as well. fp32 or fp64 weights, trainable, not shared or parametrised.

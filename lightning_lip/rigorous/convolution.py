@@ -57,7 +57,6 @@ def certified_convolution_norm(
     padding: str | int | Sequence[int] = 0,
     padding_mode: PaddingMode = "zeros",
     transposed: bool = False,
-    output_padding: int | Sequence[int] = 0,
     spatial: Sequence[int] | None = None,
     grid: int | None = None,
 ) -> float:
@@ -84,8 +83,7 @@ def certified_convolution_norm(
         groups: A divisor of ``weight.shape[0]``.
         padding: One number, one a dimension, ``"same"`` or ``"valid"``. Its size matters to the padding modes only.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``; zeros for a transposed convolution.
-        transposed: Whether the weight is a transposed convolution's.
-        output_padding: Taken for completeness: it does not change the bound.
+        transposed: Whether the weight is a transposed convolution's, whose output padding does not change the bound.
         spatial: The size of the input; None bounds the operators of all sizes.
         grid: Frequencies along each dimension, at least the number of taps there; None takes 16 (h - 1), h the number
             of taps once the stride is removed. More of them cost more time for a tighter bound.
@@ -112,7 +110,6 @@ def certified_convolution_norm(
         raise ValueError(f"Expected a padding mode of torch.nn's convolutions, got {padding_mode!r}.")
     if transposed and padding_mode != "zeros":
         raise ValueError(f"Expected a transposed convolution to have padding mode 'zeros', got {padding_mode!r}.")
-    _per_dimension("output_padding", output_padding, dims, least=0)
     kernel_size = tuple(weight.shape[2:])
     strides = _per_dimension("stride", stride, dims)
     dilations = _per_dimension("dilation", dilation, dims)
@@ -139,10 +136,10 @@ def certified_convolution_norm(
     return ldexp_up(bound, exponent)
 
 
-def _per_dimension(argument: str, value: int | Sequence[int], dims: int, least: int = 1) -> tuple[int, ...]:
+def _per_dimension(argument: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or any(v < least for v in values):
-        raise ValueError(f"Expected `{argument}` to be {dims} numbers of at least {least}, got {value!r}.")
+    if len(values) != dims or any(v < 1 for v in values):
+        raise ValueError(f"Expected `{argument}` to be {dims} numbers of at least 1, got {value!r}.")
     return values
 
 

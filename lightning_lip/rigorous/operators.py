@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
 from lightning_lip.operators.convolution import ConvolutionOperator, check_convolution
-from lightning_lip.operators.recorded import RecordedConvolution
 from lightning_lip.rigorous.convolution import certified_convolution_norm
 from lightning_lip.rigorous.evaluation import Evaluation, evaluated
 from lightning_lip.rigorous.matrix import SMALLEST_NORMAL, certified_matrix_norm
@@ -40,14 +39,13 @@ def certified_norm(operator: LinearOperator, weight: Evaluation | None = None) -
     return sum_up([certified_matrix_norm(weight.value), weight.error_norm()])
 
 
-@certified_norm.register(ConvolutionOperator)
-@certified_norm.register(RecordedConvolution)
+@certified_norm.register
 @torch.no_grad()
-def _(operator: ConvolutionOperator | RecordedConvolution, weight: Evaluation | None = None) -> float:
+def _(operator: ConvolutionOperator, weight: Evaluation | None = None) -> float:
     weight = evaluated(operator.weight) if weight is None else weight
     module = check_convolution(operator.module)
 
-    names = ("stride", "dilation", "padding", "padding_mode", "transposed", "output_padding")
+    names = ("stride", "dilation", "padding", "padding_mode", "transposed")
     settings: dict[str, Any] = {name: getattr(module, name) for name in names}
 
     def norm(kernel: Tensor, groups: int) -> float:

@@ -294,25 +294,6 @@ def test_saved_vectors_that_are_not_finite_start_afresh():
         assert norms.current().sigma.isfinite().all()
 
 
-def test_one_call_adds_what_step_and_update_add():
-    model, other = net(), net()
-    norms, in_parts = norms_of(model, block_size=4), norms_of(other, block_size=4)
-    model[2].weight.requires_grad_(False)
-    for advance in (True, True, False):
-        value = norms.penalise_(PENALTY_CODES["log"], 0.0, 0.5, advance, {id(model[0].weight)})
-        step = in_parts.step() if advance else in_parts.current()
-        torch.testing.assert_close(value, 0.5 * step.sigma.log().sum(), rtol=1e-6, atol=0)
-        in_parts.rank_one_update_([grad_of(other[0].weight), None, None], 0.5 / step.sigma)
-    torch.testing.assert_close(model[0].weight.grad, other[0].weight.grad, rtol=1e-5, atol=1e-7)
-    assert model[2].weight.grad is None  # frozen
-    assert model[4].weight.grad is None  # not allowed
-
-
-def grad_of(weight):
-    weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    return weight.grad
-
-
 def test_one_call_follows_replaced_weights_and_loaded_blocks():
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     start = copy.deepcopy(model.state_dict())

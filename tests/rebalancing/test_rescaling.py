@@ -351,54 +351,46 @@ def tie_unreached(model):
     model[3].weight = model[0].weight
 
 
+COMPUTED = "its weight is computed, or no parameter"
+
+
 @pytest.mark.parametrize(
-    ("tie", "reason"),
+    ("change", "reasons"),
     [
-        (lambda m: m.extend([nn.ReLU(), m[2]]), "shared"),
-        (lambda m: setattr(m[2], "weight", m[0].weight), "its weight is shared with another layer, or used more"),
-        (lambda m: setattr(m[2], "bias", m[0].bias), "its bias is shared"),
-        (tie_memory, "lies in another layer's memory"),
-        (tie_unreached, "its weight is shared"),
+        (lambda m: m.extend([nn.ReLU(), m[2]]), ["shared"]),
+        (lambda m: setattr(m[2], "weight", m[0].weight), ["its weight is shared with another layer, or used more"]),
+        (lambda m: setattr(m[2], "bias", m[0].bias), ["its bias is shared"]),
+        (tie_memory, ["lies in another layer's memory"]),
+        (tie_unreached, ["its weight is shared"]),
+        (
+            lambda m: m[0].weight.requires_grad_(False),
+            ["0 (Linear), aten.linear.default: its weight is frozen"],
+        ),
+        (lambda m: m[2].bias.requires_grad_(False), ["its bias is frozen"]),
+        (lambda m: parametrizations.weight_norm(m[0]), ["0 (ParametrizedLinear)", COMPUTED]),
+        (lambda m: parametrizations.spectral_norm(m[0]), ["0 (ParametrizedLinear)", COMPUTED]),
+        (lambda m: prune.random_unstructured(m[2], "weight", amount=0.5), ["2 (Linear)", COMPUTED]),
+        (lambda m: m.half(), ["only dense fp32 and fp64 are rescaled", "torch.float16"]),
+        (lambda m: m.bfloat16(), ["only dense fp32 and fp64 are rescaled", "torch.bfloat16"]),
     ],
-    ids=["reused", "weight", "bias", "memory", "unreached"],
 )
-def test_shared_weights_are_refused(tie, reason):
+def test_weights_that_cannot_be_rescaled_are_refused(change, reasons):
     model = mlp(6, 6, 6)
-    tie(model)
-    refused(model, torch.zeros(1, 6), reason)
+    change(model)
+    message = refused(model, torch.zeros(1, 6, dtype=model[0].weight.dtype), *reasons)
+    assert COMPUTED not in reasons or message.count("  - ") == 1
+
+
+def test_pruning_made_permanent_is_no_obstacle():
+    model = mlp(6, 12, 2)
+    prune.random_unstructured(model[2], "weight", amount=0.5)
+    prune.remove(model[2], "weight")
+    assert check(model, torch.zeros(1, 6), 6).changed
 
 
 def test_one_layer_under_two_names_is_one_layer():
     model = mlp(6, 6, 6)
     assert rebalance(Lambda(lambda m, x: m.net(x), net=model, head=model[2]), torch.zeros(1, 6)).changed
-
-
-def test_frozen_layers_are_refused():
-    model = mlp(6, 12, 2)
-    model[0].weight.requires_grad_(False)
-    refused(model, torch.zeros(1, 6), "0 (Linear), aten.linear.default: its weight is frozen")
-    model[0].weight.requires_grad_(True)
-    model[2].bias.requires_grad_(False)
-    refused(model, torch.zeros(1, 6), "its bias is frozen")
-
-
-def test_computed_weights_are_refused():
-    example = torch.zeros(1, 6)
-    for change in (parametrizations.weight_norm, parametrizations.spectral_norm):
-        model = mlp(6, 12, 2)
-        change(model[0])
-        message = refused(model, example, "0 (ParametrizedLinear)", "its weight is computed, or no parameter")
-        assert message.count("  - ") == 1
-    model = mlp(6, 12, 2)
-    prune.random_unstructured(model[2], "weight", amount=0.5)
-    refused(model, example, "2 (Linear)", "its weight is computed, or no parameter")
-    prune.remove(model[2], "weight")
-    assert check(model, example, 6).changed
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_refused(dtype):
-    refused(mlp(6, 12, 2).to(dtype), torch.zeros(1, 6), "only dense fp32 and fp64 are rescaled", str(dtype))
 
 
 def test_numbers_that_are_not_finite():

@@ -1,5 +1,6 @@
 """Small models for the benchmark's tests, and the true norm of a layer."""
 
+import copy
 import csv
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from lightning_lip.bench.contenders import peers
 from lightning_lip.bench.contenders.models import BenchModel, mlp
+from support.truth import forward_matrix, norm
 
 CPU = torch.device("cpu")
 
@@ -38,9 +40,5 @@ def peer_named(name):
 
 
 def dense_norm(layer, shape):
-    """The largest singular value of the layer's matrix, column by column from its own forward pass."""
-    basis = torch.eye(int(torch.tensor(shape).prod()), dtype=torch.float64).view(-1, *shape)
-    with torch.no_grad():
-        outputs = layer.double()(basis) - layer(torch.zeros_like(basis))
-        layer.float()
-    return float(torch.linalg.matrix_norm(outputs.flatten(1), 2))
+    """The largest singular value of the layer's matrix, from its own forward pass in fp64."""
+    return norm(forward_matrix(copy.deepcopy(layer).double(), shape))
