@@ -194,11 +194,17 @@ def contradiction(model: nn.Module, example: Point, upper: float, case: Case) ->
     """Return what shows that a bound is none, as a class and in words; None if nothing does."""
     eps = max([torch.finfo(case.dtype).eps, *(eps for name, eps in ROUNDINGS.items() if re.search(name, case.source))])
     if case.dtype == torch.float32:
-        model, example = model.double(), [x.double() for x in example]
+        try:
+            model.double()(*(x.double() for x in example))
+            example = [x.double() for x in example]
+        except NOT_TAKEN:  # Its source says fp32 itself.
+            model.float()
     measure = _Measure(model, upper, eps)
     points = _points(example, case.seed)
     for name, point in points.items():
         value = measure.value(point)
+        if not len(value):  # A mask without a true entry, drawn anew with the weights.
+            return None
         if name == "normal" and not bool(value.isfinite().all()):
             return "not finite", f"the output is {value[~value.isfinite()][0].item()} at a normal point"
         jacobian = measure.jacobian(point)
