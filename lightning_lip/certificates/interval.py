@@ -17,6 +17,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.modules import parametrizations_uncached
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
@@ -132,6 +133,7 @@ class Uncertified(_Result):
 
 @torch.inference_mode(False)
 @without_autocast()
+@parametrizations_uncached()
 def certify(
     model: nn.Module,
     example_input: object,
