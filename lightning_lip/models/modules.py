@@ -96,6 +96,10 @@ LARGEST_CONTAINER = 10_000
 """Entries of a list, dict, set or deque up to which its contents are kept: larger ones are data."""
 
 
+_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+"""What every module has for its hooks, which no forward pass changes: to look into all of them takes time."""
+
+
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
     """Give everything that a forward pass may change its value back at the end of the context.
@@ -107,7 +111,11 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     seen: set[int] = set()
     for module in model.modules():
         # A module's own __setattr__ and __delattr__ have no part in this.
-        _keep(vars(module), undo, seen)
+        attributes = vars(module)
+        undo.append(partial(_restore_container, attributes, list(attributes.items())))
+        for key, value in attributes.items():
+            if key not in _HOOKS:
+                _keep(value, undo, seen)
     python = random.getstate()
     _keep(np.random.mtrand._rand, undo, seen)
     with torch.random.fork_rng():
