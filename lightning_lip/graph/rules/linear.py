@@ -167,7 +167,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
-        unpadded = None if any(per_dimension(padding, rank)) else _before_padding(builder, node, module)
+        unpadded = _before_padding(builder, node, module) if padding in ("valid", (0,) * rank) else None
         own = unpadded is not None
         value = unpadded or value
     elif own:
@@ -320,7 +320,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     tensor = factor
 
     def scale() -> Tensor:
-        entries = tensor.compute().double()
+        entries: Tensor = tensor.compute().double()
         return 1 / entries if divides else entries
 
     if factor.parameters:
