@@ -262,6 +262,9 @@ def test_the_message_of_a_bound_that_is_not_kept(networks):
         audit("audited_networks:two", input_shape="2", max_bound=1.5)
     with pytest.raises(BoundError, match=r"does not exist; --max-bound is 1.5"):
         audit("audited_networks:Attention", input_shape="3,4", max_bound=1.5)
+    for spoilt in ("nan_bias", "nan_mean"):
+        with pytest.raises(BoundError, match=rf"{spoilt}.* does not exist; --max-bound is 100"):
+            audit(f"audited_networks:{spoilt}", input_shape="2", max_bound=100)
     with pytest.raises(BoundError, match="huge is inf"):
         audit("audited_networks:huge", input_shape="2", max_bound=1.5)
 
