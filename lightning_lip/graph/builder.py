@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.tracing import TracedModel, module_path
