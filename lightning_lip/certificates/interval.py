@@ -18,7 +18,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
 from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.models.modules import parametrizations_uncached
+from lightning_lip.models.modules import parametrizations_uncached, state_kept
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
@@ -195,7 +195,9 @@ def certify(
     try:
         network = NetworkBound.trace(model, example_input)
     except UnsupportedLayerError as error:
-        return Uncertified(lower, None, _parts_without_graph(model), (), _reasons(error))
+        with state_kept(model):
+            parts = _parts_without_graph(model)
+        return Uncertified(lower, None, parts, (), _reasons(error))
     graph = tuple(network.explain())
     sigmas = _estimates(network.operators)
     certified, refused = _certified_norms(network.operators)

@@ -221,3 +221,20 @@ def test_all_state_is_given_back():
     counting.history, counting.count = [], 0
     assert certify(counting, torch.randn(2, 3)).upper == pytest.approx(2.0)
     assert (counting.history, counting.count) == ([], 0)
+
+
+class Counting(nn.Module):
+    uses = 0
+
+    def forward(self, weight):
+        self.uses += 1
+        return weight * self.uses
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_parametrization_that_counts_is_as_it_was(refused):
+    layer = nn.utils.parametrize.register_parametrization(nn.Linear(3, 3), "weight", Counting())
+    counting, before = layer.parametrizations.weight[0], layer.parametrizations.weight[0].uses
+    result = certify(Lambda(lambda m, x: m.layer(x) ** 2 if refused else m.layer(x), layer=layer), torch.randn(2, 3))
+    assert not result.certified
+    assert counting.uses == before
