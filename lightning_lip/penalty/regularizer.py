@@ -16,7 +16,6 @@ from lightning_lip.checks import (
     check_model,
     check_number,
     check_state,
-    check_tensor,
     check_vectors,
     is_finite_number,
     shown,
@@ -193,10 +192,9 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        if not is_finite_number(scale):
-            check_tensor("scale", scale)
-            if scale.shape != () or not scale.is_floating_point():
-                raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
+        is_scalar = isinstance(scale, Tensor) and scale.shape == () and scale.is_floating_point() and not scale.is_meta
+        if not (is_scalar or is_finite_number(scale)):
+            raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
         check_flag("advance", advance)
         if parameters is not None:
             parameters = check_items("parameters", parameters, "a sequence of tensors")
