@@ -173,7 +173,8 @@ CALLS = {
         ),
         dict,
         {
-            "scale": REALS | {"-1", "0-d", "0-d nan"},
+            # One that overflowed counts as zero.
+            "scale": REALS | {"-1", "0-d", "0-d nan", "nan", "inf", "-inf", "np nan"},
             "advance": "flag",
             "parameters": {"None", "[]", "empty", "empty 2-d"},
         },

@@ -142,9 +142,11 @@ class CertifiedValidation(BaseCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
         growth, self._growth = self._growth, None
-        if metric is None or growth is None or not self._certified or None in self._certified.values():
+        if metric is None or growth is None or trainer.sanity_checking:
             return
-        if trainer.sanity_checking:
+        # Each rank certifies with inputs of its own: all log, or none, since what follows is collective.
+        is_certified = bool(self._certified) and None not in self._certified.values()
+        if not trainer.strategy.reduce_boolean_decision(is_certified):
             return
         certificates = [certificate for certificate in self._certified.values() if certificate is not None]
         lipschitz = max(certificate.upper for certificate in certificates)

@@ -15,10 +15,9 @@ from lightning_lip.checks import (
     check_items,
     check_model,
     check_number,
+    check_numbers,
     check_state,
-    check_tensor,
     check_vectors,
-    is_finite_number,
     shown,
 )
 from lightning_lip.graph.product import repeated
@@ -189,12 +188,9 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        if isinstance(scale, Tensor):
-            check_tensor("scale", scale)
-            is_right = scale.shape == () and scale.is_floating_point()
-        else:
-            is_right = is_finite_number(scale)
-        if not is_right:
+        if not isinstance(scale, Tensor):
+            check_numbers("scale", [scale])
+        elif scale.shape != () or not scale.is_floating_point() or scale.is_meta:
             raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
         check_flag("advance", advance)
         if parameters is not None:
