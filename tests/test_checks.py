@@ -147,7 +147,7 @@ OUT_OF_RANGE = [
     (CertifiedValidation, {"eps": ()}, "`eps` to be one or more finite numbers of at least 0"),
     (CertifiedValidation, {"eps": (0.1, 0.1)}, "`eps` to be distinct numbers"),
     (CertifiedValidation, {"eps": (-1.0,)}, "`eps` to be one or more finite numbers of at least 0"),
-    (CertifiedValidation, {"task": "x"}, "`task` to be 'classification' or 'regression', got 'x'"),
+    (CertifiedValidation, {"task": "x"}, "`task` to be one of ('classification', 'regression'), got 'x'"),
     (CertifiedValidation, {"max_inputs": -1}, "`max_inputs` to be an integer of at least 0, got -1"),
     (NoisyValidation, {"noise_levels": ()}, "`noise_levels` to be one or more finite numbers of at least 0"),
     (NoisyValidation, {"noise_levels": (-0.1,)}, "`noise_levels` to be one or more finite numbers of at least 0"),

@@ -242,7 +242,7 @@ LEAVING_AT = ("on_import", "on_construction", "on_call")
 def test_code_that_ends_the_process_does_not_pass(capsys, monkeypatch, where, leave):
     Path("leaving.py").write_text(LEAVING.format(**dict.fromkeys(LEAVING_AT, "pass") | {where: leave}))
     monkeypatch.delitem(sys.modules, "leaving", raising=False)
-    assert run_cli("leaving:Net", "--input-shape", "2", "--max-bound", "1e9", "--json", "-") == 2
+    assert run_cli("audit", "leaving:Net", "--input-shape", "2", "--max-bound", "1e9", "--json", "-") == 2
     captured = capsys.readouterr()
     assert "leaving:Net calls sys.exit" in captured.err
     assert not captured.out
@@ -251,7 +251,7 @@ def test_code_that_ends_the_process_does_not_pass(capsys, monkeypatch, where, le
 def test_a_full_disk_leaves_the_earlier_document(networks, capsys):
     Path("out.json").write_text("valid")
     with full_disk():
-        assert run_cli("audited_networks:two", "--input-shape", "2", "--json", "out.json") == 2
+        assert run_cli("audit", "audited_networks:two", "--input-shape", "2", "--json", "out.json") == 2
     assert "--json out.json cannot be written" in capsys.readouterr().err
     assert Path("out.json").read_text() == "valid"
     assert not list(Path().glob(".out*"))
