@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning_lip.bench.contenders.models import MODELS
 from lightning_lip.bench.steps.run import chosen_device, run
 from lightning_lip.errors import UsageError
+from lightning_lip.reporting.documents import out_folder
 from lightning_lip.reporting.extras import extra
 
 QUICK_MODELS = ("paper", "mnist")
@@ -27,7 +27,7 @@ def bench(
     turn in one run; then the penalty on networks of growing depth and width. Prints a table for each model: the time of
     a step, the memory added, the error of the norms, and what they guarantee; then what peers add over what the penalty
     adds. Leaves steps.csv, growth.csv, bench.json and the plots as PNG under --out. Needs
-    pip install "lightning-lip[bench]".
+    pip install "lightning-lip[bench]". An interrupted run goes on where it was when it is started again.
 
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.
@@ -48,11 +48,10 @@ def bench(
     names = chosen_models(models, quick)
     if threads is not None and threads < 1:
         raise UsageError(f"Expected --threads of at least 1, got {threads}.")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise UsageError(f"Expected --out to be a folder, {out} is a file.")
+    folder = out_folder(out)
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")
-    return run(names, Path(out), quick=quick, device=chosen_device(device), threads=threads)
+    return run(names, folder, quick=quick, device=chosen_device(device), threads=threads)
 
 
 def chosen_models(models: str | None, quick: bool) -> tuple[str, ...]:

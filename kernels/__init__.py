@@ -131,7 +131,7 @@ def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = No
 
 def check_backend(backend: str) -> None:
     """Raise ValueError if there is no backend of this name."""
-    if backend not in get_args(Backend):
+    if not isinstance(backend, str) or backend not in get_args(Backend):
         raise ValueError(f"Unknown backend {backend!r}: expected one of {', '.join(map(repr, get_args(Backend)))}.")
 
 

@@ -147,7 +147,7 @@ OUT_OF_RANGE = [
     (CertifiedValidation, {"eps": ()}, "`eps` to be one or more finite numbers of at least 0"),
     (CertifiedValidation, {"eps": (0.1, 0.1)}, "`eps` to be distinct numbers"),
     (CertifiedValidation, {"eps": (-1.0,)}, "`eps` to be one or more finite numbers of at least 0"),
-    (CertifiedValidation, {"task": "x"}, "`task` to be 'classification' or 'regression', got 'x'"),
+    (CertifiedValidation, {"task": "x"}, "`task` to be one of ('classification', 'regression'), got 'x'"),
     (CertifiedValidation, {"max_inputs": -1}, "`max_inputs` to be an integer of at least 0, got -1"),
     (NoisyValidation, {"noise_levels": ()}, "`noise_levels` to be one or more finite numbers of at least 0"),
     (NoisyValidation, {"noise_levels": (-0.1,)}, "`noise_levels` to be one or more finite numbers of at least 0"),
@@ -184,5 +184,5 @@ def test_wrong_arguments_are_told_at_once(error, owner, arguments, said):
 
 
 def test_vectors_that_are_no_mapping_are_refused():
-    with pytest.raises(TypeError, match='the state\'s "vectors" by layer name, got a int'):
+    with pytest.raises(TypeError, match="`vectors` to be a mapping from names of layers to singular vectors, got 5"):
         LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})

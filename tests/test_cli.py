@@ -1,15 +1,24 @@
 import inspect
+import socket
+import subprocess
+import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
+import numpy
 import pytest
+import torch
 from support.commands import run_cli
+from support.disk import full_disk
 
 from lightning_lip import cli
 from lightning_lip.audit.command import audit
 from lightning_lip.bench import bench
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.paper import command, reproduce
-from lightning_lip.reporting import extras
+from lightning_lip.paper.data import checked
+from lightning_lip.reporting import documents, extras
+from lightning_lip.reporting.processes import RunError
 
 
 @pytest.fixture
@@ -105,6 +114,92 @@ def test_a_missing_extra_names_the_remedy(called, capsys, monkeypatch):
     assert run_cli("reproduce") == 2
     assert 'pip install "lightning-lip[paper]"' in capsys.readouterr().err
     assert not called
+
+
+def fill_memory():
+    numpy.empty(2**56)
+
+
+def fill_torchs_memory():
+    torch.empty(2**58)
+
+
+def fill_the_gpus_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
+def fill_the_disk():
+    with full_disk():
+        documents.write_text("x" * 100, Path("file"))
+
+
+def lose_a_worker():
+    raise RunError("A worker process died while it was running")
+
+
+def take_a_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_server(server.getsockname())
+
+
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [
+        (fill_memory, "Unable to allocate"),
+        (fill_torchs_memory, "allocate"),
+        (fill_the_gpus_memory, "CUDA out of memory"),
+        (fill_the_disk, "File too large"),
+        (lose_a_worker, "A worker process died"),
+        (take_a_port, "Address already in use"),
+        (lambda: checked([[1.0]], [1.0], "Boston housing", (506, 13), 22.5328, (16, 50.0)), "Boston housing data"),
+    ],
+)
+def test_operational_errors_are_one_line_and_status_2(capsys, monkeypatch, fail, message):
+    monkeypatch.setitem(cli.COMMANDS, "bench", fail)
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["bench"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-lip: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    def fail():
+        raise RuntimeError("a fault of the package")
+
+    monkeypatch.setitem(cli.COMMANDS, "bench", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(["bench"])
+
+
+@pytest.mark.parametrize("options", [["reproduce"], ["reproduce", "--budget"], ["bench", "--quick"]])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [("file", "--out to be a folder, file is a file"), ("file/below", "Not a directory"), ("/proc/none", "/proc/none")],
+)
+def test_an_out_that_cannot_be_written_to_is_found_first(capsys, monkeypatch, options, out, message):
+    for place in ("experiment.train", "study.train_seed"):
+        room = {"experiment": "regimes", "study": "budgets"}[place.partition(".")[0]]
+        monkeypatch.setattr(f"lightning_lip.paper.{room}.{place}", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("lightning_lip.bench.steps.run.measure", lambda *_: pytest.fail("it measured"))
+    Path("file").write_text("a file")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*options, "--out", out])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert Path("file").read_text() == "a file"
+
+
+def test_a_full_disk_behind_standard_output_is_one_line_and_status_2():
+    code = "import torch, sys; from lightning_lip.cli import main; main(sys.argv[1:])"
+    command_line = [sys.executable, "-c", code, "audit", "torch.nn:ReLU", "--input-shape", "2", "--json", "-"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command_line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "lightning-lip: [Errno 28] No space left on device\n")
 
 
 def test_an_interrupt_is_status_130(capsys, monkeypatch):

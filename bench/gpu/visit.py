@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 from lightning_lip.bench.gpu import ceilings, correctness, graphs, kernels, training
 from lightning_lip.bench.gpu.measuring import DRY, out, record
+from lightning_lip.reporting.documents import write_text
 
 SHORTEST = 8.0
 """Seconds: a step with less time left is skipped."""
@@ -148,7 +149,7 @@ def run(plan: Sequence[Step], budget: float) -> int:
             record(skipped=f"no time left of {budget:.0f} s")
         else:
             n_failed += not run_step(step, limit, start)
-    (out() / "summary.txt").write_text(summary(), encoding="utf-8")
+    write_text(summary(), out() / "summary.txt")
     return n_failed
 
 

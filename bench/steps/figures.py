@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lip.bench.steps.growth import DEPTH_OF_WIDTHS, WIDTH_OF_DEPTHS
+from lightning_lip.reporting.documents import replacing
 from lightning_lip.reporting.extras import extra
 
 COLOURS = {1: "#E69F00", 8: "#0072B2", "step": "#000000", "floor": "#999999", "peer": "#777777"}
@@ -33,7 +34,8 @@ def write_figures(found: dict[str, Any], folder: Path) -> list[str]:
         "growth_width.png": growth(by_width, "width", f"width of {DEPTH_OF_WIDTHS} layers"),
     }
     for name, figure in figures.items():
-        figure.savefig(folder / name)
+        with replacing(folder / name) as beside:
+            figure.savefig(beside)
     return list(figures)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from lightning_lip.bench.steps import report
 from lightning_lip.bench.steps.figures import write_figures
 from lightning_lip.bench.steps.growth import DEPTH_OF_WIDTHS, DEPTHS, WIDTH_OF_DEPTHS, WIDTHS, growth
 from lightning_lip.bench.steps.measure import measure
-from lightning_lip.bench.steps.tables import document, write_csv_files
+from lightning_lip.bench.steps.tables import PACKAGES, document, points_from_json, result_from_json, write_csv_files
 from lightning_lip.errors import UsageError
-from lightning_lip.reporting.console import make_console
-from lightning_lip.reporting.documents import write_json
+from lightning_lip.reporting.console import make_console, print_line
+from lightning_lip.reporting.documents import versions, write_json
+from lightning_lip.reporting.finished import Finished
 
 PLAIN_WIDTH = 160
 """Columns of the tables where there is no terminal."""
@@ -34,6 +36,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure the models `names` and the growth, print the report and write the files.
 
+    What is finished stays in files *.partial.jsonl until bench.json is written: the same options go on from there.
+
     Args:
         names: Names of :data:`~lightning_lip.bench.contenders.models.MODELS`.
         folder: Where the files go; made if missing.
@@ -43,23 +47,32 @@ def run(
 
     Returns:
         The contents of bench.json.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     console = make_console(PLAIN_WIDTH)
-    folder.mkdir(parents=True, exist_ok=True)
     threads_before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.monotonic()
+    depths = [(depth, WIDTH_OF_DEPTHS) for depth in DEPTHS]
+    widths = [(DEPTH_OF_WIDTHS, width) for width in WIDTHS]
+    sizes = QUICK_SIZES if quick else sorted({*depths, *widths})
     try:
+        settings = (quick, str(device), versions(*PACKAGES))
+        models = Finished(folder / "models.partial.jsonl", settings, result_from_json)
+        grown = Finished(folder / "growth.partial.jsonl", settings, points_from_json)
+        n_done = sum(repr(task) in {**models.results, **grown.results} for task in (*names, *sizes))
+        if n_done:
+            print_line(console, f"continuing: {n_done} of {len(names) + len(sizes)} models and sizes are done")
         with report.status(console) as on_step:
             results = []
             for name in names:
                 seconds = QUICK_SECONDS if quick else SECONDS[name]
-                results.append(measure(name, MODELS[name], device, seconds, on_step))
+                results.append(models.once(name, partial(measure, name, MODELS[name], device, seconds, on_step)))
                 report.print_result(console, results[-1])
-            depths = [(depth, WIDTH_OF_DEPTHS) for depth in DEPTHS]
-            widths = [(DEPTH_OF_WIDTHS, width) for width in WIDTHS]
-            points = growth(QUICK_SIZES if quick else sorted({*depths, *widths}), device, on_step)
+            points = [p for s in sizes for p in grown.once(s, partial(growth, [s], device, on_step))]
         found = document(results, points, device, quick=quick)
     finally:
         torch.set_num_threads(threads_before)
@@ -68,6 +81,8 @@ def run(
     found["figures"] = write_figures(found, folder)
     found["seconds"] = round(time.monotonic() - start, 1)
     write_json(found, folder / "bench.json", indent=1)
+    models.remove()
+    grown.remove()
     report.print_end(console, found, folder)
     return found
 

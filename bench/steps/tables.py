@@ -47,6 +47,17 @@ def document(
     }
 
 
+def result_from_json(fields: dict[str, Any]) -> Result:
+    """Return the result whose fields, as `dataclasses.asdict` gives them, went through JSON."""
+    rows = tuple(Row(**row | {name: tuple(row[name]) for name in SPREAD}) for row in fields["rows"])
+    return Result(**fields | {"rows": rows})
+
+
+def points_from_json(points: list[dict[str, Any]]) -> list[Point]:
+    """Return the points of one size whose fields went through JSON."""
+    return [Point(**fields) for fields in points]
+
+
 def write_csv_files(found: dict[str, Any], folder: Path) -> None:
     """Write steps.csv and growth.csv, below comment lines that say where they were measured."""
     about = {**found["machine"], **found["versions"], "quick": found["options"]["quick"]}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from lightning_lip.bench.contenders.models import mlp
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.bench.studies.tracking import accuracy_of, batches_of, digits
 from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.finished import Finished
 
 BATCH = 50
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -74,13 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, print a table, write the CSV."""
     options = study_parser(__doc__, quick="one epoch instead of 10").parse_args(arguments)
     torch.set_num_threads(1)
+    versions_used = versions("numba", "numpy")
+    finished = Finished(options.output / "constraint.partial.jsonl", (options.quick, versions_used), list)
     rows = []
     for optimiser in OPTIMIZERS:
         cases = [(None, ""), *((m, metric) for m in (2.0, 10.0) for metric in ("relative", "euclidean"))]
         for target, metric in cases:
-            rows.append(train(optimiser, target, metric, 1 if options.quick else 10))
+            one = partial(train, optimiser, target, metric, 1 if options.quick else 10)
+            rows.append(finished.once((optimiser, target, metric), one))
             print(" ".join(f"{value!s:>12}" for value in rows[-1]), flush=True)
-    write_csv(options.output / "constraint.csv", COLUMNS, rows, machine() | versions("numba", "numpy"))
+    write_csv(options.output / "constraint.csv", COLUMNS, rows, machine() | versions_used)
+    finished.remove()
 
 
 if __name__ == "__main__":

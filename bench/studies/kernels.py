@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.tables import predicted_traffic
-from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
+from lightning_lip.reporting.finished import Finished
 
 Shapes = list[tuple[int, int]]
 Contender = Callable[[], object]
@@ -232,7 +233,8 @@ def plot(path: Path, table: list[dict[str, object]], about: dict[str, object]) -
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("microseconds a step: median, p20 to p80")
     figure.suptitle(f"Power step and gradient; {about['cpu']}, {about['threads']} threads", fontsize=9)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
     plt.close(figure)
 
 
@@ -248,12 +250,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     about = machine() | versions("numba", "numpy")
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    settings = (options.seconds, options.quick, about)
+    finished = Finished(options.output / "kernels.partial.jsonl", settings, list[dict[str, object]])
     table: list[dict[str, object]] = []
     for model, shapes in MODELS.items():
         if options.only not in model or (options.quick and sum(m * n for m, n in shapes) > 1e7):
             continue
         seconds = 2.0 if options.quick else options.seconds
-        added = rows(model, interleaved(contenders(shapes), seconds))
+        if repr(model) not in finished.results:
+            finished.add(model, rows(model, interleaved(contenders(shapes), seconds)))
+        added = finished.results[repr(model)]
         print(f"\n{model}")
         line = "  {contender:32}r {r!s:3}{p20_us:>12}{p50_us:>12}{p80_us:>12} us"
         line += "  x loop {over_loop:>9}  x floor {over_floor:>9}"
@@ -262,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"  predicted traffic of the GPU kernels at r = {r}: {traffic_report(shapes, r)}")
         table += added
     write_csv(options.output / "kernels.csv", COLUMNS, [[row[c] for c in COLUMNS] for row in table], about)
+    finished.remove()
     try:
         plot(options.output / "kernels.png", table, about)
     except ImportError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.penalty.penalties import PenaltyName
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.extras import extra
+from lightning_lip.reporting.finished import Finished
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
 ITERATIONS = (1, 2, 3)
@@ -160,14 +162,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     data = list(digits())
     epochs = 2 if options.quick else options.epochs
+    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
+    finished = Finished(options.output / "tracking.partial.jsonl", about, Result._make)
     results = []
     print(*Result._fields)
-    for optimiser, penalty, r, k in product(LEARNING_RATES, PENALTIES, BLOCK_SIZES, ITERATIONS):
-        results.append(train(optimiser, penalty, r, k, epochs, data))
+    for setting in product(LEARNING_RATES, PENALTIES, BLOCK_SIZES, ITERATIONS):
+        results.append(finished.once(setting, partial(train, *setting, epochs, data)))
         print(*(format(x, how) for x, how in zip(results[-1], FORMATS, strict=True)), sep="", flush=True)
     print(choice(results))
-    about = machine() | versions("numba", "numpy") | {"epochs": epochs}
     write_csv(options.output / "tracking.csv", Result._fields, results, about)
+    finished.remove()
 
 
 if __name__ == "__main__":

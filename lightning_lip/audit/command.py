@@ -69,13 +69,17 @@ def audit(
         raise AuditError(f"Expected --max-bound as a finite number of at least 0, got {max_bound}.")
     if json not in (None, "-") and not Path(str(json)).absolute().parent.is_dir():
         raise AuditError(f"There is no folder {Path(str(json)).parent} to write --json {json} to.")
-    model = load_network(target, module, unsafe_load_pickle)
-    example = example_input(model, input_shape)
-    inputs = None if data is None else load_inputs(Path(data), example)
     try:
-        result = certify(model, example, None if inputs is None else [inputs.arguments], max_inputs=MAX_INPUTS)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise AuditError(f"The audit of {target} failed: {error}") from error
+        model = load_network(target, module, unsafe_load_pickle)
+        example = example_input(model, input_shape)
+        inputs = None if data is None else load_inputs(Path(data), example)
+        try:
+            result = certify(model, example, None if inputs is None else [inputs.arguments], max_inputs=MAX_INPUTS)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise AuditError(f"The audit of {target} failed: {error}") from error
+    # The user's code may end the process, and with status 0 that would pass for an audit.
+    except SystemExit as error:
+        raise AuditError(f"The code of {target} calls sys.exit({error.code!r}): nothing was audited.") from error
     contents = document(target, model, example, result, inputs and min(inputs.n_inputs, MAX_INPUTS), max_bound)
     if json != "-":
         print_report(make_console(), contents)

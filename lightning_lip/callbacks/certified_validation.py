@@ -17,7 +17,7 @@ from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.certificates.interval import Certificate, certify
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_integers, check_levels
+from lightning_lip.checks import check_choice, check_finite, check_integers, check_levels, check_type
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
 
 
@@ -37,7 +37,8 @@ class CertifiedValidation(BaseCallback):
     The statements hold for the network in exact arithmetic, in eval mode. Certifying costs fp64 work on the CPU, from
     milliseconds (an MLP) to seconds (a small ResNet) and more; use ``check_val_every_n_epoch`` where it is too much.
     A certificate holds for one size of inputs: each size has its own, and the largest bound is logged. If something
-    cannot be certified, a warning names it once and nothing is logged. Nothing is done in the sanity check.
+    cannot be certified, a warning names it once and nothing is logged. The sanity check runs all of it and logs
+    nothing: what fails, fails before training.
 
     Args:
         eps: The norms of the perturbations, distinct, at least 0.
@@ -49,7 +50,7 @@ class CertifiedValidation(BaseCallback):
 
     Raises:
         ValueError: If `eps` is empty, holds a number below 0 or not finite, or one twice, `task` is unknown, or
-            `max_inputs` is below 0. At validation: if a Jacobian is not finite.
+            `max_inputs` is below 0. At validation: for NaN or an infinity in the data, or in a Jacobian.
         TypeError: At validation, for a batch that is no ``(inputs, target)`` pair of tensors.
     """
 
@@ -62,8 +63,8 @@ class CertifiedValidation(BaseCallback):
         max_inputs: int = 64,
     ) -> None:
         self.eps = check_levels("eps", eps)
-        if task not in ("classification", "regression"):
-            raise ValueError(f"Expected `task` to be 'classification' or 'regression', got {task!r}.")
+        check_choice("task", task, ("classification", "regression"))
+        check_type("prefix", prefix, str, "a string")
         check_integers(0, max_inputs=max_inputs)
         check_batch_to_xy(batch_to_xy)
         self.task = task
@@ -88,9 +89,10 @@ class CertifiedValidation(BaseCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.sanity_checking or self._metric is None or self._growth is None:
+        if self._metric is None or self._growth is None:
             return
         inputs, target = unpack(batch, self._batch_to_xy)
+        check_finite("inputs", inputs)
         # A certificate holds at the size of its input: one for each size.
         size = inputs.shape[1:]
         if size not in self._certified:
@@ -109,6 +111,7 @@ class CertifiedValidation(BaseCallback):
                 f"Expected outputs of the target's shape {tuple(target.shape)}, got {tuple(outputs.shape)}: reshape "
                 "one of them with batch_to_xy or in forward."
             )
+        check_finite("target", target)
         self._metric.update(outputs.flatten(), target.flatten())
         # If the m outputs of a sample move by 1 in norm, their mean moves by at most 1 / sqrt(m); m may differ between
         # batches.
@@ -139,7 +142,11 @@ class CertifiedValidation(BaseCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
         growth, self._growth = self._growth, None
-        if metric is None or growth is None or not self._certified or None in self._certified.values():
+        if metric is None or growth is None or trainer.sanity_checking:
+            return
+        # Each rank certifies with inputs of its own: all log, or none, since what follows is collective.
+        is_certified = bool(self._certified) and None not in self._certified.values()
+        if not trainer.strategy.reduce_boolean_decision(is_certified):
             return
         certificates = [certificate for certificate in self._certified.values() if certificate is not None]
         lipschitz = max(certificate.upper for certificate in certificates)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -14,10 +14,10 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
-from lightning_lip.checks import check_integers, check_number, check_state
-from lightning_lip.models.optimizer_steps import optimizer_steps
+from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
+from lightning_lip.models.optimizer_steps import last_step, optimizer_steps
 from lightning_lip.projection.allocation import Method
-from lightning_lip.projection.projector import LipschitzProjector, Projection, check_method
+from lightning_lip.projection.projector import STATE_KEYS, LipschitzProjector, Projection
 from lightning_lip.projection.spectra import Metric
 
 
@@ -26,7 +26,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
     Two projections do this, both of :class:`~lightning_lip.LipschitzProjector`:
 
-    - after each training batch in which an optimiser stepped, one by *estimated* norms, which aims at M (1 - 1e-4);
+    - after each training batch in which an optimiser of the Trainer stepped (one of ``configure_optimizers``, also past
+      Lightning), one by *estimated* norms, which aims at M (1 - 1e-4);
     - at the start of training, before each validation, at the end of each epoch and of training, and whenever the
       module's ``state_dict()`` is asked for, as for every checkpoint of any kind, the exact one: what is saved
       has a *certified upper bound* of at most M. It costs a singular value decomposition of every layer, unless the
@@ -101,7 +102,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         self.target = self.initial_target = check_number("target", target, positive=True)
         if initial_target is not None:
             self.initial_target = check_number("initial_target", initial_target, positive=True)
-        check_method(method, metric)
+        check_choice("method", method, get_args(Method))
+        check_choice("metric", metric, get_args(Metric))
         check_integers(1, every_n_steps=every_n_steps)
         check_integers(0 if initial_target is None else 1, tighten_steps=tighten_steps)
         if tighten_steps and initial_target is None:
@@ -111,7 +113,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         self._arguments |= {"method": method, "metric": metric}
         self._before_saving: RemovableHandle | None = None
         self._n_steps = 0
-        self._n_optimizer_steps = 0
+        self._last_step = 0
         self._sizes_are_shared = False
         self._last: Projection | None = None
         self._certified: Projection | None = None
@@ -153,7 +155,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
             refuse_statistics_of_one_rank(pl_module, "the product of the layers, without an example input")
         if not self._start(projector, pl_module):
             self._n_steps = 0  # another model tightens anew
-        self._n_optimizer_steps, self._sizes_are_shared = optimizer_steps(), False
+        self._last_step, self._sizes_are_shared = optimizer_steps(), False
         self.project()
         hook = _ExactBeforeSaving(self, pl_module._trainer)
         self._before_saving = pl_module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
@@ -178,9 +180,9 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Not the Trainer's global step: it does not count optimisers that are stepped past Lightning, and counts steps
-        # that a gradient scaler skipped.
-        if optimizer_steps() != self._n_optimizer_steps:
-            self._n_optimizer_steps = optimizer_steps()
+        # that a gradient scaler skipped. Nor all optimisers of the process: an attack's moves inputs, not weights.
+        if (last := last_step(trainer.optimizers)) > self._last_step:
+            self._last_step = last
             self._n_steps += 1
             if self._n_steps % self.every_n_steps == 0:
                 if trainer.world_size > 1 and not self._sizes_are_shared:
@@ -231,6 +233,10 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "projector"), self.key)
+        check_integers(0, n_steps=state_dict["n_steps"])
+        if state_dict["projector"] is not None:
+            check_type("projector", state_dict["projector"], Mapping, "a state or None")
+            check_state(state_dict["projector"], STATE_KEYS, "The state's `projector`")
         self._n_steps = state_dict["n_steps"]
         self._keep_until_training(state_dict["projector"])
 

@@ -15,7 +15,7 @@ from lightning_lip.callbacks.lightning.trainer import refuse_strategy
 from lightning_lip.checks import check_number
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.operators.selection import find_operators
+from lightning_lip.operators.selection import check_selection, find_operators
 
 
 class MaxNorm(BaseCallback):
@@ -43,6 +43,7 @@ class MaxNorm(BaseCallback):
         exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
     ) -> None:
         self.max_value = check_number("max_value", max_value, positive=True)
+        check_selection(layers, exclude)
         self._layers, self._exclude = layers, exclude
         self._weights: list[nn.Parameter] = []
         self._n_clipped: Tensor | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from lightning_lip.callbacks.lightning.trainer import (
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_integers, check_state
+from lightning_lip.checks import check_integers, check_state, check_type
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -278,6 +278,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_type("state", state_dict, Mapping, "a mapping")
         if state_dict:  # empty before training
             check_state(state_dict, ("histories", "own"), self.key)
         self._keep_until_training(dict(state_dict) or None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,9 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.batches import BatchToXY, check_batch_to_xy, unpack
 from lightning_lip.callbacks.lightning.trainer import class_names
-from lightning_lip.checks import check_state
+from lightning_lip.checks import check_state, check_type
 from lightning_lip.metrics import NoisyMeanAbsoluteError, feature_ranges
-from lightning_lip.metrics.noisy_mae import Range
+from lightning_lip.metrics.noisy_mae import Range, check_feature_range
 
 GIVE_RANGES = "pass feature_min and feature_max to NoisyValidation"
 
@@ -87,6 +87,7 @@ class NoisyValidation(BaseCallback):
         low, high = (feature_min, feature_max) if self._ranges_given else (0.0, 0.0)
         metric = NoisyMeanAbsoluteError(noise_levels, low, high, symmetric, seed)
         check_batch_to_xy(batch_to_xy)
+        check_type("prefix", prefix, str, "a string")
         self.noise_levels = metric.noise_levels
         self.names = tuple(f"{prefix}/eta={eta:g}" for eta in self.noise_levels)
         if len(set(self.names)) != len(self.names):
@@ -116,9 +117,12 @@ class NoisyValidation(BaseCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_type("state", state_dict, Mapping, "a mapping")
         if state_dict and not self._ranges_given:
             check_state(state_dict, ("feature_min", "feature_max"), "NoisyValidation")
-            self.feature_min, self.feature_max = state_dict["feature_min"], state_dict["feature_max"]
+            self.feature_min, self.feature_max = check_feature_range(
+                state_dict["feature_min"], state_dict["feature_max"]
+            )
             self._ranges_loaded = True
 
     @override

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,24 +20,9 @@ from lightning_lip.callbacks.lightning.trainer import (
     log_metrics,
     monitors_of,
 )
-from lightning_lip.checks import check_integers, check_number, check_state
+from lightning_lip.checks import check_integers, check_number, check_state, check_type
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
-
-
-@dataclass
-class _Turn:
-    """What the penalty knows of an optimiser."""
-
-    optimizer: weakref.ref[Optimizer]
-    index: int
-    """Its index among the trainer's optimisers, under which its steps are counted; -1 if it is none of them."""
-    size: int
-    """How many parameters it had when `parameters` was found."""
-    parameters: list[Tensor] | None
-    """The selected layers' parameters that it moves; None for all of them."""
-    batch: int = -1
-    """The training batch that it last stepped in."""
 
 
 class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
@@ -120,7 +103,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        self._turns: dict[int, _Turn] = {}
+        self._batch_of: dict[int, int] = {}
+        """The training batch that each optimiser last stepped in, by index."""
         skip_hooks(self, LipschitzPenalty, "on_train_batch_start", "on_before_zero_grad", "on_before_backward")
 
     @property
@@ -187,7 +171,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             )
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
-        self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._is_selected, self._batch_of, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
 
     @override
@@ -201,8 +185,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        turn = self._turn_of(trainer, optimizer)
-        parameters = turn.parameters
+        parameters = self._parameters_of(optimizer)
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
             return
         self._epoch_had_penalty = True
@@ -211,10 +194,11 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             self._stepped_batch, self._iterated_by = batch, None
             self._n_steps += 1
         # Each optimiser by itself: one that steps every other batch would else always meet those that are left out.
-        if turn.batch != batch:
-            turn.batch = batch
-            self._n_steps_of[turn.index] = self._n_steps_of.get(turn.index, 0) + 1
-        if (self._n_steps_of[turn.index] - 1) % self.every_n_steps:
+        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), -1)
+        if self._batch_of.get(index) != batch:
+            self._batch_of[index] = batch
+            self._n_steps_of[index] = self._n_steps_of.get(index, 0) + 1
+        if (self._n_steps_of[index] - 1) % self.every_n_steps:
             return
         if not self._sizes_are_shared:
             self._sizes_are_shared = True
@@ -266,19 +250,15 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
-    def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
-        """Return what is known of an optimiser. Only the first call looks at each of its parameters."""
-        groups = optimizer.param_groups
-        size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
-        turn = self._turns.get(id(optimizer))
-        if turn is not None and turn.size == size and turn.optimizer() is optimizer:
-            return turn
-        ids = {id(p) for group in groups for p in group["params"]}
+    def _parameters_of(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """Return the selected layers' parameters that an optimiser moves; None for all of them.
+
+        Looked up at each step: a parameter may be replaced, in the model and in the optimiser, at any time.
+        """
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own: list[Tensor] = [p for op in self.regularizer.operators for p in self.regularizer.penalised(op)]
-        parameters = None if all(id(p) in ids for p in own) else [p for p in own if id(p) in ids]
-        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), -1)
-        turn = self._turns[id(optimizer)] = _Turn(weakref.ref(optimizer), index, size, parameters)
-        return turn
+        moved = [p for p in own if id(p) in ids]
+        return None if len(moved) == len(own) else moved
 
     def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Whether a backward pass ran: after ``training_step`` returned None the penalty alone must not move weights.
@@ -302,12 +282,20 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_state(state_dict, ("n_steps", "regularizer"), self.key)
-        self._n_steps = state_dict["n_steps"]
-        self._n_steps_of = dict(state_dict.get("optimizer_steps", {0: self._n_steps}))
+        check_integers(0, n_steps=state_dict["n_steps"])
+        steps = state_dict.get("optimizer_steps", {0: state_dict["n_steps"]})
+        check_type("optimizer_steps", steps, Mapping, "a mapping from indices of optimisers to their steps")
+        for index, n_steps in steps.items():
+            check_integers(-1, optimizer_steps=index)
+            check_integers(0, optimizer_steps=n_steps)
+        if state_dict["regularizer"] is not None:
+            check_type("regularizer", state_dict["regularizer"], Mapping, "a state or None")
+            check_state(state_dict["regularizer"], ("vectors",), "The state's `regularizer`")
+        self._n_steps, self._n_steps_of = state_dict["n_steps"], dict(steps)
         self._keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
+        return super().__getstate__() | {"_is_selected": False, "_batch_of": {}, "_iterated_by": None}
 
 
 def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.certificates.chains import chain_of
+from lightning_lip.certificates.contradiction import contradiction
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
 from lightning_lip.checks import check_model
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.modules import parametrizations_uncached, state_kept
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.composed import ScaledOperator
 from lightning_lip.operators.known import operator_of
 from lightning_lip.rigorous.chain import chain_cost, combettes_pesquet, eclipse_fast
 from lightning_lip.rigorous.matrix import certified_matrix_norm
@@ -31,7 +34,7 @@ __all__ = ["Certificate", "Method", "Part", "Uncertified", "certified_matrix_nor
 Method = Literal["product", "graph", "combettes_pesquet", "eclipse_fast"]
 """How an upper bound was found: the product over a chain, the rules over a graph, or a bound of `chain_bounds`."""
 
-N_ITERATIONS = 20
+N_ITERATIONS = 14
 """Block iterations for the estimates, after the 15 of every new block."""
 
 AUTOGRAD_ERROR = 1e-6
@@ -132,6 +135,7 @@ class Uncertified(_Result):
 
 @torch.inference_mode(False)
 @without_autocast()
+@parametrizations_uncached()
 def certify(
     model: nn.Module,
     example_input: object,
@@ -191,7 +195,9 @@ def certify(
     try:
         network = NetworkBound.trace(model, example_input)
     except UnsupportedLayerError as error:
-        return Uncertified(lower, None, _parts_without_graph(model), (), _reasons(error))
+        with state_kept(model):
+            parts = _parts_without_graph(model)
+        return Uncertified(lower, None, parts, (), _reasons(error))
     graph = tuple(network.explain())
     sigmas = _estimates(network.operators)
     certified, refused = _certified_norms(network.operators)
@@ -214,9 +220,9 @@ def certify(
             network.operators, sigmas, norms, constants, slopes.tolist(), strict=True
         )
     )
-    contradiction = _contradiction(lower, upper, jacobian_dtype)
-    if contradiction is not None:
-        return Uncertified(lower, estimate, parts, graph, (contradiction,))
+    reason = _contradiction(lower, upper, jacobian_dtype) or contradiction(network, example_input, upper)
+    if reason is not None:
+        return Uncertified(lower, estimate, parts, graph, (reason,))
     return Certificate(lower, estimate, parts, graph, upper, log_upper, tighter, bounds, skipped)
 
 
@@ -241,8 +247,16 @@ def _parts_without_graph(model: nn.Module) -> tuple[Part, ...]:
 def _estimates(operators: Sequence[LinearOperator]) -> list[float]:
     if not operators:
         return []
-    norms = SpectralNorms(operators, n_iterations=N_ITERATIONS, backend="reference")
+    norms = SpectralNorms(list(map(_with_fixed_scale, operators)), n_iterations=N_ITERATIONS, backend="reference")
     return [float(sigma) for sigma in norms.step().sigma]
+
+
+def _with_fixed_scale(operator: LinearOperator) -> LinearOperator:
+    """Return the operator with the scale that it has now, which each application would compute anew."""
+    if not isinstance(operator, ScaledOperator):
+        return operator
+    scale = operator.scale().detach()
+    return ScaledOperator(operator.base, operator.name, lambda: scale, operator.scale_parameters)
 
 
 def _certified_norms(operators: Sequence[LinearOperator]) -> tuple[list[float | None], tuple[str, ...]]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_lip.checks import check_finite, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
-from lightning_lip.models.modules import eval_mode
+from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64
 """Inputs of one forward pass."""
@@ -62,7 +63,16 @@ def largest_jacobian_norm(
     largest, seen = -math.inf, 0
     # Compiled code has no second derivative.
     eager = torch.compiler.set_stance("force_eager")
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), eval_mode(model), eager:
+    kept = state_kept(model), parametrizations_uncached()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        without_autocast(),
+        eval_mode(model),
+        eager,
+        kept[0],
+        kept[1],
+    ):
         state = {name: _cast(tensor, device, dtype) for name, tensor in _named_tensors(model)}
         for names, tensors in _chunks(data, example_input, max_inputs):
             inputs = [_cast(tensor, device, dtype) for tensor in tensors]
@@ -72,17 +82,24 @@ def largest_jacobian_norm(
                         f"Expected floating-point inputs, got {tensor.dtype}: a network has no Jacobian with respect "
                         "to integers; start at the embedding's output."
                     )
+                check_finite("data", tensor)
                 tensor.requires_grad_()
             # Copies, because a network may change its input in place, which a leaf refuses.
             copies = [tensor.clone() for tensor in inputs]
             arguments: tuple[Any, ...] = tuple(copies) if names is None else ()
             keywords = {} if names is None else dict(zip(names, copies, strict=True))
             own_dtype = next((p.dtype for p in parameters if p.is_floating_point()), tensors[0].dtype)
-            with _OwnEps(rms_eps(None, own_dtype)):
-                outputs = torch.func.functional_call(model, state, arguments, keywords)
-            if not isinstance(outputs, Tensor):
-                raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
-            norms = _jacobian_norms(inputs, outputs, generator)
+            try:
+                with _OwnEps(rms_eps(None, own_dtype)):
+                    outputs = torch.func.functional_call(model, state, arguments, keywords)
+                if not isinstance(outputs, Tensor):
+                    raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
+                norms = _jacobian_norms(inputs, outputs, generator)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other "
+                    f"data, another jacobian_dtype, or none. The reason: {error}"
+                ) from error
             if not norms.isfinite().all():
                 raise ValueError("A Jacobian of the network is not finite: NaN or infinity in the data or the weights.")
             largest = max(largest, norms.max().item())
@@ -123,6 +140,7 @@ def _chunks(
     data: Tensor | Iterable[Any], example_input: object, max_inputs: int
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
     """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
+    check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)

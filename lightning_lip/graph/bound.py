@@ -24,6 +24,7 @@ from lightning_lip.graph.builder import (
     Refused,
     RefusedError,
 )
+from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
@@ -245,9 +246,15 @@ def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> A
     traced = builder.traced
     if number is None:
         read, owner = traced.stored[node.name], traced.owners.get(node.name)
+        if node.name in traced.written and node in builder.live_nodes:
+            reason = f"the forward pass changes the buffer {traced.written[node.name]!r}, and the output depends on it"
+            return Refused(
+                (Refusal("", type(traced.model).__name__, node.name, f"{reason}: it is another map each time"),)
+            )
         tensor = read()
         parameters = (tensor,) if isinstance(tensor, nn.Parameter) else ()
-        return Independent(tuple(tensor.shape), read, parameters, owner is not None, owner)
+        identity = builder.identity(node.name if owner is None else (id(owner[0]), owner[2]))
+        return Independent(tuple(tensor.shape), read, identity, (), parameters, owner is not None, owner)
     example = node.meta.get("val")
     if not isinstance(example, Tensor):
         return example
@@ -265,7 +272,7 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         source, index = _value(builder, node.args[0]), node.args[1]
         if isinstance(source, Refused):
             return source
-        part: Any = _independent(node, {"0": source, "1": index})
+        part: Any = _independent(builder, node, {"0": source, "1": index})
         if isinstance(source, tuple):
             part = source[int(str(index))]
         return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
@@ -279,8 +286,10 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         if position >= len(node.args) and argument.name not in node.kwargs:
             given = argument.default_value if argument.has_default_value() else None
-        # What a module traced as one node computes inside has no values.
-        if node.target is not WHOLE_MODULE or argument.name != "output":
+        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
+        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
+            arguments[argument.name] = given
+        else:
             arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
     leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
     refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
@@ -289,47 +298,54 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     if refused:
         return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
     if name in _SHAPES_ONLY:
-        return _filled(node, arguments)
+        return _filled(builder, node, arguments)
     if not any(isinstance(leaf, Dependent) for leaf in leaves):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return builder.refuse(node, "its value is random")
-        return _independent(node, arguments)
+        return _independent(builder, node, arguments)
     if name not in RULES:
         return builder.refuse(node, REASONS.get(name, UNKNOWN))
-    # A rule that compares would miss it: max(1, NaN) is 1.
-    if any(isinstance(leaf, float) and math.isnan(leaf) for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value)):
-        return builder.refuse(node, "one of its arguments is NaN")
     try:
-        return RULES[name](builder, node, arguments)
+        check_arguments(name, arguments)
+        check_real(node)
+        return only_floating(node, RULES[name](builder, node, arguments))
     except (RefusedError, UnsupportedLayerError) as error:
         return builder.refuse(node, str(error))
+    except UNREADABLE as error:
+        return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
 
 
 def _is_value(leaf: Any) -> bool:
     return isinstance(leaf, (Dependent, Independent, Refused))
 
 
-def _independent(node: torch.fx.Node, arguments: dict[str, Any]) -> Any:
+def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Any:
     """Return the value of an operation on tensors that do not depend on the input, computed anew when asked for."""
-    leaves = [v for v in pytree.tree_leaves(arguments, is_leaf=_is_value) if isinstance(v, Independent)]
+    leaves, spec = pytree.tree_flatten(arguments, is_leaf=_is_value)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Independent)]
+    sources = tuple(leaves[i] for i in at)
     target: Any = node.target
 
-    def compute() -> Any:
-        present = pytree.tree_map(
-            lambda v: v.compute() if isinstance(v, Independent) else v, arguments, is_leaf=_is_value
-        )
-        return target(*present.values()) if target is operator.getitem else target(**present)
+    def operation(*present: Any) -> Any:
+        filled = list(leaves)
+        for i, value in zip(at, present, strict=True):
+            filled[i] = value
+        given = pytree.tree_unflatten(filled, spec)
+        return target(*given.values()) if target is operator.getitem else target(**given)
 
-    parameters = tuple({id(p): p for v in leaves for p in v.parameters}.values())
+    parameters = tuple({id(p): p for v in sources for p in v.parameters}.values())
     example = node.meta["val"]
     shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
-    return Independent(shape, compute, parameters, any(v.live for v in leaves))
+    described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
+    identity = builder.identity((str(target), str(spec), described))
+    return Independent(shape, operation, identity, sources, parameters, any(v.live for v in sources))
 
 
-def _filled(node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
+def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
     stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
-    return Independent(tuple(int(n) for n in node.meta["val"].shape), lambda: target(**{first[0]: stand_in}, **own))
+    shape = tuple(int(n) for n in node.meta["val"].shape)
+    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))

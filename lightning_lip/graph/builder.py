@@ -43,18 +43,34 @@ class Independent:
     """A tensor that does not depend on the network's input: a parameter, a buffer, or computed from those.
 
     Attributes:
-        shape: Its shape.
-        compute: Returns its present value.
+        shape: Its shape; () if it is no tensor.
+        operation: Reads it, or computes it from the values of `sources`, differentiable in the parameters.
+        identity: The same number for every value of the same operations on the same stored tensors.
+        sources: What it is computed from.
         parameters: The parameters it is computed from.
         live: Whether its value can change: False if no parameter or buffer enters.
         owner: For a stored tensor: its module, the module's name, the key.
     """
 
     shape: tuple[int, ...]
-    compute: Callable[[], Tensor]
+    operation: Callable[..., Any]
+    identity: int
+    sources: tuple[Independent, ...] = ()
     parameters: tuple[nn.Parameter, ...] = ()
     live: bool = False
     owner: tuple[nn.Module, str, str] | None = None
+
+    def compute(self) -> Any:
+        """Return the present value, by the graph's own operations, each done once."""
+        known: dict[int, Any] = {}
+        waiting = [self]
+        while waiting:
+            value = waiting[-1]
+            unknown = [source for source in value.sources if id(source) not in known]
+            waiting.extend(unknown)
+            if not unknown:
+                known[id(waiting.pop())] = value.operation(*(known[id(source)] for source in value.sources))
+        return known[id(self)]
 
 
 @dataclass(frozen=True)
@@ -134,6 +150,11 @@ class Builder:
         self.values: dict[torch.fx.Node, Any] = {}
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
+        self._identities: dict[Hashable, int] = {}
+
+    def identity(self, what: Hashable) -> int:
+        """Return the number that stands for what tells a value from all others."""
+        return self._identities.setdefault(what, len(self._identities))
 
     def operator(self, key: Hashable, operator: LinearOperator) -> int:
         """Return the operator's index; a weight that is used again counts one more time."""

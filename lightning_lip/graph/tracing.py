@@ -8,6 +8,7 @@ input's values. ``torch.fx`` would stop at any Python control flow and hides wha
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,14 @@ from lightning_lip.checks import check_model
 from lightning_lip.constants.modules import registered_rule
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.inputs import batch_of_two, call_arguments, check_example, floating_dtype
-from lightning_lip.models.modules import buffers_kept, eval_mode, is_wrapper, keeps_forward, walk
+from lightning_lip.models.modules import (
+    eval_mode,
+    is_wrapper,
+    keeps_forward,
+    parametrizations_uncached,
+    state_kept,
+    walk,
+)
 from lightning_lip.models.sharding import refuse_sharded
 
 WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
@@ -29,19 +37,50 @@ WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPo
 
 
 @torch.library.custom_op(
-    "lightning_lip::whole_module", mutates_args=(), schema="(Tensor output, Tensor[] inputs, int index) -> Tensor"
+    "lightning_lip::whole_module",
+    mutates_args=(),
+    schema="(Tensor output, Tensor[] inputs, Tensor[] stored, int index) -> Tensor",
 )
-def _whole_module(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+def _whole_module(output: Tensor, inputs: list[Tensor], stored: list[Tensor], index: int) -> Tensor:
     return output.clone()
 
 
 @_whole_module.register_fake
-def _(output: Tensor, inputs: list[Tensor], index: int) -> Tensor:
+def _(output: Tensor, inputs: list[Tensor], stored: list[Tensor], index: int) -> Tensor:
     return torch.empty_like(output)
 
 
 WHOLE_MODULE = torch.ops.lightning_lip.whole_module.default
 """Marks the output of a module that is traced as one node."""
+
+
+@dataclass(frozen=True)
+class WholeModule:
+    """One call of a module that is traced as one node.
+
+    Attributes:
+        module: The module.
+        called: A module of its class with its attributes as they were at the call, and its live parameters, buffers and
+            submodules.
+    """
+
+    module: nn.Module
+    called: nn.Module
+
+    @property
+    def counting(self) -> nn.Module:
+        """Return the module whose constant counts: the live one, unless the forward pass calls it in another state."""
+        # The mode, and what marks the output, are the trace's own.
+        now, then = (
+            {k: v for k, v in vars(m).items() if k not in ("training", "forward")} for m in (self.module, self.called)
+        )
+        same = now.keys() == then.keys() and all(then[k] is v or _is_equal(then[k], v) for k, v in now.items())
+        return self.module if same else self.called
+
+
+def _is_equal(one: object, other: object) -> bool:
+    """Whether two attributes are equal numbers, texts or containers of those."""
+    return type(one) is type(other) and not isinstance(one, Tensor) and repr(one) == repr(other)
 
 
 @dataclass(frozen=True)
@@ -54,8 +93,9 @@ class TracedModel:
         stored: Reads the live parameter or buffer, or the constant, behind a placeholder's name.
         owners: For a placeholder's name: the owning module, its name, the key in it.
         inputs: Names of the placeholders of the model's inputs, in order.
-        outputs: Names of the nodes that the model returns; the graph's other results are changed buffers.
-        modules: The modules traced as one node, by index.
+        outputs: Names of the nodes that the model returns, in order; the graph's other results are changed buffers.
+        written: For the name of a placeholder that the forward pass gives another value: the buffer's name.
+        modules: The calls of modules traced as one node, by index.
         names: The modules' names by id, as :func:`lightning_lip.operators.selection.find_operators` gives them.
     """
 
@@ -64,8 +104,9 @@ class TracedModel:
     stored: dict[str, Callable[[], Tensor]]
     owners: dict[str, tuple[nn.Module, str, str]]
     inputs: list[str]
-    outputs: set[str]
-    modules: list[nn.Module]
+    outputs: list[str]
+    written: dict[str, str]
+    modules: list[WholeModule]
     names: dict[int, str]
 
     def tensor(self, argument: object) -> Tensor | None:
@@ -75,7 +116,7 @@ class TracedModel:
 
 
 def trace(model: nn.Module, example_input: object) -> TracedModel:
-    """Trace one forward pass in eval mode; modes and buffers of the model are left as they were.
+    """Trace one forward pass in eval mode; the model and the generators of random numbers are left as they were.
 
     Args:
         model: The model; torch.compile and DDP wrappers are looked through.
@@ -96,19 +137,8 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
     args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
-    modules: list[nn.Module] = []
-    with (
-        eval_mode(model),
-        buffers_kept(model),
-        _detached_from_trainer(model),
-        _traced_whole(model, modules),
-        torch.random.fork_rng(),
-        torch.compiler.set_stance("force_eager"),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
+    modules: list[WholeModule] = []
+    with as_traced(model), _traced_whole(model, modules):
         try:
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
@@ -129,8 +159,29 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     stored, owners = _stored_tensors(model, program, names)
     # Not the signature's: where an input is no tensor it lists the value instead of the name.
     inputs = [n.name for n in program.graph.nodes if n.op == "placeholder" and n.name not in stored]
-    outputs = {str(name) for name in program.graph_signature.user_outputs}
-    return TracedModel(model, program.graph, stored, owners, inputs, outputs, modules, names)
+    signature = program.graph_signature
+    outputs = [str(name) for name in signature.user_outputs]
+    changed = {*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()}
+    read = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
+    written = {placeholder: name for placeholder, name in read.items() if name in changed}
+    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names)
+
+
+@contextlib.contextmanager
+def as_traced(model: nn.Module) -> Iterator[None]:
+    """Run a forward pass as it is traced: in eval mode, uncompiled, without gradients; undo all that it changes."""
+    with (
+        eval_mode(model),
+        state_kept(model),
+        _detached_from_trainer(model),
+        parametrizations_uncached(),
+        torch.compiler.set_stance("force_eager"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _mutates(node: torch.fx.Node) -> bool:
@@ -157,15 +208,20 @@ def _detached_from_trainer(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _traced_whole(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
+def _traced_whole(model: nn.Module, modules: list[WholeModule]) -> Iterator[None]:
     """Let the modules that are traced as one node mark their output; fills `modules`."""
     replaced: list[tuple[nn.Module, bool, Any]] = []
 
     def mark(module: nn.Module) -> None:
-        forward, index = module.forward, len(modules)
-        modules.append(module)
+        forward, own = module.forward, vars(module).get("forward")
 
         def marked(*args: Any, **kwargs: Any) -> Tensor:
+            called = _as_it_is(module)
+            vars(called).pop("forward")
+            if own is not None:
+                vars(called)["forward"] = own
+            modules.append(WholeModule(module, called))
+            stored, index = [*module.parameters(), *module.buffers()], len(modules) - 1
             output = forward(*args, **kwargs)
             if not isinstance(output, Tensor):
                 raise UnsupportedLayerError(
@@ -173,7 +229,7 @@ def _traced_whole(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
                     f"{type(output).__name__}."
                 )
             inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            result: Tensor = WHOLE_MODULE(output, inputs, index)
+            result: Tensor = WHOLE_MODULE(output, inputs, stored, index)
             return result
 
         replaced.append((module, "forward" in vars(module), vars(module).get("forward")))
@@ -190,6 +246,15 @@ def _traced_whole(model: nn.Module, modules: list[nn.Module]) -> Iterator[None]:
                 vars(module)["forward"] = forward
             else:
                 del vars(module)["forward"]
+
+
+def _as_it_is(module: nn.Module) -> nn.Module:
+    """Return a module of the same class with the present attributes; parameters, buffers and submodules are shared."""
+    kept = object.__new__(type(module))
+    for key, value in vars(module).items():
+        is_own = isinstance(value, (list, set)) or (isinstance(value, dict) and not key.startswith("_"))
+        vars(kept)[key] = copy.copy(value) if is_own else value
+    return kept
 
 
 def _stored_tensors(

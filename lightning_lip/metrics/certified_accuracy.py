@@ -20,11 +20,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_integers, check_levels
+from lightning_lip.checks import check_integers, check_levels, check_tensor, is_finite_number, shown
 from lightning_lip.metrics.plotting import plot_levels
 
-# More than the relative rounding error of a threshold: a product of four factors, and of a difference's norm.
-_SLACK = 8 * 2.0**-53
+# More than the relative rounding error of a threshold: a product of four factors, and of a scaled difference's norm.
+_SLACK = 16 * 2.0**-53
 
 
 def certified_accuracy(
@@ -103,9 +103,8 @@ def certified_worst_case_mae(
         >>> round(certified_worst_case_mae(0.5, lipschitz=2.0, noise_norm=0.25), 6)
         1.0
     """
-    for name, value in (("mae", float(mae)), ("lipschitz", lipschitz), ("noise_norm", noise_norm)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"expected {name} as a finite number of at least 0, got {value!r}{_HINT[name]}")
+    _check_constant("mae", mae)
+    lipschitz, noise_norm = _check_constant("lipschitz", lipschitz), _check_constant("noise_norm", noise_norm)
     check_integers(1, n_outputs=n_outputs)
     growth = lipschitz * noise_norm / math.sqrt(n_outputs) * (1 + _SLACK)
     return mae + growth if isinstance(mae, Tensor) else math.nextafter(mae + growth, math.inf)
@@ -210,17 +209,16 @@ def _update(
 ) -> tuple[Tensor, int]:
     """Number of certified samples per radius, shape (R,), int64, and the number of samples."""
     _check_batch(logits, target)
-    constant = float(lipschitz)
-    if not (math.isfinite(constant) and constant >= 0):
-        raise ValueError(f"expected lipschitz as a finite number of at least 0, got {lipschitz!r}{_HINT['lipschitz']}")
+    constant = _check_constant("lipschitz", lipschitz)
     n_classes = logits.shape[1]
     device = torch.device("cpu") if logits.device.type == "mps" else logits.device
     scores, classes = logits.detach().to(device, torch.float64), target.detach().to(device, torch.int64)
     margins = scores.gather(1, classes[:, None]) - scores
     if last_weight is None:
-        slopes, slack = scores.new_full((1, 1), math.sqrt(2)), 1 + _SLACK
+        slopes, slack = scores.new_full((1, 1), math.sqrt(2)), 1 + _SLACK  # math.sqrt(2) is rounded up
     else:
-        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes:
+        check_tensor("last_weight", last_weight)
+        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes or not last_weight.numel():
             raise ValueError(
                 f"expected last_weight of shape ({n_classes}, d) for logits of shape {tuple(logits.shape)}, got "
                 f"{tuple(last_weight.shape)}"
@@ -229,9 +227,10 @@ def _update(
         slack = 1 + _SLACK + 2.0**-52 * last_weight.shape[1]
     own_class = torch.arange(n_classes, device=device) == classes[:, None]
     finite = scores.isfinite().all(dim=1)
-    certified = [
-        (finite & ((margins > slopes * (constant * slack * eps)) | own_class).all(dim=1)).sum() for eps in radii
-    ]
+    growths = [constant * eps * slack for eps in radii]
+    # Where fp64 underflows, the slack does not cover the rounding, but the next number does. A zero is exact.
+    growths = [math.nextafter(g, math.inf) if constant and eps else 0.0 for g, eps in zip(growths, radii, strict=True)]
+    certified = [(finite & ((margins > slopes * g) | own_class).all(dim=1)).sum() for g in growths]
     return torch.stack(certified).to(logits.device), len(classes)
 
 
@@ -248,7 +247,23 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
     # One class at a time: all differences at once would need memory for C^2 d numbers.
-    return torch.stack([torch.linalg.vector_norm(weight - weight[y], dim=1) for y in present])[row]
+    return torch.stack([_row_norms(weight - weight[y]) for y in present])[row]
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    """Return the norm of each row, at least the true one less a relative `_SLACK`, also where squares underflow."""
+    largest = rows.abs().amax(dim=1)
+    norms = largest * torch.linalg.vector_norm(rows / largest[:, None], dim=1)
+    # A row of zeros gives 0 / 0. The next number covers the rounding to a subnormal one.
+    return torch.where(largest == 0, largest, norms.nextafter(torch.full_like(norms, math.inf)))
+
+
+def _check_constant(name: str, value: float | Tensor) -> float:
+    """Return a number of at least 0, or a tensor of one, as a float."""
+    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta else value
+    if not is_finite_number(plain) or plain < 0:
+        raise ValueError(f"expected {name} as a finite number of at least 0, got {shown(value)}{_HINT[name]}")
+    return float(plain)
 
 
 def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:
@@ -256,6 +271,8 @@ def _check_radius(radius: float | Sequence[float]) -> tuple[float, ...]:
 
 
 def _check_batch(logits: Tensor, target: Tensor) -> None:
+    check_tensor("logits", logits)
+    check_tensor("target", target)
     if not logits.is_floating_point():
         raise TypeError(f"expected floating-point logits, got {logits.dtype}: pass scores, not predicted classes")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:

@@ -16,7 +16,17 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.plot import _AX_TYPE, _PLOT_OUT_TYPE
 
-from lightning_lip.checks import check_integers, check_levels
+from lightning_lip.checks import (
+    check_array,
+    check_callable,
+    check_flag,
+    check_integers,
+    check_levels,
+    check_tensor,
+    check_type,
+    got,
+    shown,
+)
 from lightning_lip.metrics.plotting import plot_levels
 
 Range = float | Sequence[Any] | np.ndarray | Tensor
@@ -44,13 +54,16 @@ def feature_ranges(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """
     low: Tensor | None = None
     high: Tensor | None = None
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"expected batches to be an iterable of tensors, one a batch, got {shown(batches)}")
     for index, inputs in enumerate(batches):
         if not isinstance(inputs, Tensor) or inputs.ndim == 0:
             raise TypeError(
-                f"expected training inputs of shape (batch, *features) in batch {index}, got {_describe(inputs)}"
+                f"expected training inputs of shape (batch, *features) in batches, got {got(inputs)} as batch {index}"
             )
         if inputs.shape[0] == 0:
             continue
+        check_tensor(f"batches, batch {index}", inputs)
         batch_low = inputs.detach().amin(dim=0).to("cpu", torch.float64)
         batch_high = inputs.detach().amax(dim=0).to("cpu", torch.float64)
         # amin and amax propagate NaN, so the ranges tell as much as the whole batch
@@ -69,7 +82,9 @@ def feature_ranges(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         else:
             low, high = torch.minimum(low, batch_low), torch.maximum(high, batch_high)
     if low is None or high is None:
-        raise ValueError("no training inputs to learn the feature ranges from: pass feature_min and feature_max")
+        raise ValueError(
+            "no training inputs in batches to learn the feature ranges from: pass feature_min and feature_max"
+        )
     return low, high
 
 
@@ -118,7 +133,11 @@ def noisy_mean_absolute_error(
         tensor([0.0000, 0.5412, 1.0824])
     """
     levels = check_levels("noise_levels", noise_levels)
-    low, high = _check_feature_range(feature_min, feature_max)
+    low, high = check_feature_range(feature_min, feature_max)
+    check_callable("predict", predict, "from inputs to predictions")
+    check_flag("symmetric", symmetric)
+    if generator is not None:
+        check_type("generator", generator, torch.Generator, "a torch.Generator or None")
     sum_abs_error, total = _update(predict, inputs, target, levels, low, high, symmetric, generator)
     return _compute(sum_abs_error, torch.tensor(total, device=sum_abs_error.device))
 
@@ -186,10 +205,10 @@ class NoisyMeanAbsoluteError(Metric):
         super().__init__(**kwargs)
         self.noise_levels = check_levels("noise_levels", noise_levels)
         # Plain attributes, not buffers: a module's .half() would round the ranges. They stay on the CPU, as the noise.
-        self.feature_min, self.feature_max = _check_feature_range(feature_min, feature_max)
-        self.symmetric = symmetric
+        self.feature_min, self.feature_max = check_feature_range(feature_min, feature_max)
+        check_flag("symmetric", symmetric)
         check_integers(0, seed=seed)
-        self.seed = seed
+        self.symmetric, self.seed = symmetric, seed
         # Made at the first draw, because the process group may not exist yet.
         self._generator: torch.Generator | None = None
         self._start_of_batch: Tensor | None = None
@@ -284,7 +303,7 @@ def _update(
     predictions = predict(stacked)
     expected = (n_levels * batch_size, *target.shape[1:])
     if not isinstance(predictions, Tensor):
-        raise TypeError(f"expected predict to return one tensor of shape {expected}, got {_describe(predictions)}")
+        raise TypeError(f"expected predict to return one tensor of shape {expected}, got {got(predictions)}")
     if predictions.shape != expected:
         raise ValueError(
             f"expected predictions of shape {expected} for {n_levels} noise levels and target of shape "
@@ -302,17 +321,23 @@ def _compute(sum_abs_error: Tensor, total: Tensor) -> Tensor:
     return sum_abs_error / total
 
 
-def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -> tuple[Tensor, Tensor]:
+def check_feature_range(feature_min: Range | None, feature_max: Range | None) -> tuple[Tensor, Tensor]:
+    """Return both ends of the features' ranges, fp64 on the CPU.
+
+    Raises:
+        TypeError: If an end holds anything but numbers.
+        ValueError: If one is missing, empty or not finite, they do not fit together, or the upper is below the lower.
+    """
     if feature_min is None or feature_max is None:
         missing = [name for name, end in (("feature_min", feature_min), ("feature_max", feature_max)) if end is None]
         raise ValueError(
             f"expected both feature_min and feature_max, got no {' and no '.join(missing)}: pass both ends of the "
             "feature ranges; lightning_lip.metrics.feature_ranges learns them from the training inputs"
         )
-    low = torch.as_tensor(feature_min, dtype=torch.float64, device="cpu").detach().clone()
-    high = torch.as_tensor(feature_max, dtype=torch.float64, device="cpu").detach().clone()
-    if not (low.isfinite().all() and high.isfinite().all()):
-        raise ValueError("expected finite feature_min and feature_max, got NaN or infinity")
+    low = torch.from_numpy(check_array("feature_min", feature_min))
+    high = torch.from_numpy(check_array("feature_max", feature_max))
+    if not all(end.numel() and end.isfinite().all() for end in (low, high)):
+        raise ValueError("expected finite feature_min and feature_max, got NaN or infinity, or no numbers")
     try:
         negative = int((high < low).sum())
     except RuntimeError as error:
@@ -329,6 +354,8 @@ def _check_feature_range(feature_min: Range | None, feature_max: Range | None) -
 
 
 def _check_batch(inputs: Tensor, target: Tensor) -> None:
+    check_tensor("inputs", inputs)
+    check_tensor("target", target)
     if not inputs.is_floating_point():
         raise TypeError(
             f"expected floating-point inputs, got {inputs.dtype}: uniform noise has no meaning on them; convert them"
@@ -348,10 +375,6 @@ def _broadcast_span(feature_min: Tensor, feature_max: Tensor, inputs: Tensor) ->
         return span.broadcast_to(inputs.shape[1:])
     except RuntimeError as error:
         raise ValueError(
-            f"expected feature ranges that broadcast to the features' shape {tuple(inputs.shape[1:])}, got "
-            f"{tuple(span.shape)}"
+            "expected feature_min and feature_max that broadcast to the features' shape "
+            f"{tuple(inputs.shape[1:])}, got {tuple(span.shape)}"
         ) from error
-
-
-def _describe(value: object) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

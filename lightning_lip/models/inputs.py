@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_lip.checks import shown
+
 
 def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """Split an example input into positional and keyword arguments of a model."""
@@ -55,6 +57,9 @@ def floating_dtype(model: nn.Module) -> torch.dtype | None:
 def batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
     """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
     tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
+    for tensor in tensors:
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise TypeError(f"Expected dense tensors in `example_input`, got {shown(tensor)}.")
     if not tensors:
         raise ValueError(
             "Expected `example_input` to be a tensor, a tuple of arguments or a dict of keyword arguments, with at "

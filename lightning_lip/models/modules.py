@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Iterator
+import operator
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -78,18 +83,90 @@ def walk(module: nn.Module, prefix: str = "", occurrences: int = 1) -> Iterator[
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give every buffer its object and its values back at the end of the context."""
-    kept = [
-        (m, key, buffer, buffer.clone())
-        for m in model.modules()
-        for key, buffer in m._buffers.items()
-        if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
-    ]
+def parametrizations_uncached() -> Iterator[None]:
+    """Compute parametrised tensors anew, inside ``parametrize.cached()`` too: what it keeps may be of another mode."""
+    enabled, parametrize._cache_enabled = parametrize._cache_enabled, 0
     try:
         yield
     finally:
-        for m, key, buffer, values in kept:
-            if not torch.equal(buffer, values):
-                buffer.copy_(values)
-            m._buffers[key] = buffer
+        parametrize._cache_enabled = enabled
+
+
+LARGEST_CONTAINER = 10_000
+"""Entries of a list, dict, set or deque up to which its contents are kept: larger ones are data."""
+
+
+_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+"""What every module has for its hooks, which no forward pass changes: to look into all of them takes time."""
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Give everything that a forward pass may change its value back at the end of the context.
+
+    That is: the modules' attributes, what lists, dicts, sets and deques among them hold, the values of buffers and
+    other tensors that are no parameters, and the generators of random numbers of torch, Python and NumPy.
+    """
+    undo: list[Callable[[], object]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        # A module's own __setattr__ and __delattr__ have no part in this.
+        attributes = vars(module)
+        undo.append(partial(_restore_container, attributes, list(attributes.items())))
+        for key, value in attributes.items():
+            if key not in _HOOKS:
+                _keep(value, undo, seen)
+    python = random.getstate()
+    _keep(np.random.mtrand._rand, undo, seen)
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
+            random.setstate(python)
+
+
+def _keep(value: object, undo: list[Callable[[], object]], seen: set[int]) -> None:
+    """Collect what gives a value, and all in it, its present contents back."""
+    if id(value) in seen or isinstance(value, nn.Parameter):
+        return
+    seen.add(id(value))
+    entries: Iterable[object] = ()
+    if isinstance(value, Tensor):
+        if not is_lazy(value) and not value.is_meta and value.layout == torch.strided and not value.is_quantized:
+            undo.append(partial(_restore_tensor, value, value.detach().clone()))
+    elif isinstance(value, torch.Generator):
+        undo.append(partial(value.set_state, value.get_state()))
+    elif isinstance(value, random.Random):
+        undo.append(partial(value.setstate, value.getstate()))
+    elif isinstance(value, np.random.RandomState):
+        undo.append(partial(value.set_state, value.get_state(legacy=False)))
+    elif isinstance(value, np.random.Generator):
+        undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+    elif isinstance(value, (dict, list, set, deque)) and len(value) <= LARGEST_CONTAINER:
+        kept = list(value.items() if isinstance(value, dict) else value)
+        undo.append(partial(_restore_container, value, kept))
+        entries = value.values() if isinstance(value, dict) else kept
+    elif isinstance(value, tuple):
+        entries = value
+    for entry in entries:
+        _keep(entry, undo, seen)
+
+
+@torch.no_grad()
+def _restore_tensor(tensor: Tensor, values: Tensor) -> None:
+    if not torch.equal(tensor, values):
+        tensor.copy_(values)
+
+
+def _restore_container(container: Any, kept: list[Any]) -> None:
+    """Give a container its entries back, in their order; untouched if they are there."""
+    if isinstance(container, dict):
+        now = list(container.items())
+        if len(now) == len(kept) and all(a is b and v is w for (a, v), (b, w) in zip(now, kept, strict=True)):
+            return
+    elif len(container) == len(kept) and all(map(operator.is_, container, kept)):
+        return
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(kept)

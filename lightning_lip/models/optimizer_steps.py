@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
@@ -12,10 +15,12 @@ class _OptimizerSteps:
 
     def __init__(self) -> None:
         self.count = 0
+        self.last_of: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         register_optimizer_step_post_hook(self._count)
 
-    def _count(self, *_: Any) -> None:
+    def _count(self, optimizer: Optimizer, *_: Any) -> None:
         self.count += 1
+        self.last_of[optimizer] = self.count
 
 
 _optimizer_steps = _OptimizerSteps()
@@ -24,3 +29,8 @@ _optimizer_steps = _OptimizerSteps()
 def optimizer_steps() -> int:
     """Return how many steps the optimisers of this process made; steps that a gradient scaler skips do not count."""
     return _optimizer_steps.count
+
+
+def last_step(optimizers: Iterable[Optimizer]) -> int:
+    """Return what :func:`optimizer_steps` was right after the last step of one of these optimisers; 0 before any."""
+    return max((_optimizer_steps.last_of.get(optimizer, 0) for optimizer in optimizers), default=0)

@@ -190,7 +190,7 @@ class SpectralNorms:
                 min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
             ).to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(self._keys[index], None)
-            if loaded is not None and loaded.shape == random.shape and loaded.isfinite().all():
+            if loaded is not None and loaded.shape == random.shape and is_block(loaded):
                 blocks.append(loaded.to(random))
                 continue
             if loaded is None and op.is_matrix:
@@ -203,7 +203,8 @@ class SpectralNorms:
             elif loaded is not None:
                 warnings.warn(
                     f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
-                    f"`block_size` ask for {tuple(random.shape)} and finite values: its iteration starts afresh.",
+                    f"`block_size` ask for {tuple(random.shape)} and finite values, not all zero: its iteration starts "
+                    "afresh.",
                     stacklevel=2,
                 )
             blocks.append(torch.linalg.qr(random.mT).Q.mT)
@@ -327,6 +328,11 @@ class SpectralNorms:
         """Leave the compiled tables behind: they hold addresses of this process."""
         emptied: dict[str, Any] = {key: [] for key in ("_groups", "_others", "_served", "_addresses")}
         return self.__dict__ | emptied | {"_loaded": self.state_dict()}
+
+
+def is_block(loaded: Tensor) -> bool:
+    """Whether the rows of a loaded block are vectors to iterate: finite, and none zero, which would stay so."""
+    return bool(loaded.isfinite().all() and loaded.any(dim=1).all())
 
 
 def _images(matrix: Tensor, block: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.operators.base import LinearOperator, MatrixOperator
+from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
 
 
@@ -41,6 +41,46 @@ class ComputedMatrixOperator(MatrixOperator):
     def weight(self) -> Tensor:
         """Return W, shape (m, n)."""
         return self._compute()
+
+
+class TracedParametrizationOperator(ParametrizedMatrixOperator):
+    """A layer's parametrised matrix as it is in the graph, which knows the state that the layer is called in.
+
+    Args:
+        name: The layer's name.
+        module: The layer.
+        compute: Returns the matrix, by the graph's own operations, differentiable in the parameters.
+    """
+
+    def __init__(self, name: str, module: nn.Module, compute: Callable[[], Tensor]) -> None:
+        super().__init__(name, module)
+        self._compute = compute
+
+    def weight(self) -> Tensor:
+        """Return W, shape (m, n).
+
+        Raises:
+            RuntimeError: If the parametrization is gone.
+        """
+        _ = self._parametrizations
+        return self._compute()
+
+
+class TracedConvolutionOperator(ConvolutionOperator):
+    """A convolution whose parametrised kernel is as it is in the graph.
+
+    Args:
+        name: The layer's name.
+        module: The layer.
+        domain_shape: Shape of one input, (c_in, *spatial).
+        compute: Returns the kernel, by the graph's own operations, differentiable in the parameters.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, domain_shape: Sequence[int], compute: Callable[[], Tensor]
+    ) -> None:
+        super().__init__(name, module, domain_shape)
+        self._source = TracedParametrizationOperator(name, module, compute)
 
 
 class DiagonalOperator(LinearOperator):

@@ -31,7 +31,7 @@ def operator_of(module: nn.Module, name: str) -> LinearOperator:
     Raises:
         UnsupportedLayerError: If the operator is not known; the message is the reason.
     """
-    if callable(getattr(module, "weight", None)):
+    if _is_quantised(module):
         raise UnsupportedLayerError("its weight is quantised")
     if is_lora(module):
         raise UnsupportedLayerError("a LoRA layer is W + s B A, not its factors: merge the adapter first")
@@ -140,6 +140,12 @@ def carries_weight(module: nn.Module) -> bool:
         any(p is not None for p in module._parameters.values())
         or parametrize.is_parametrized(module)
         or operator_of.dispatch(type(module)) is not operator_of.dispatch(object)
-        or callable(getattr(module, "weight", None))
+        or _is_quantised(module)
         or is_lora(module)
     )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether the weight is a method, as in torch.ao.nn.quantized; a submodule may have that name too."""
+    weight = getattr(module, "weight", None)
+    return callable(weight) and not isinstance(weight, nn.Module)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from operator import eq
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_lip.checks import check_items
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import Found, walk
 from lightning_lip.operators.base import LinearOperator
@@ -22,17 +24,25 @@ Selection = str | nn.Module | Sequence[str | nn.Module]
 def _items(selection: Selection, argument: str) -> list[str | nn.Module]:
     if isinstance(selection, (str, nn.Module)):
         return [selection]
-    if not isinstance(selection, Iterable) or isinstance(selection, (Mapping, type)):
-        raise TypeError(
-            f"Expected `{argument}` to be a module name, a glob pattern, a module or a list of them, got {selection!r}."
-        )
-    items = list(selection)
+    items = check_items(argument, selection, "a module name, a glob pattern, a module or a list of them")
     for item in items:
         if not isinstance(item, (str, nn.Module)):
             raise TypeError(f"Expected `{argument}` to hold module names, glob patterns or modules, got {item!r}.")
     if not items:
         raise ValueError(f"`{argument}` is empty: expected at least one name, pattern or module, or None.")
     return items
+
+
+def check_selection(layers: Selection | None, exclude: Selection | None) -> None:
+    """Check a selection where there is no model yet to select from.
+
+    Raises:
+        TypeError: If it holds anything but names, patterns and modules.
+        ValueError: If it is empty.
+    """
+    for argument, selection in (("layers", layers), ("exclude", exclude)):
+        if selection is not None and not isinstance(selection, Iterator):  # which can be read once only
+            _items(selection, argument)
 
 
 def _matcher(selection: Selection, argument: str, found: Sequence[Found]) -> set[str]:
@@ -48,7 +58,9 @@ def _matcher(selection: Selection, argument: str, found: Sequence[Found]) -> set
             ids = {id(m) for m in item.modules()}
             hits = [f.name for f in found if id(f.module) in ids]
         else:
-            hits = [name for name in names if any(fnmatchcase(part, item) for part in _ancestry(name))]
+            # A name may look like a pattern, "[CLS]" say.
+            matches = eq if item in names else fnmatchcase
+            hits = [name for name in names if any(matches(part, item) for part in _ancestry(name))]
         if not hits:
             wanted = f"{type(item).__name__} module" if isinstance(item, nn.Module) else repr(item)
             raise ValueError(
@@ -165,12 +177,13 @@ def find_operators(
         tied = operators.setdefault(id(f.module if weight is None else weight), operator)
         tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
     if refused:
+        to_exclude = [name for name in to_exclude if name]  # the model itself has none
         names = to_exclude[0] if len(to_exclude) == 1 else to_exclude
+        remedy = f"Leave them out with exclude={names!r}, or select" if names else "Select"
         raise UnsupportedLayerError(
             "The spectral norm of these selected layers is not known, and an unknown one is never counted as 1:\n  - "
             + "\n  - ".join(refused)
-            + f"\nLeave them out with exclude={names!r}, or select others with "
-            "layers=...; the product then covers the selected layers only."
+            + f"\n{remedy} others with layers=...; the product then covers the selected layers only."
         )
     return list(operators.values())
 

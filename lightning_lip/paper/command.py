@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from lightning_lip.errors import UsageError
@@ -12,6 +11,7 @@ from lightning_lip.paper.budgets.study import BudgetPlan
 from lightning_lip.paper.regimes import experiment
 from lightning_lip.paper.regimes.settings import CRITERIA, PAPER_SETTING, Plan, Setting
 from lightning_lip.paper.settings import EPOCHS, REPORTED_SEED, SCALINGS, TUNING_SEED
+from lightning_lip.reporting.documents import out_folder
 from lightning_lip.reporting.extras import require_extras
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
@@ -41,6 +41,8 @@ def reproduce(
     16, by the joint projection, per-layer caps and other ways to share the budget between the layers, on Boston
     housing and diabetes with ReLU and tanh. It states whether coupling the layers pays, and leaves budget.json.
 
+    An interrupted command goes on where it was when it is started again with the same options.
+
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.
         quick: 3 seeds instead of 10 (about 1 minute on 2 cores); too few for the claims' tests.
@@ -65,6 +67,7 @@ def reproduce(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"Expected --workers of at least 1, got {workers}.")
+    folder = out_folder(out)
     n_workers = workers or os.cpu_count() or 1
     if budget:
         if full or tune:
@@ -73,10 +76,10 @@ def reproduce(
             )
         budgets = budget_plan(quick=quick, seeds=seeds, epochs=epochs)
         require_extras()
-        return study.run_budget(budgets, Path(out), n_workers)
+        return study.run_budget(budgets, folder, n_workers)
     regimes = plan(quick=quick, full=full, tune=tune, seeds=seeds, epochs=epochs)
     require_extras()
-    return experiment.run_experiment(regimes, Path(out), n_workers)
+    return experiment.run_experiment(regimes, folder, n_workers)
 
 
 def budget_plan(quick: bool = False, seeds: int | None = None, epochs: int = EPOCHS) -> BudgetPlan:

@@ -8,12 +8,14 @@ formed: 120 layers of norm 3 overflow fp32, their logarithms do not. The six bui
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from lightning_lip.checks import check_number
+from lightning_lip.checks import check_number, got
 from lightning_lip.kernels.penalties import (
     PRODUCT_CAP,
     built_in,
@@ -29,6 +31,7 @@ __all__ = [
     "PRODUCT_CAP",
     "Penalty",
     "PenaltyName",
+    "check_value",
     "get_penalty",
     "hinge_log",
     "layer_sum",
@@ -56,7 +59,7 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
 
     Raises:
         ValueError: If the name is unknown or `target` is not a positive finite number.
-        TypeError: If `penalty` is neither a string nor callable.
+        TypeError: If `penalty` is neither a string nor a callable of two tensors.
     """
     target = check_number("target", target, positive=True)
     if isinstance(penalty, str):
@@ -64,6 +67,41 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
             return built_in(penalty, target)
         names = ", ".join(repr(name) for name in get_args(PenaltyName))
         raise ValueError(f"Unknown penalty {penalty!r}: expected one of {names}, or a callable of your own.")
-    if callable(penalty):
-        return penalty
-    raise TypeError(f"Expected `penalty` to be a name or a callable, got {type(penalty).__name__}.")
+    if not callable(penalty) or isinstance(penalty, type):
+        raise TypeError(f"Expected `penalty` to be a name or a callable, got {got(penalty)}.")
+    try:
+        # A module is called through its forward.
+        inspect.signature(getattr(penalty, "forward", penalty)).bind(None, None)
+    except TypeError as error:
+        raise TypeError(f"Expected `penalty` to take (log_sigma, log_bound), {penalty!r} does not: {error}.") from None
+    except ValueError:  # a built-in function without a signature
+        pass
+    return penalty
+
+
+def check_value(penalty: Penalty, value: Tensor, log_sigma: Tensor) -> None:
+    """Check that a penalty has a value and a gradient to train with.
+
+    Args:
+        penalty: The penalty, for the message.
+        value: What it returned, shape ().
+        log_sigma: What it returned it for, shape (L,), requiring a gradient. Where it is not finite, as in a network
+            that has diverged, the numbers are not the penalty's fault.
+
+    Raises:
+        ValueError: If the value does not depend on `log_sigma` in autograd, or it or its gradient is not finite.
+    """
+    slope = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(value, log_sigma, retain_graph=True, allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            f"The `penalty` {penalty!r} returned {value.item()}, which does not depend on log_sigma and log_bound in "
+            "autograd: it would train nothing. Compute it with torch, without detach(), float(), NumPy or no_grad(); "
+            "where there is nothing to penalise, return 0 * log_bound."
+        )
+    if log_sigma.isfinite().all() and not (value.isfinite() and slope.isfinite().all()):
+        raise ValueError(
+            f"The `penalty` {penalty!r} returned {value.item()} with the gradient {slope.tolist()} at log_sigma = "
+            f"{log_sigma.tolist()}: expected finite numbers."
+        )

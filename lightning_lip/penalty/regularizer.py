@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
-from lightning_lip.checks import check_model, check_number, check_state
+from lightning_lip.checks import (
+    check_flag,
+    check_items,
+    check_model,
+    check_number,
+    check_numbers,
+    check_state,
+    check_vectors,
+    shown,
+)
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
@@ -22,7 +31,7 @@ from lightning_lip.operators.composed import DiagonalOperator
 from lightning_lip.operators.selection import Selection
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty
 
 
 class LipschitzRegularizer:
@@ -105,6 +114,7 @@ class LipschitzRegularizer:
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
         self._log_target = math.log(target)
+        self._is_checked = isinstance(penalty, str)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
@@ -156,7 +166,10 @@ class LipschitzRegularizer:
         zero = sigma == 0
         log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
         log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
-        return self.coefficient * self.penalty_of(log_sigma)
+        value = self.penalty_of(log_sigma)
+        if log_sigma.requires_grad:
+            self._check(value, log_sigma)
+        return self.coefficient * value
 
     def add_grad_(
         self, scale: float | Tensor = 1.0, *, advance: bool = True, parameters: Collection[Tensor] | None = None
@@ -175,6 +188,15 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
+        if not isinstance(scale, Tensor):
+            check_numbers("scale", [scale])
+        elif scale.shape != () or not scale.is_floating_point() or scale.is_meta:
+            raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
+        check_flag("advance", advance)
+        if parameters is not None:
+            parameters = check_items("parameters", parameters, "a sequence of tensors")
+            if not all(isinstance(p, nn.Parameter) for p in parameters):
+                raise TypeError(f"Expected `parameters` to hold parameters of the model, got {shown(parameters)}.")
         return self.accumulate_(scale, advance, parameters).clone()
 
     def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:
@@ -197,12 +219,18 @@ class LipschitzRegularizer:
         with torch.enable_grad():
             log_sigma = sigma.log().requires_grad_()
             value = self.penalty_of(log_sigma)
-            constant = not value.requires_grad
-            slope = torch.zeros_like(sigma) if constant else torch.autograd.grad(value, log_sigma)[0]
+            self._check(value, log_sigma)
+            slope = torch.autograd.grad(value, log_sigma)[0] if value.requires_grad else torch.zeros_like(sigma)
         coefficients = slope / sigma * (self.coefficient * scale)
         coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
         self._add_norm_gradients_(coefficients.to(step.sigma.dtype), step, allowed)
         return (value.detach() * (self.coefficient * scale)).to(step.sigma.dtype)
+
+    def _check(self, value: Tensor, log_sigma: Tensor) -> None:
+        """Check a penalty of the user's own at the first step; later ones may return a constant."""
+        if not self._is_checked:
+            check_value(self._penalty, value, log_sigma)
+            self._is_checked = True
 
     def _add_norm_gradients_(self, coefficients: Tensor, step: kernels.PowerStep, allowed: set[int] | None) -> None:
         """Add ``c_l`` times the gradient of the norm of each trainable layer."""
@@ -245,12 +273,14 @@ class LipschitzRegularizer:
             The penalty, shape ().
 
         Raises:
-            ValueError: If a penalty of the user's own does not return a tensor of shape ().
+            ValueError: If a penalty of the user's own does not return a floating-point tensor of shape ().
         """
         value = self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma))
         if not isinstance(value, Tensor) or value.shape != ():
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
+        if not value.is_floating_point():
+            raise ValueError(f"Expected the penalty to return a floating-point tensor, got {value.dtype}.")
         return value
 
     def sigma(self) -> Tensor:
@@ -327,9 +357,7 @@ class LipschitzRegularizer:
             ValueError: If it is no such state.
         """
         check_state(state, ("vectors",), "LipschitzRegularizer")
-        if not isinstance(state["vectors"], Mapping):
-            got = type(state["vectors"]).__name__
-            raise TypeError(f'LipschitzRegularizer expected the state\'s "vectors" by layer name, got a {got}.')
+        check_vectors("vectors", state["vectors"])
         self._norms.load_state_dict(state["vectors"])
         self._step = self._step_version = None
 

@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_lip.checks import is_finite_number
+from lightning_lip.checks import check_callable, is_finite_number, shown
 from lightning_lip.projection.clipping import LOG_2, FloatArray
 from lightning_lip.projection.spectra import Metric, Spectra, per_layer
 
@@ -133,6 +133,7 @@ def bound_caps(
     """
     layers = Spectra(spectra, metric, frobenius)
     log_target = _finite(log_target)
+    check_callable("log_bound", log_bound, "from (L,) to (), (L,)")
     evaluate = partial(_evaluate, log_bound, log_target)
     start = layers.norms
     value, a = evaluate(start)
@@ -257,7 +258,7 @@ def _multiplicities(multiplicities: Sequence[float] | None, n_layers: int) -> Fl
 
 def _finite(log_target: float | None) -> float:
     if not is_finite_number(log_target):
-        raise ValueError(f"Expected a finite `log_target`, the logarithm of a target M > 0, got {log_target!r}.")
+        raise ValueError(f"Expected a finite `log_target`, the logarithm of a target M > 0, got {shown(log_target)}.")
     return float(log_target)
 
 

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import Bound
 from lightning_lip.kernels.tensors import compute_dtype
+from lightning_lip.norms.spectral_norms import is_block
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
 
@@ -161,10 +162,10 @@ class ClippedLayer(ProjectedLayer):
     def load(self, block: Tensor | None) -> None:
         """Take a saved block; without one, or with one of another matrix, the iteration starts afresh."""
         side = min(self.parameter.shape)
-        if block is not None and (block.dim() != 2 or block.shape[0] != side or not block.isfinite().all()):
+        if block is not None and (block.dim() != 2 or block.shape[0] != side or not is_block(block.mT)):
             warnings.warn(
                 f"The saved singular vectors of layer {self.name!r} have shape {tuple(block.shape)}, its weight asks "
-                f"for ({side}, r) and finite values: its iteration starts afresh.",
+                f"for ({side}, r) and finite values, not all zero: its iteration starts afresh.",
                 stacklevel=2,
             )
             block = None

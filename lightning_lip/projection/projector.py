@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
-from lightning_lip.checks import check_integers, check_model, check_number, check_state
+from lightning_lip.checks import (
+    check_choice,
+    check_integers,
+    check_model,
+    check_number,
+    check_state,
+    check_type,
+    check_vectors,
+)
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_modes
@@ -37,6 +46,9 @@ CERTIFICATE_SLACK = 1e-10
 
 N_ATTEMPTS = 20
 """Attempts of the exact projection, each with a wider margin for the rounding of weights and certificates."""
+
+
+STATE_KEYS = ("n_steps", "blocks", "others", "slack")
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,8 @@ class LipschitzProjector:
         seed: int = 0,
     ) -> None:
         check_model(model, "LipschitzProjector")
-        check_method(method, metric)
+        check_choice("method", method, get_args(Method))
+        check_choice("metric", metric, get_args(Metric))
         check_integers(1, block_size=block_size, n_iterations=n_iterations)
         check_integers(0, exact_every_n_steps=exact_every_n_steps, seed=seed)
         self._target = check_number("target", target, positive=True)
@@ -336,7 +349,13 @@ class LipschitzProjector:
             TypeError: If it is no mapping.
             ValueError: If it is no such state.
         """
-        check_state(state, ("n_steps", "blocks", "others", "slack"), "LipschitzProjector")
+        check_state(state, STATE_KEYS, "LipschitzProjector")
+        check_integers(0, n_steps=state["n_steps"])
+        check_vectors("blocks", state["blocks"])
+        check_vectors("others", state["others"])
+        check_type("slack", state["slack"], Mapping, "a mapping from names of layers to numbers")
+        for name, slack in state["slack"].items():
+            check_type(f"slack[{name!r}]", slack, Real, "a number")
         self._n_steps = state["n_steps"]
         for layer in self._clipped:
             layer.load(state["blocks"].get(layer.name))
@@ -370,14 +389,3 @@ def project(model: nn.Module, target: float, **arguments: Any) -> Projection:
         True
     """
     return LipschitzProjector(model, target, **arguments).exact()
-
-
-def check_method(method: str, metric: str) -> None:
-    """Check the choice of a projection.
-
-    Raises:
-        ValueError: If one of them is unknown.
-    """
-    for argument, value, known in (("method", method, get_args(Method)), ("metric", metric, get_args(Metric))):
-        if value not in known:
-            raise ValueError(f"Expected `{argument}` to be one of {known}, got {value!r}.")

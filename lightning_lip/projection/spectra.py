@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lightning_lip.checks import check_array, check_items
 from lightning_lip.projection.clipping import ClippingProblem, FloatArray
 
 Metric = Literal["relative", "euclidean"]
@@ -25,20 +25,22 @@ class Spectra:
     def __init__(
         self, spectra: Sequence[ArrayLike], metric: Metric | Sequence[float], frobenius: Sequence[float | None] | None
     ) -> None:
-        rows = [np.asarray(spectrum, dtype=np.float64) for spectrum in spectra]
+        rows = [check_array("spectra", row) for row in check_items("spectra", spectra, "a sequence of vectors")]
         if not rows:
-            raise ValueError("Expected the singular values of at least one layer, got none.")
+            raise ValueError("Expected `spectra` to hold the singular values of at least one layer, got none.")
         for index, row in enumerate(rows):
             if row.ndim != 1 or row.size == 0:
-                raise ValueError(f"Expected layer {index}'s singular values in a non-empty vector, got {row.shape}.")
+                raise ValueError(
+                    f"`spectra`: expected layer {index}'s singular values in a non-empty vector, got {row.shape}."
+                )
         values = np.zeros((len(rows), max(row.size for row in rows)))
         for index, row in enumerate(rows):
             values[index, : row.size] = row
         if not (np.isfinite(values) & (values >= 0.0)).all():
             index = int((~(np.isfinite(values) & (values >= 0.0))).any(axis=1).argmax())
             raise ValueError(
-                f"Expected finite singular values >= 0, got {values[index]} for layer {index}: look for what made its "
-                "weight diverge."
+                f"Expected `spectra` to be finite and >= 0, got {values[index]} for layer {index}: look for what made "
+                "its weight diverge."
             )
         values = -np.sort(-values, axis=1)
         self.norms = values[:, 0].copy()
@@ -47,16 +49,20 @@ class Spectra:
             costs = np.ones(len(rows)) if self._relative else _weights(metric, len(rows)) * self.norms**2
         self._ratios = values / np.where(self.norms > 0.0, self.norms, 1.0)[:, None]
         if frobenius is not None:
+            frobenius = check_items("frobenius", frobenius, "a sequence of numbers and None")
             if len(frobenius) != len(rows):
                 raise ValueError(f"Expected {len(rows)} entries of `frobenius`, one per layer, got {len(frobenius)}.")
             for index, norm in enumerate(frobenius):
                 if norm is None:
                     continue
-                if not (math.isfinite(norm) and norm >= 0.0 and (norm > 0.0 or self.norms[index] == 0.0)):
-                    raise ValueError(f"Expected a finite positive Frobenius norm, got {norm!r} for layer {index}.")
+                f = check_array("frobenius", norm)
+                if f.ndim or not (np.isfinite(f) and (f > 0.0 or f == self.norms[index])):
+                    raise ValueError(
+                        f"`frobenius`: expected a positive Frobenius norm, got {norm!r} for layer {index}."
+                    )
                 if self.norms[index] > 0.0:
                     self._ratios[index, 1:] = 0.0
-                    costs[index] *= (norm / self.norms[index]) ** 2
+                    costs[index] *= (f / self.norms[index]) ** 2
         if not np.isfinite(costs).all():
             raise ValueError("The squared distance exceeds float64: rescale the spectra, or use metric='relative'.")
         # A zero layer is never clipped, and must not look cheaper to clip than another.
@@ -82,7 +88,7 @@ class Spectra:
 
 def per_layer(name: str, values: Sequence[float], n_layers: int) -> FloatArray:
     """Return `values` as an array, checked: one positive finite number per layer."""
-    array = np.asarray(values, dtype=np.float64)
+    array = check_array(name, values)
     if array.shape != (n_layers,):
         raise ValueError(f"Expected {n_layers} entries of `{name}`, one per layer, got shape {array.shape}.")
     if not (np.isfinite(array) & (array > 0.0)).all():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.checks import check_model
+from lightning_lip.checks import check_flag, check_model
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder
 from lightning_lip.graph.tracing import RESHAPES, TracedModel, operation_name, trace
@@ -120,6 +120,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
         True
     """
     check_model(model, "rebalance")
+    check_flag("per_unit", per_unit)
     refuse_sharded(model, "rebalance", "Rebalance a whole checkpoint in one process.")
     layers = _layers(trace(model, _example_input(model) if example_input is None else example_input))
     weights = [_finite(layer.weight, f"{layer.name}'s weight") for layer in layers]

@@ -7,18 +7,53 @@ import io
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_lip.errors import UsageError
+
+
+def out_folder(out: str) -> Path:
+    """Return the folder of `--out`, which need not exist yet.
+
+    Raises:
+        UsageError: If it is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"Expected --out to be a folder, {out} is a file.")
+    return folder
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Let a file be written whole or not at all; its folder is made if it is missing.
+
+    Yields:
+        A path beside it, with the same suffix, to write to. What is there at the end takes the file's place; an error,
+        such as a full disk, or an interrupt leaves the file as it was.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    # A link stays a link: what it points to is replaced.
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
 
 def write_text(text: str, path: Path) -> None:
     """Write a file whole or not at all; its folder is made if it is missing.
-
-    The text goes to a file beside it, which then takes its place, so that an interrupt leaves what was there before.
 
     Raises:
         OSError: If the file cannot be written.
@@ -27,15 +62,8 @@ def write_text(text: str, path: Path) -> None:
         # A pipe or a device is written to, not replaced.
         path.write_text(text, encoding="utf-8", newline="")
         return
-    # A link stays a link: what it points to is replaced.
-    path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8", newline="")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_json(document: Mapping[str, Any], path: Path, indent: int | None = None) -> None:

@@ -28,7 +28,7 @@ def map_tasks(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
     workers: int,
-    on_done: Callable[[Task], None] = lambda task: None,
+    on_done: Callable[[Task, Result], None] = lambda task, result: None,
 ) -> list[Result]:
     """Apply `function` to every task and return the results in the order of the tasks.
 
@@ -39,7 +39,7 @@ def map_tasks(
         function: Picklable, and so its tasks and results.
         tasks: What to do; `str(task)` names one in messages.
         workers: The number of processes, at least 1.
-        on_done: Called in this process after each task.
+        on_done: Called in this process after each task, with its result.
 
     Raises:
         RunError: If a task raises or its worker dies.
@@ -78,14 +78,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task], None]) -> None:
+def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task, Result], None]) -> None:
     waiting = set(futures)
     while waiting:
         # In slices, so that an interrupt from the keyboard is seen on every system.
         done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
         for future in done:
             try:
-                future.result()
+                result = future.result()
             except BrokenProcessPool as error:
                 raise RunError(
                     f"A worker process died while {futures[future]} was running or waiting; "
@@ -93,15 +93,15 @@ def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task], None]
                 ) from error
             except Exception as error:
                 raise _failure(futures[future], error) from error
-            on_done(futures[future])
+            on_done(futures[future], result)
 
 
-def _in_this_process(function: Callable[[Task], Result], task: Task, on_done: Callable[[Task], None]) -> Result:
+def _in_this_process(function: Callable[[Task], Result], task: Task, on_done: Callable[[Task, Result], None]) -> Result:
     try:
         result = function(task)
     except Exception as error:
         raise _failure(task, error) from error
-    on_done(task)
+    on_done(task, result)
     return result
 
 

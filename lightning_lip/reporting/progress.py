@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lightning_lip.reporting.console import print_line
+from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.processes import map_tasks
 
 LINES = 10
@@ -21,9 +22,16 @@ Result = TypeVar("Result")
 
 
 def map_with_progress(
-    console: Console, what: str, function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+    console: Console,
+    what: str,
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    finished: Finished[Result],
 ) -> list[Result]:
-    """Do what :func:`~lightning_lip.reporting.processes.map_tasks` does, and show how many tasks are done.
+    """Do what :func:`~lightning_lip.reporting.processes.map_tasks` does with those tasks that are not finished.
+
+    How many tasks are done is shown.
 
     Args:
         console: Where to show it.
@@ -31,12 +39,23 @@ def map_with_progress(
         function: As in `map_tasks`, as the following.
         tasks: See there.
         workers: See there.
+        finished: The results that are there; the others are kept in it as they come.
 
     Raises:
         RunError: If a task raises or its worker dies.
+        OSError: If a result cannot be kept.
     """
-    with progress(console, len(tasks), what) as on_done:
-        return map_tasks(function, tasks, workers, on_done)
+    left = [task for task in tasks if repr(task) not in finished.results]
+    if len(left) < len(tasks):
+        print_line(console, f"continuing: {len(tasks) - len(left)} of {len(tasks)} {what} are done")
+    with progress(console, len(left), what) as show:
+
+        def on_done(task: Task, result: Result) -> None:
+            finished.add(task, result)
+            show(task)
+
+        map_tasks(function, left, workers, on_done)
+    return [finished.results[repr(task)] for task in tasks]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_lip.checks import check_numbers, check_tensor, check_type
 from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
     UNIT_ROUNDOFF,
@@ -66,6 +67,9 @@ def certified_matrix_norm(weight: Tensor, estimate: float | None = None) -> floa
         >>> 4 <= bound < 4 + 1e-9
         True
     """
+    check_type("weight", weight, Tensor, "a matrix")
+    if estimate is not None:
+        (estimate,) = check_numbers("estimate", [estimate])
     matrix, exponent = scaled_matrix(weight)
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.mT
@@ -102,8 +106,10 @@ def scaled_matrix(weight: Tensor) -> tuple[Tensor, int]:
         )
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"Expected a real floating-point matrix of shape (m, n), got {weight.dtype} of shape {tuple(weight.shape)}."
+            f"Expected a weight that is a real floating-point matrix of shape (m, n), got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}."
         )
+    check_tensor("weight", weight)
     matrix = weight.detach().to("cpu", torch.float64)
     if matrix.numel() == 0:
         return matrix, 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from support.audits import BORING, PAPER, Touch
 from support.commands import run_cli
+from support.disk import full_disk
 from torch import nn
 
 from lightning_lip.audit.checkpoints import load_network
@@ -219,11 +221,50 @@ def test_exit_status(networks, capsys, target, shape, limit, status):
         assert not captured.out
 
 
+LEAVING = """
+import sys
+from torch import nn
+{on_import}
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        {on_construction}
+
+    def forward(self, x):
+        {on_call}
+        return super().forward(x)
+"""
+LEAVING_AT = ("on_import", "on_construction", "on_call")
+
+
+@pytest.mark.parametrize("where", LEAVING_AT)
+@pytest.mark.parametrize("leave", ["sys.exit(0)", "sys.exit()", "raise SystemExit(1)"])
+def test_code_that_ends_the_process_does_not_pass(capsys, monkeypatch, where, leave):
+    Path("leaving.py").write_text(LEAVING.format(**dict.fromkeys(LEAVING_AT, "pass") | {where: leave}))
+    monkeypatch.delitem(sys.modules, "leaving", raising=False)
+    assert run_cli("audit", "leaving:Net", "--input-shape", "2", "--max-bound", "1e9", "--json", "-") == 2
+    captured = capsys.readouterr()
+    assert "leaving:Net calls sys.exit" in captured.err
+    assert not captured.out
+
+
+def test_a_full_disk_leaves_the_earlier_document(networks, capsys):
+    Path("out.json").write_text("valid")
+    with full_disk():
+        assert run_cli("audit", "audited_networks:two", "--input-shape", "2", "--json", "out.json") == 2
+    assert "--json out.json cannot be written" in capsys.readouterr().err
+    assert Path("out.json").read_text() == "valid"
+    assert not list(Path().glob(".out*"))
+
+
 def test_the_message_of_a_bound_that_is_not_kept(networks):
     with pytest.raises(BoundError, match=r"of audited_networks:two is 2\.00001; --max-bound is 1\.5"):
         audit("audited_networks:two", input_shape="2", max_bound=1.5)
     with pytest.raises(BoundError, match=r"does not exist; --max-bound is 1.5"):
         audit("audited_networks:Attention", input_shape="3,4", max_bound=1.5)
+    for spoilt in ("nan_bias", "nan_mean"):
+        with pytest.raises(BoundError, match=rf"{spoilt}.* does not exist; --max-bound is 100"):
+            audit(f"audited_networks:{spoilt}", input_shape="2", max_bound=100)
     with pytest.raises(BoundError, match="huge is inf"):
         audit("audited_networks:huge", input_shape="2", max_bound=1.5)
 

@@ -5,13 +5,14 @@ import pytest
 import torch
 from support.commands import run_cli
 from support.contenders import SMALL_CONVOLUTIONS, csv_rows
+from support.disk import full_disk
 
 from lightning_lip import bench as package
 from lightning_lip import cli
 from lightning_lip.bench import command
 from lightning_lip.bench.contenders import peers
 from lightning_lip.bench.contenders.models import MODELS
-from lightning_lip.bench.steps import figures, measure, report, run
+from lightning_lip.bench.steps import figures, growth, measure, report, run
 from lightning_lip.errors import UsageError
 
 
@@ -65,6 +66,49 @@ def test_the_command_writes_tables_document_and_plots(small_run, tmp_path, capsy
     assert "A quick run" in shown
     assert shown.count("The penalty (r = 8) takes") == shown.count("With r = 8 it adds") == 2
     assert shown.count("The penalty (r = 1) takes") == shown.count("With r = 1 it adds") == 2
+
+
+def test_an_interrupted_benchmark_goes_on(small_run, tmp_path, monkeypatch, capsys):
+    grown, measured = [], []
+
+    def measure_once(name, *arguments):
+        measured.append(name)
+        return measure.measure(name, *arguments)
+
+    def grow_until(sizes, *arguments):
+        if len(grown) == 1:
+            raise KeyboardInterrupt
+        grown.append(sizes)
+        return growth.growth(sizes, *arguments)
+
+    monkeypatch.setattr(run, "measure", measure_once)
+    monkeypatch.setattr(run, "growth", grow_until)
+    options = {"out": str(tmp_path), "models": "paper", "quick": True, "threads": 1}
+    with pytest.raises(KeyboardInterrupt):
+        command.bench(**options)
+    capsys.readouterr()
+    monkeypatch.setattr(run, "growth", growth.growth)
+    found = command.bench(**options)
+    shown = capsys.readouterr().out
+    assert f"continuing: 2 of {1 + len(run.QUICK_SIZES)} models and sizes are done" in shown
+    assert measured == ["paper"]
+    assert shown.count("The penalty (r = 8) takes") == 1  # what is finished is in the report
+    assert len(found["growth"]) == 2 * len(run.QUICK_SIZES)
+    assert json.loads((tmp_path / "bench.json").read_text()) == json.loads(json.dumps(found))
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_a_full_disk_leaves_the_earlier_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "steps.png"
+    path.write_text("valid")
+    found = {"models": [], "growth": []}
+    rows = [{"contender": name, "title": name, "ratio": (1, 2, 3), "own_ms": None} for name in ("plain", "peer")]
+    found["models"] = [{"rows": rows, "model_title": "model", "batch_size": 1}]
+    with pytest.raises(OSError, match="File too large"), full_disk(1000):
+        figures.write_figures(found, tmp_path)
+    assert path.read_text() == "valid"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_threads_are_put_back(small_run, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from support.trainers import make_module, make_trainer
+from support.trainers import linux_only, make_module, make_trainer, run_script
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMonitor, LipschitzPenalty, certify
@@ -152,3 +152,41 @@ def test_no_lower_bound(regression_data):
     logged = validate(make_module(lightning), regression_data, task="regression", max_inputs=0)
     assert "lipschitz/lower" not in logged
     assert "lipschitz/certified" in logged
+
+
+DISAGREEING = """
+import lightning as L, torch
+from torch import nn
+from lightning_lip import CertifiedValidation
+
+class Net(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = self.net(x)
+        return nn.functional.hardshrink(x) if self.is_second else x  # which no certificate allows
+
+    def on_validation_start(self):
+        self.is_second = self.global_rank == 1
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+if __name__ == "__main__":
+    data = torch.utils.data.TensorDataset(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_checkpointing=False,
+        callbacks=[CertifiedValidation((0.1,))], enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.validate(Net(), torch.utils.data.DataLoader(data, batch_size=4), verbose=False)
+    print("ENDED", [name for name in trainer.callback_metrics if "certified" in name])
+"""
+
+
+@linux_only
+def test_ranks_log_together_or_not_at_all():
+    done = run_script(DISAGREEING)
+    assert "ENDED []" in done.stdout, done.stderr[-3000:]
+    assert "has no certificate" in done.stderr

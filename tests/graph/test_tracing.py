@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from support.networks import Lambda, linear
@@ -7,6 +10,7 @@ from torch import nn
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.models.modules import state_kept
 
 
 def test_a_region_with_its_own_autocast_is_refused():
@@ -141,3 +145,96 @@ def test_lightning_modules_that_log_in_forward(pl, make_trainer, regression_data
     bound = NetworkBound.trace(module, torch.randn(2, 4))
     assert [op.name for op in bound.operators] == ["net.0", "net.2", "net.4"]
     assert module.trainer is trainer
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * m.state.add_(1),
+        lambda m, x: (x * m.state, m.state.mul_(1.5))[0],
+        lambda m, x: x * m.state.copy_(m.state + 1),
+    ],
+)
+def test_a_buffer_that_the_forward_writes_and_the_output_reads_is_refused_by_name(function):
+    model = Lambda(function, state=torch.ones(()))
+    with pytest.raises(UnsupportedLayerError, match="changes the buffer 'state', and the output depends on it"):
+        NetworkBound.trace(model, torch.randn(2, 3))
+    assert model.state == 1
+
+
+class LargerInEval(nn.Module):
+    def forward(self, weight):
+        return weight if self.training else 3 * weight
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 4), lambda: nn.Conv1d(4, 4, 1)], ids=["linear", "conv"])
+def test_cached_parametrizations_are_computed_in_eval_mode(make):
+    layer = nn.utils.parametrize.register_parametrization(make().double(), "weight", LargerInEval())
+    x = torch.randn(2, 4, 1).double() if isinstance(layer, nn.Conv1d) else torch.randn(2, 4).double()
+    model = nn.Sequential(layer)
+    expected = certify(model, x).upper
+    assert expected == pytest.approx(3 * norm(layer.parametrizations.weight.original.flatten(1)))
+    with nn.utils.parametrize.cached():
+        model(x)
+        cached = layer.weight
+        found = certify(model, x, data=x)
+        assert layer.weight is cached
+    assert found.upper == pytest.approx(expected)
+    assert found.lower == pytest.approx(expected)
+
+
+def advance(m, x):
+    m.count += 1
+    m.history.append(m.count)
+    m.named["last"] = m.count
+    m.seen.add(m.count)
+    m.plain.add_(1)
+    m.buffer = m.buffer + 1
+    for generator in (m.python, random):
+        generator.random()
+    for generator in (m.numpy, m.legacy, np.random.mtrand._rand):
+        generator.normal()
+    torch.rand((), generator=m.torch)
+    torch.rand(())
+    return 2 * x
+
+
+def state_of(m):
+    numpy_state = m.numpy.bit_generator.state, *(str(g.get_state()) for g in (m.legacy, np.random.mtrand._rand))
+    numbers = m.count, list(m.history), dict(m.named), set(m.seen), m.plain.tolist(), m.buffer.tolist()
+    generators = m.python.getstate(), random.getstate(), m.torch.get_state().tolist(), torch.get_rng_state().tolist()
+    return *numbers, *generators, *numpy_state
+
+
+def test_all_state_is_given_back():
+    model = Lambda(advance, buffer=torch.zeros(()))
+    model.count, model.history, model.named, model.seen, model.plain = 0, [0], {"last": 0}, {0}, torch.zeros(1)
+    model.python, model.numpy, model.legacy = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
+    model.torch = torch.Generator()
+    history, before = model.history, state_of(model)
+    with state_kept(model):
+        model(torch.ones(2, 3))
+        assert all(a != b for a, b in zip(state_of(model), before, strict=True))
+    assert state_of(model) == before
+    assert model.history is history
+    counting = Lambda(lambda m, x: (m.history.append(1), setattr(m, "count", m.count + 1), 2 * x)[-1])
+    counting.history, counting.count = [], 0
+    assert certify(counting, torch.randn(2, 3)).upper == pytest.approx(2.0)
+    assert (counting.history, counting.count) == ([], 0)
+
+
+class Counting(nn.Module):
+    uses = 0
+
+    def forward(self, weight):
+        self.uses += 1
+        return weight * self.uses
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_parametrization_that_counts_is_as_it_was(refused):
+    layer = nn.utils.parametrize.register_parametrization(nn.Linear(3, 3), "weight", Counting())
+    counting, before = layer.parametrizations.weight[0], layer.parametrizations.weight[0].uses
+    result = certify(Lambda(lambda m, x: m.layer(x) ** 2 if refused else m.layer(x), layer=layer), torch.randn(2, 3))
+    assert not result.certified
+    assert counting.uses == before

@@ -77,6 +77,32 @@ def test_a_margin_at_the_threshold_is_not_certified():
     assert certified_accuracy(logits, torch.tensor([0]), 1.0, 0.3) == 1
 
 
+@pytest.mark.parametrize("scale", [1e-308, 1e-162, 1.0, 1e160, 1e300])
+def test_the_pairwise_norms_neither_underflow_nor_overflow(scale):
+    weight = scale * torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
+    margins = torch.tensor([4.0, 5.0 * (1 - 1e-15), 5.0 * (1 + 1e-13)], dtype=torch.float64)
+    logits = torch.stack([margins, torch.zeros(3, dtype=torch.float64)], dim=1)
+    classes = torch.zeros(3, dtype=torch.int64)
+    # The threshold is 5, twice: by the constant, and by the radius.
+    for factors in ((1 / scale, 1.0), (1.0, 1 / scale)):
+        assert certified_accuracy(logits, classes, *factors, weight) == pytest.approx(1 / 3)
+
+
+def test_a_threshold_of_a_product_that_underflows():
+    weight = torch.tensor([[1e300, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    logits = torch.tensor([[1e-101, 0.0], [1e-99, 0.0], [1e-20, 0.0]], dtype=torch.float64)
+    # The threshold is 1e-100; from 1e-400, rounded up to the least number, it is 5e-24.
+    assert certified_accuracy(logits, torch.zeros(3, dtype=torch.int64), 1e-200, 1e-200, weight) == pytest.approx(1 / 3)
+    for constant, radius in ((0.0, 1.0), (1.0, 0.0)):
+        assert certified_accuracy(logits, torch.zeros(3, dtype=torch.int64), constant, radius, weight) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_weights_certify_nothing(bad):
+    weight = torch.tensor([[bad, 0.0], [0.0, 0.0]])
+    assert certified_accuracy(torch.tensor([[9.0, 0.0]]), torch.tensor([0]), 1.0, 0.1, weight) == 0
+
+
 def test_half_precision_margins_are_not_rounded():
     # 2049 is no fp16 number: in fp16 both margins would be 2048 and the second sample certified.
     logits = torch.tensor([[2048.0, -2.0], [2048.0, 0.0]], dtype=torch.float16)
@@ -123,6 +149,7 @@ LOGITS, TARGET = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
         ((LOGITS, TARGET, -1.0), ValueError, "finite number of at least 0, got -1.0"),
         ((LOGITS, TARGET, 1.0, torch.ones(2, 5)), ValueError, r"last_weight of shape \(3, d\) .* got \(2, 5\)"),
         ((LOGITS, TARGET, 1.0, torch.ones(3)), ValueError, r"got \(3,\)"),
+        ((LOGITS, TARGET, 1.0, torch.ones(3, 0)), ValueError, r"got \(3, 0\)"),
     ],
 )
 def test_wrong_arguments(arguments, error, message):

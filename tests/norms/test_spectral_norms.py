@@ -169,7 +169,7 @@ def test_a_state_of_another_block_size_warns_and_starts_afresh():
     messages = [str(w.message) for w in caught]
     assert len(messages) == 2  # the last layer's block is (1, 1) either way
     assert "layer '0' have shape (4, 20)" in messages[0]
-    assert "ask for (2, 20) and finite values: its iteration starts afresh" in messages[0]
+    assert "ask for (2, 20) and finite values, not all zero: its iteration starts afresh" in messages[0]
     fresh = norms_of(model, block_size=2)
     fresh.current()
     assert torch.equal(other.state_dict()["2"], fresh.state_dict()["2"])
@@ -290,7 +290,7 @@ def test_saved_vectors_that_are_not_finite_start_afresh():
     norms = norms_of(model)
     norms.current()
     norms.load_state_dict({name: torch.full_like(block, torch.nan) for name, block in norms.state_dict().items()})
-    with pytest.warns(UserWarning, match="finite values: its iteration starts afresh"):
+    with pytest.warns(UserWarning, match="finite values, not all zero: its iteration starts afresh"):
         assert norms.current().sigma.isfinite().all()
 
 

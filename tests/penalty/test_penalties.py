@@ -137,7 +137,7 @@ def test_unknown_name():
 
 @pytest.mark.parametrize("penalty", [None, 3, ["product"]])
 def test_neither_name_nor_callable(penalty):
-    with pytest.raises(TypeError, match=f"a name or a callable, got {type(penalty).__name__}"):
+    with pytest.raises(TypeError, match=f"a name or a callable, got a {type(penalty).__name__}"):
         get_penalty(penalty)
 
 

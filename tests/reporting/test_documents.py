@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from support.disk import full_disk
 
 from lightning_lip.reporting import documents
 from lightning_lip.reporting.console import make_console, print_line
@@ -27,6 +28,23 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         documents.write_json({"a": 2}, path)
     assert path.read_text() == '{"a": [1, null]}\n'
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: documents.write_text("x" * 10_000, path),
+        lambda path: documents.write_json({"a": list(range(10_000))}, path),
+        lambda path: documents.write_csv(path, ["a"], [[1]] * 10_000),
+    ],
+)
+def test_a_full_disk_leaves_what_was_there(tmp_path, write):
+    path = tmp_path / "file"
+    path.write_text("valid")
+    with pytest.raises(OSError, match="File too large"), full_disk():
+        write(path)
+    assert path.read_text() == "valid"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_nothing_is_left_beside_a_file(tmp_path):

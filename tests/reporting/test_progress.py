@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.progress import map_with_progress, progress
 
 
@@ -26,7 +27,8 @@ def test_progress_is_a_bar_on_a_terminal():
     assert "2/2" in console.file.getvalue()
 
 
-def test_results_come_in_the_order_of_the_tasks():
+def test_results_come_in_the_order_of_the_tasks(tmp_path):
     console = Console(file=io.StringIO(), width=120)
-    assert map_with_progress(console, "runs", len, ["a", "bb"], 1) == [1, 2]
+    finished = Finished(tmp_path / "file", None, int)
+    assert map_with_progress(console, "runs", len, ["a", "bb"], 1, finished) == [1, 2]
     assert console.file.getvalue().startswith("runs: 1/2, ")

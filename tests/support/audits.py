@@ -57,6 +57,17 @@ def two():
 def double_gelu():
     return nn.Sequential(diagonal(2.0, 2.0), nn.GELU())
 
+def spoilt(tensor):
+    network = nn.Sequential(diagonal(2.0, 2.0), nn.BatchNorm1d(2))
+    getattr(network[1], tensor).data[0] = float("nan")
+    return network
+
+def nan_bias():
+    return spoilt("bias")
+
+def nan_mean():
+    return spoilt("running_mean")
+
 def huge():
     return nn.Sequential(*[diagonal(1e30, 1e30) for _ in range(11)])
 

@@ -19,7 +19,7 @@ from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within
 from lightning_lip.checks import check_integers, check_name
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import stop_recording
-from lightning_lip.operators.selection import Selection, refuse_replaced
+from lightning_lip.operators.selection import Selection, check_selection, refuse_replaced
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector
 
@@ -80,6 +80,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         example_input: Any,
     ) -> None:
         check_name(name)
+        check_selection(layers, exclude)
         check_integers(1, block_size=block_size, n_iterations=n_iterations)
         check_integers(0, seed=seed)
         self.name = name

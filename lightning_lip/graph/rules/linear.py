@@ -25,7 +25,13 @@ from lightning_lip.graph.builder import (
 from lightning_lip.graph.tracing import module_path, module_paths
 from lightning_lip.models.modules import keeps_forward
 from lightning_lip.operators.base import LinearOperator, MatrixOperator
-from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
+from lightning_lip.operators.composed import (
+    ComputedMatrixOperator,
+    DiagonalOperator,
+    ScaledOperator,
+    TracedConvolutionOperator,
+    TracedParametrizationOperator,
+)
 from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.operators.known import operator_of
 from lightning_lip.operators.paddings import padding_pairs
@@ -61,8 +67,9 @@ def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tupl
         return id(module._parameters[key]), MatrixOperator(full, module, key)
     name, module = builder.module_of(node)
     if isinstance(module, nn.Linear) and _is_parametrized(builder, node, weight, module):
-        return id(module), operator_of(module, name)
-    return (id(module), str(node)), ComputedMatrixOperator(name, module, weight.compute, weight.parameters)
+        return ("computed", weight.identity), TracedParametrizationOperator(name, module, weight.compute)
+    computed = ComputedMatrixOperator(name, module, weight.compute, weight.parameters)
+    return ("computed", weight.identity), computed
 
 
 def _is_parametrized(builder: Builder, node: torch.fx.Node, weight: Independent, module: nn.Module) -> bool:
@@ -160,15 +167,19 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
-        unpadded = _before_padding(builder, node, module)
+        unpadded = _before_padding(builder, node, module) if padding in ("valid", (0,) * rank) else None
         own = unpadded is not None
         value = unpadded or value
     elif own:
         own = module.padding == padding
     convolution = module if own else _shell(kind, geometry, weight, module, key)
     domain = value.shape[1:]
-    operator = ConvolutionOperator(name if key == "weight" else f"{name}.{key}", convolution, domain)
-    identity = id(module._parameters.get(key)) if weight.owner is not None else id(module)
+    full = name if key == "weight" else f"{name}.{key}"
+    operator = ConvolutionOperator(full, convolution, domain)
+    identity: Hashable = id(module._parameters.get(key))
+    if weight.owner is None:
+        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute)
+        identity = ("computed", weight.identity)
     # A kernel of size 1 is one operator at all sizes of its input.
     padded = (str(convolution.padding), convolution.padding_mode)
     details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
@@ -302,7 +313,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     tensor = factor
 
     def scale() -> Tensor:
-        entries = tensor.compute().double()
+        entries: Tensor = tensor.compute().double()
         return 1 / entries if divides else entries
 
     if factor.parameters:

@@ -97,6 +97,8 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
         raise RefusedError("it takes the batch for channels")
+    elif "HxW" in a and (a["N"], a["C"], a["HxW"]) != (*value.shape[:2], math.prod(value.shape[2:])):
+        raise RefusedError("it takes the samples of a batch for one")
     weight = a.get("weight")
     constant = constants.normalisation(eps)
     tensor = node.meta["val"]
@@ -197,8 +199,14 @@ def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
 
 @rule("lightning_lip::whole_module")
 def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
-    module = builder.traced.modules[a["index"]]
-    name = builder.traced.names.get(id(module), "")
+    whole = builder.traced.modules[a["index"]]
+    name, module = builder.traced.names.get(id(whole.module), ""), whole.counting
+    if whole.called.training:
+        raise RefusedError(f"{name}: it is called in training mode")
+    own = [*whole.module.parameters(), *whole.module.buffers()]
+    given = [builder.traced.tensor(stored) for stored in a["stored"]]
+    if len(own) != len(given) or any(x is not y for x, y in zip(own, given, strict=True)):
+        raise RefusedError(f"{name}: it is called with other parameters or buffers than its own")
     values = [v for v in a["inputs"] if isinstance(v, Dependent)]
     if any(v.axis != 0 for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")

@@ -40,8 +40,6 @@ PADS = (
 
 @rule(*SAME)
 def _same(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
-    if not node.meta["val"].is_floating_point():
-        raise RefusedError(f"a conversion to {node.meta['val'].dtype} is a step function")
     value = only_input(a, "other")
     return builder.chain(node, value)
 
@@ -53,6 +51,8 @@ def _move(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     *Exact*: a map that only copies has the norm sqrt(largest number of copies).
     """
     value = only_input(a, "other")
+    if isinstance(a.get("dtype"), torch.dtype):
+        raise RefusedError("a view as another dtype reads the bits anew")
     numbers = torch.arange(1, 1 + torch.Size(value.shape).numel(), dtype=torch.float64, device="cpu")
     arguments = dict(a)
     arguments[next(iter(a))] = numbers.reshape(value.shape)

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from lightning_lip.paper.budgets.training import BUDGETS, CASES, CONSTRAINTS, MARGIN, BudgetRecord, SeedTask, train_seed
+from lightning_lip.paper.budgets.training import (
+    BUDGETS,
+    CASES,
+    CONSTRAINTS,
+    MARGIN,
+    BudgetRecord,
+    SeedTask,
+    records_from_json,
+    train_seed,
+)
 from lightning_lip.paper.data import LOADERS, NOTE, SOURCES, UNITS, Array
 from lightning_lip.paper.regimes.results import PACKAGES
 from lightning_lip.paper.settings import BATCH_SIZE, EPOCHS, METRICS, NOISE_LEVELS, validation_key
@@ -32,6 +41,7 @@ from lightning_lip.paper.statistics import (
 )
 from lightning_lip.reporting.console import make_console, make_table, print_line
 from lightning_lip.reporting.documents import versions, write_json
+from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.progress import map_with_progress
 
 LABELS = {
@@ -82,6 +92,8 @@ class BudgetPlan(NamedTuple):
 def run_budget(plan: BudgetPlan, folder: Path, workers: int) -> dict[str, Any]:
     """Run a plan, print its report and write budget.json.
 
+    Finished tasks stay in budget.partial.jsonl until then: the same plan goes on from there.
+
     Args:
         plan: What to tune, train and report.
         folder: Where budget.json goes; made if missing.
@@ -93,19 +105,23 @@ def run_budget(plan: BudgetPlan, folder: Path, workers: int) -> dict[str, Any]:
     Raises:
         RunError: If a task fails.
         DataError: If the data are not the known ones.
+        OSError: If a file cannot be written.
     """
     start = time.monotonic()
     console = make_console()
     print_line(console, NOTE)
     datasets = {name: LOADERS[name]() for name in dict.fromkeys(case.split("/")[0] for case in plan.cases)}
+    settings = (plan, versions(*PACKAGES, "scikit-learn", "numba"))
+    finished = Finished(folder / "budget.partial.jsonl", settings, records_from_json)
     train = partial(train_seed, datasets=datasets)
-    tuned = map_with_progress(console, "tuning", train, tuning_tasks(plan), workers)
+    tuned = map_with_progress(console, "tuning tasks", train, tuning_tasks(plan), workers, finished)
     coefficients, products = choose_coefficients(plan, tuned)
-    runs = map_with_progress(console, "runs", train, reported_tasks(plan, coefficients), workers)
+    runs = map_with_progress(console, "tasks", train, reported_tasks(plan, coefficients), workers, finished)
     table = table_of(runs)
     document = budget_results(plan, table, coefficients, products)
     document["timing"] = {"seconds": round(time.monotonic() - start, 1), "workers": workers}
     write_json(document, folder / "budget.json")
+    finished.remove()
     print_report(console, plan, table)
     for entry in document["tuning"]["at_the_edge"]:
         print_line(console, f"- {entry}: the nearest lambda is at an end of the grid.")

@@ -98,6 +98,12 @@ class BudgetRecord(NamedTuple):
     rebalanced: dict[str, float] | None
 
 
+def records_from_json(rows: Sequence[Sequence[Any]]) -> list[BudgetRecord]:
+    """Return the records of a task that went through JSON, as lists of their fields."""
+    records = [BudgetRecord(*row) for row in rows]
+    return [record._replace(sigmas=tuple(record.sigmas)) for record in records]
+
+
 def train_seed(task: SeedTask, datasets: Mapping[str, Dataset]) -> list[BudgetRecord]:
     """Train all networks of a task, project each a last time and certify it.
 

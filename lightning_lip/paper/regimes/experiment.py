@@ -11,7 +11,7 @@ from typing import Any
 from lightning_lip.paper.data import NOTE, Dataset, load_boston
 from lightning_lip.paper.regimes import report
 from lightning_lip.paper.regimes.figures import write_figures
-from lightning_lip.paper.regimes.results import results
+from lightning_lip.paper.regimes.results import PACKAGES, results
 from lightning_lip.paper.regimes.settings import (
     LAMBDAS,
     PAPER_SETTING,
@@ -21,18 +21,22 @@ from lightning_lip.paper.regimes.settings import (
     Record,
     Records,
     Run,
+    record_from_json,
     run_for,
     table_of,
 )
 from lightning_lip.paper.regimes.training import artefacts_of, train
 from lightning_lip.paper.regimes.tuning import choose, tuning_runs
 from lightning_lip.reporting.console import make_console, print_line
-from lightning_lip.reporting.documents import write_json
+from lightning_lip.reporting.documents import versions, write_json
+from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.progress import map_with_progress
 
 
 def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     """Run a plan, print its report and write its files.
+
+    Finished runs stay in results.partial.jsonl until results.json is written: the same plan goes on from there.
 
     Args:
         plan: What to tune, train and report.
@@ -46,24 +50,29 @@ def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
         RunError: If a run fails.
         DataError: If the data are not those of the paper.
         UsageError: If no coefficient is known for a setting.
+        OSError: If a file cannot be written.
     """
     start = time.monotonic()
     console = make_console()
     print_line(console, NOTE)
     data = load_boston()
-    folder.mkdir(parents=True, exist_ok=True)
+    settings = (plan, versions(*PACKAGES, "numba"))
+    finished = Finished(folder / "results.partial.jsonl", settings, record_from_json)
 
     def train_all(what: str, runs: Sequence[Run], logged: Collection[Run] = ()) -> Records:
         task = partial(_train_one, data=data, logged=logged, out=str(folder))
-        return dict(zip(runs, map_with_progress(console, what, task, runs, workers), strict=True))
+        return dict(zip(runs, map_with_progress(console, what, task, runs, workers, finished), strict=True))
 
     tuning, lambdas = None, LAMBDAS
     if plan.tuned_settings:
-        tuned = train_all("tuning", tuning_runs(plan.tuned_settings, plan.tuning_seeds, plan.epochs))
+        tuned = train_all("tuning runs", tuning_runs(plan.tuned_settings, plan.tuning_seeds, plan.epochs))
         tuning = choose(tuned, plan.tuned_settings, plan.tuning_seeds, plan.epochs)
         lambdas = tuning.lambdas
     # The representative run of each regime: the first seed in the paper's setting.
     logged = [run_for(PAPER_SETTING, regime, plan.seeds[0], lambdas, plan.epochs) for regime in REGIMES]
+    for run in logged:
+        if not (folder / artefacts_of(run)["checkpoint"]).is_file():
+            finished.results.pop(repr(run), None)
     records = train_all("runs", reported_runs(plan, lambdas), logged)
     tables = {s: table_of(records, s, plan.seeds, lambdas, plan.epochs) for s in plan.settings}
 
@@ -72,6 +81,7 @@ def run_experiment(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     document["artefacts"] = {run.regime: artefacts_of(run) for run in logged}
     document["timing"] = {"seconds": round(time.monotonic() - start, 1), "workers": workers}
     write_json(document, folder / "results.json")
+    finished.remove()
 
     report.print_report(console, tables, lambdas, tuning)
     print_line(

@@ -17,7 +17,7 @@ from lightning_lip.paper.regimes.settings import GRID, LABELS, PAPER_SETTING, RE
 from lightning_lip.paper.regimes.tuning import Sweep, Tuning, sweeps_of
 from lightning_lip.paper.settings import METRICS, NOISE_LEVELS, validation_key
 from lightning_lip.paper.statistics import interval
-from lightning_lip.reporting.documents import remove_events
+from lightning_lip.reporting.documents import remove_events, replacing
 from lightning_lip.reporting.extras import extra
 
 COLOURS = {"none": "#000000", "layer": "#E69F00", "product": "#0072B2", "maxnorm": "#CC79A7"}
@@ -133,9 +133,8 @@ def write_figures(tables: dict[Setting, Table], tuning: Tuning | None, folder: P
     files = []
     with SummaryWriter(str(events)) as writer:
         for name, figure in figures.items():
-            path = folder / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+            with replacing(folder / f"{name}.png") as beside:
+                figure.savefig(beside)
             writer.add_figure(name, figure)
             files.append(f"{name}.png")
     return files

@@ -162,6 +162,11 @@ class Record:
         }
 
 
+def record_from_json(fields: dict[str, Any]) -> Record:
+    """Return the record whose fields, as `dataclasses.asdict` gives them, went through JSON."""
+    return Record(**fields | {"run": Run(**fields["run"]), "sigmas": tuple(fields["sigmas"])})
+
+
 Records = dict[Run, Record]
 Table = dict[str, list[Record]]
 """The records of one setting, by regime, in the order of the seeds."""

@@ -19,7 +19,7 @@ from lightning_lip.paper.data import Dataset, Split, batches, split, tensor
 from lightning_lip.paper.model import PaperRegressor
 from lightning_lip.paper.regimes.settings import MAX_NORM, Record, Run
 from lightning_lip.paper.settings import BATCH_SIZE, NOISE_LEVELS, validation_key
-from lightning_lip.reporting.documents import remove_events
+from lightning_lip.reporting.documents import remove_events, replacing
 from lightning_lip.reporting.processes import one_thread
 from lightning_lip.reporting.quiet import quiet
 
@@ -133,7 +133,8 @@ def _train(run: Run, parts: Split, out: str | None) -> Record:
     )
     trainer.fit(model, train_loader, DataLoader(validation, batch_size=None))
     if out is not None:
-        trainer.save_checkpoint(Path(out) / artefacts_of(run)["checkpoint"])
+        with replacing(Path(out) / artefacts_of(run)["checkpoint"]) as beside:
+            trainer.save_checkpoint(beside)
     record = _record(run, model, history, regularisers)
     if not all(math.isfinite(series[-1]) for series in record.history.values()):
         raise FloatingPointError(f"The training of {run} ended with an error that is not finite.")

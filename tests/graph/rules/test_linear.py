@@ -391,3 +391,99 @@ def test_one_kernel_at_two_sizes_is_two_operators():
     bound = NetworkBound.trace(model, torch.randn(2, 1, 9))
     assert [op.name for op in bound.operators] == ["c", "c@1x7"]
     check_bound(model, 1, 9)
+
+
+class Adapter(nn.Module):
+    """A low-rank update of a weight while it is switched on, as LoRA's."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(1, 4)), nn.Parameter(torch.randn(4, 1))
+        self.on = False
+
+    def forward(self, weight):
+        return weight + 5 * (self.up @ self.down).view_as(weight) if self.on else 2 * weight
+
+
+def switched_on(m, x):
+    m.layer.parametrizations.weight[0].on = True
+    y = m.layer(x)
+    m.layer.parametrizations.weight[0].on = False
+    return y
+
+
+def with_other_parameters(m, x):
+    own = m.layer.parametrizations.weight
+    return torch.func.functional_call(m.layer, {"parametrizations.weight.original0": 5 * own.original0}, (x,))
+
+
+@pytest.mark.parametrize("make", [lambda: linear(4, 4), lambda: nn.Conv1d(4, 4, 1).double()], ids=["linear", "conv"])
+@pytest.mark.parametrize("kind", ["switched on", "other parameters"])
+def test_a_parametrised_weight_is_bounded_as_the_graph_computes_it(make, kind):
+    torch.manual_seed(0)
+    layer = make()
+    shape = (4,) if isinstance(layer, nn.Linear) else (4, 1)
+    if kind == "switched on":
+        nn.utils.parametrize.register_parametrization(layer, "weight", Adapter())
+    else:
+        nn.utils.parametrizations.weight_norm(layer)
+    at_rest = torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item()
+    model = Lambda(switched_on if kind == "switched on" else with_other_parameters, layer=layer)
+    true = flat_norm(model, *shape)
+    assert true > 2 * at_rest
+    assert certify(model, torch.randn(2, *shape).double()).upper == pytest.approx(true, rel=1e-6)
+    (op,) = NetworkBound.trace(model, torch.randn(2, *shape).double()).operators
+    assert op.name == "layer"
+    u, v = torch.linalg.svd(op.weight().detach().flatten(1))[::2]
+    gradients = op.norm_gradients(u[:, 0], v[0], op.parameters)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_a_parametrised_layer_called_twice_is_one_operator_and_called_in_two_states_is_two():
+    layer = nn.utils.parametrize.register_parametrization(linear(4, 4), "weight", Adapter())
+    twice = Lambda(lambda m, x: m.layer(torch.tanh(m.layer(x))), layer=layer)
+    (op,) = NetworkBound.trace(twice, torch.randn(2, 4).double()).operators
+    assert (op.name, op.multiplicity) == ("layer", 2)
+    both = Lambda(lambda m, x: switched_on(m, torch.tanh(m.layer(x))), layer=layer)
+    operators = NetworkBound.trace(both, torch.randn(2, 4).double()).operators
+    assert [(op.multiplicity, op.name.partition("@")[0]) for op in operators] == [(1, "layer"), (1, "layer")]
+    functional = Lambda(lambda m, x: F.linear(F.linear(x, m.w.exp()), m.w.exp()), w=nn.Parameter(torch.randn(3, 3)))
+    (op,) = NetworkBound.trace(functional, torch.randn(2, 3)).operators
+    assert op.multiplicity == 2
+
+
+def test_a_lost_parametrization_is_told():
+    layer = nn.utils.parametrizations.weight_norm(linear(4, 4))
+    (op,) = NetworkBound.trace(nn.Sequential(layer), torch.randn(2, 4).double()).operators
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    with pytest.raises(RuntimeError, match="lost its parametrization"):
+        op.weight()
+
+
+def test_a_weight_of_many_products_is_computed_once_each():
+    class Bjorck(nn.Module):
+        def forward(self, weight):
+            for _ in range(15):
+                weight = 1.5 * weight - 0.5 * weight @ weight.mT @ weight
+            return weight
+
+    layer = linear(4, 4)
+    layer.weight.data /= 2
+    nn.utils.parametrize.register_parametrization(layer, "weight", Bjorck())
+    (op,) = NetworkBound.trace(nn.Sequential(layer), torch.randn(2, 4).double()).operators
+    torch.testing.assert_close(op.weight(), layer.weight)  # each of 4^15 paths takes an hour
+
+
+@pytest.mark.parametrize("padding", [1, 2, (0,)])
+def test_a_circular_convolution_with_a_padding_of_its_own_beside(padding):
+    torch.manual_seed(3)
+    conv = nn.Conv1d(1, 2, 3, padding=1, padding_mode="circular").double()
+    conv.weight.data.abs_()
+
+    def function(m, x):
+        return F.conv1d(F.pad(x, (1, 1), mode="circular"), m.conv.weight, m.conv.bias, padding=padding)
+
+    model = Lambda(function, conv=conv)
+    true = flat_norm(model, 1, 4)
+    upper = certify(model, torch.randn(2, 1, 4).double()).upper
+    assert true <= upper <= 1.6 * true

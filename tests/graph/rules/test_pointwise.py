@@ -174,3 +174,64 @@ def test_a_registered_module_returns_one_tensor():
         NetworkBound.trace(nn.Sequential(Pair()), torch.randn(2, 4))
     with pytest.raises(UnsupportedLayerError, match="norm_type"):
         NetworkBound.trace(nn.Sequential(nn.LPPool1d(3, 2)), torch.randn(2, 1, 4))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 3, 1), (1, 8, 3, 2), (1, 4, 6, 1), (4, 2, 3, 1), (2, 2, 6, 1)])
+def test_a_group_norm_that_counts_samples_otherwise_is_refused(sizes):
+    function = Lambda(lambda m, x: torch.native_group_norm(x, None, None, *sizes, 0.1)[0])
+    with pytest.raises(UnsupportedLayerError, match="samples of a batch for one"):
+        NetworkBound.trace(function, torch.randn(2, 4, 3))
+    right = Lambda(lambda m, x: torch.native_group_norm(x, None, None, 2, 4, 3, 2, 0.1)[0])
+    assert value_of(right, torch.randn(2, 4, 3)) == pytest.approx(0.1**-0.5)
+
+
+def changed(**settings):
+    def function(m, x):
+        kept = {key: getattr(m.inner, key) for key in settings}
+        for key, value in settings.items():
+            setattr(m.inner, key, value)
+        y = m.inner(x)
+        for key, value in kept.items():
+            setattr(m.inner, key, value)
+        return y
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("module", "settings"),
+    [
+        (nn.LocalResponseNorm(2, alpha=1.0, k=1.0), {"k": 0.01}),
+        (nn.LPPool1d(2, 4), {"kernel_size": 2, "stride": 1}),
+        (nn.LPPool1d(2, 2, 2), {"norm_type": math.inf}),
+        (nn.Softshrink(0.5), {"lambd": 0.1}),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_module_traced_as_one_counts_as_it_is_set_when_it_is_called(module, settings):
+    x = torch.randn(2, 4, 4)
+    same = type(module)(**{**{k: v for k, v in vars(module).items() if k in type(module).__constants__}, **settings})
+    assert value_of(Lambda(changed(**settings), inner=module), x) == value_of(
+        Lambda(lambda m, x: m.inner(x), inner=same), x
+    )
+
+
+@pytest.mark.usefixtures("rules")
+def test_a_registered_module_that_is_called_in_another_state_is_read_there_or_refused():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+            self.times = 1.0
+
+        def forward(self, x):
+            return self.factor * self.times * x
+
+    register_constant(Scale, lambda module: abs(module.factor.item() * module.times))
+    scale, x = Scale(), torch.randn(2, 3)
+    assert value_of(Lambda(changed(times=7.0), inner=scale), x) == pytest.approx(14.0)
+    other = Lambda(lambda m, x: torch.func.functional_call(m.inner, {"factor": 5 * m.inner.factor}, (x,)), inner=scale)
+    with pytest.raises(UnsupportedLayerError, match="other parameters or buffers than its own"):
+        NetworkBound.trace(other, x)
+    with pytest.raises(UnsupportedLayerError, match="training mode"):
+        NetworkBound.trace(Lambda(changed(training=True), inner=scale), x)

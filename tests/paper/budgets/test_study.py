@@ -287,6 +287,34 @@ def test_reproduce_budget_leaves_its_file_and_repeats_its_numbers(tmp_path, caps
     assert "…" not in shown
 
 
+def test_an_interrupted_study_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
+    plan = PLAN._replace(seeds=range(2), tuning_seeds=range(TUNING_SEED, TUNING_SEED + 1), epochs=1)
+    whole = study.run_budget(plan, tmp_path / "whole", 1)
+    n_calls = 0
+
+    def interrupted(*arguments, **options):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 4:
+            raise KeyboardInterrupt
+        return training.train_seed(*arguments, **options)
+
+    monkeypatch.setattr(study, "train_seed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.run_budget(plan, tmp_path / "out", 1)
+    found = study.run_budget(plan, tmp_path / "out", 1)
+    assert n_calls == 7  # 2 tunings and 4 tasks, one of them twice
+    shown = capsys.readouterr().out
+    for line in ("continuing: 2 of 2 tuning tasks are done", "continuing: 1 of 4 tasks are done"):
+        assert line in shown
+    written = json.loads((tmp_path / "out" / "budget.json").read_text())
+    for document in (whole, found, written):
+        del document["timing"]
+    assert found == whole
+    assert written == json.loads(json.dumps(whole))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget.json"]
+
+
 @pytest.fixture
 def called(monkeypatch):
     calls = []

@@ -7,7 +7,7 @@ from support.records import record
 
 from lightning_lip.errors import UsageError
 from lightning_lip.paper import command
-from lightning_lip.paper.regimes import experiment, figures, settings, tuning
+from lightning_lip.paper.regimes import experiment, figures, settings, training, tuning
 from lightning_lip.paper.regimes.settings import LAMBDAS, PAPER_SETTING, REGIMES, Setting, run_for, table_of
 from lightning_lip.reporting.processes import RunError
 
@@ -45,12 +45,36 @@ def test_plans():
     assert not set(full.seeds) & set(full.tuning_seeds)
 
 
-def test_reproduce_leaves_its_files_and_repeats_its_numbers(tmp_path, monkeypatch, capsys):
+def interrupt_after(n_runs, trained, monkeypatch):
+    """Let `reproduce` be interrupted before it trains more than so many runs in all; None for never."""
+
+    def train(run, *arguments):
+        if len(trained) == n_runs:
+            raise KeyboardInterrupt
+        trained.append(run)
+        return training.train(run, *arguments)
+
+    monkeypatch.setattr(experiment, "train", train)
+
+
+def test_reproduce_leaves_its_files_and_repeats_its_numbers_after_interrupts_too(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "GRID", (0.01, 0.1))
     monkeypatch.setattr(figures, "GRID", (0.01, 0.1))
     options = {"quick": True, "tune": True, "seeds": 2, "epochs": 1}
     first = command.reproduce(str(tmp_path / "first"), workers=1, **options)
-    again = command.reproduce(str(tmp_path / "again"), workers=1, **options)
+    trained, again_folder = [], tmp_path / "again"
+    for n_runs in (5, 12 + 5):  # in the tuning, then in the runs
+        interrupt_after(n_runs, trained, monkeypatch)
+        with pytest.raises(KeyboardInterrupt):
+            command.reproduce(str(again_folder), workers=1, **options)
+    # A logged run's files belong to its record: without them it is trained again.
+    (again_folder / first["artefacts"]["layer"]["checkpoint"]).unlink()
+    interrupt_after(None, trained, monkeypatch)
+    again = command.reproduce(str(again_folder), workers=1, **options)
+    assert len(trained) == 12 + 8 + 1
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("first", "again")]
+    assert names[0] == names[1]  # nothing is left of the interrupts
+    assert (again_folder / first["artefacts"]["layer"]["checkpoint"]).is_file()
     for document in (first, again):
         assert document.pop("timing")["seconds"] > 0
     assert first == again
@@ -74,8 +98,21 @@ def test_reproduce_leaves_its_files_and_repeats_its_numbers(tmp_path, monkeypatc
         assert list((tmp_path / "first" / places["tensorboard"]).glob("events.*"))
     assert list((tmp_path / "first" / "tensorboard" / "figures").glob("events.*"))
     shown = capsys.readouterr().out
+    for line in ("continuing: 5 of 12 tuning runs are done", "continuing: 4 of 8 runs are done"):
+        assert line in shown
     for part in ("column B", "lambda by grid search", "(d) the layer penalty", "results.json"):
         assert part in shown
+
+
+def test_a_changed_plan_does_not_use_finished_runs(tmp_path, monkeypatch):
+    trained = []
+    interrupt_after(3, trained, monkeypatch)
+    for epochs in (1, 2):
+        trained.clear()
+        with pytest.raises(KeyboardInterrupt):
+            command.reproduce(str(tmp_path), seeds=2, epochs=epochs, workers=1)
+    assert {run.epochs for run in trained} == {2}
+    assert len(trained) == 3
 
 
 def test_a_failing_run_names_regime_and_seed(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The figures: what they show and in which colours."""
 
 import pytest
+from support.disk import full_disk
 from support.records import EQUAL, PRODUCT_BEST, synthetic
 
 from lightning_lip.paper.regimes import figures, settings, tuning
@@ -18,6 +19,15 @@ def test_every_regime_has_one_colour_in_every_figure(tmp_path):
             assert axes.get_xlabel()
             assert axes.get_ylabel()
     assert len(figures.validation(table).axes) == len(NOISE_LEVELS)
+
+
+def test_a_full_disk_leaves_the_earlier_figure(tmp_path):
+    path = tmp_path / "figure_1_region.png"
+    path.write_text("valid")
+    with pytest.raises(OSError, match="File too large"), full_disk(1000):
+        figures.write_figures({}, None, tmp_path)
+    assert path.read_text() == "valid"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, "tensorboard"]
 
 
 def test_the_front_shows_the_path_over_the_coefficients():

@@ -1,5 +1,6 @@
 """Single runs on Boston housing."""
 
+import errno
 from dataclasses import replace
 from functools import partial
 
@@ -57,6 +58,22 @@ def test_a_logged_run_leaves_one_tensorboard_log_with_the_norms(boston, tmp_path
     assert {f"lipschitz/spectral_norm/net.{layer}" for layer in (0, 2, 4)} <= tags
 
 
+def test_a_full_disk_leaves_the_earlier_checkpoint(boston, tmp_path, monkeypatch):
+    def fill(trainer, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = quick_run("none", epochs=1)
+    train(run, boston, str(tmp_path))
+    checkpoint = tmp_path / artefacts_of(run)["checkpoint"]
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", fill)
+    with pytest.raises(OSError, match="No space left"):
+        train(run, boston, str(tmp_path))
+    assert checkpoint.read_bytes() == before
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
 def test_the_regimes_do_what_they_are_named_for(boston):
     free = train(quick_run("none", epochs=4), boston)
     product = train(quick_run("product", epochs=4, coefficient=50.0), boston)
@@ -86,6 +103,8 @@ def test_one_process_or_two_give_the_same_records_in_the_order_of_the_runs(bosto
     in_one: list[Run] = []
     in_two: list[Run] = []
     task = partial(train, data=boston)
-    assert map_tasks(task, runs, 1, in_one.append) == map_tasks(task, runs, 2, in_two.append)
+    assert map_tasks(task, runs, 1, lambda run, _: in_one.append(run)) == map_tasks(
+        task, runs, 2, lambda run, _: in_two.append(run)
+    )
     assert in_one == runs
     assert sorted(in_two, key=str) == sorted(runs, key=str)  # as they end, in any order
