@@ -22,11 +22,14 @@ test: $(VENV)/.installed
 	@echo "The whole test suite: about 10 minutes on two cores."
 	$(BIN)/pytest -n auto --dist loadfile $(ARGS)
 
+test-short: $(VENV)/.installed
+	$(BIN)/pytest -n auto --dist loadfile $(SHORT) $(ARGS)
+
 # Types and imports are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed build/lib && $(BIN)/pip install --quiet --no-deps --target build/typed .
+	rm -rf build/typed build/lib && $(BIN)/python -m pip install --quiet --no-deps --target build/typed .
 	cd build/typed && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --python-executable ../../$(BIN)/python -p lightning_lip
 	cd build/typed && ../../$(BIN)/lint-imports --config ../../pyproject.toml
 
