@@ -12,7 +12,7 @@ SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spec
 	penalty $(addprefix callbacks/test_,$(addsuffix .py,certified_validation constraint lightning_cli loggers max_norm \
 	monitor noisy_validation penalty resume)))
 
-.PHONY: reproduce test test-short lint format docs pictures bench bench-kernels clean
+.PHONY: reproduce test test-short lint format docs pictures bench bench-kernels bench-gpu clean
 
 reproduce: $(VENV)/.installed
 	@echo "The paper's experiment on its real data: about 2 minutes."
