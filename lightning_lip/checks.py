@@ -143,6 +143,16 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"Expected `{name}` to be one of {tuple(choices)}, got {shown(value)}.")
 
 
+def check_floating(name: str, value: object) -> None:
+    """Check that an argument is a floating-point dtype of torch.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"Expected `{name}` to be a floating-point dtype, torch.float32 say, got {shown(value)}.")
+
+
 def check_callable(name: str, value: object, what: str) -> None:
     """Check that an argument can be called.
 

@@ -358,9 +358,16 @@ CALLS = {
         {name: kind for name, kind in SPECTRA.items() if name != "multiplicities"} | METRIC | {"log_bound": CALLABLES},
     ),
     "certify": (
-        lambda model, example_input: lightning_lip.certify(model, example_input),
+        lightning_lip.certify,
         lambda: {"model": network(), "example_input": EXAMPLE},
-        {"model": set(), "example_input": set()},
+        {
+            "model": set(),
+            "example_input": set(),
+            "jacobian_dtype": set(),
+            "data": {"None"},
+            "max_inputs": "count",
+            "max_chain_flops": REALS | {"inf"},
+        },
     ),
     "certified_matrix_norm": (
         certified_matrix_norm,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_lip.checks import check_finite, check_type
+from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
@@ -79,8 +79,8 @@ def largest_jacobian_norm(
             for tensor in inputs:
                 if not tensor.is_floating_point():
                     raise TypeError(
-                        f"Expected floating-point inputs, got {tensor.dtype}: a network has no Jacobian with respect "
-                        "to integers; start at the embedding's output."
+                        f"Expected floating-point inputs in `data`, got {tensor.dtype}: a network has no Jacobian with "
+                        "respect to integers; start at the embedding's output."
                     )
                 check_finite("data", tensor)
                 tensor.requires_grad_()
@@ -141,6 +141,8 @@ def _chunks(
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
     """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
     check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
+    if isinstance(data, Tensor):
+        check_tensor("data", data)
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)
