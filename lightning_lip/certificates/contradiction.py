@@ -50,14 +50,15 @@ def contradiction(network: NetworkBound, example_input: object, upper: float) ->
     with as_traced(model):
         given = batch_of_two(example_input, floating_dtype(model))
         own = floating_dtype(model) or _dtype_of(given)
-        found = None
-        for dtype in dict.fromkeys((torch.float64, own)):
-            # In another dtype the model may run other operations, or the same with a result of another dtype.
-            if dtype != own and _names_a_dtype(network.traced):
-                continue
-            found = _contradiction(_Measure(network.traced, given, dtype), upper)
-            if found is None:
-                return None
+        on_mps = any(tensor.device.type == "mps" for _, tensor in _named(model))  # which has no fp64
+        # In another dtype the model may run other operations, or the same with a result of another dtype.
+        dtypes = (own,) if on_mps or _names_a_dtype(network.traced) else (torch.float64, own)
+        for dtype in dict.fromkeys(dtypes):
+            measure = _Measure(network.traced, given, dtype)
+            found = _contradiction(measure, upper)
+            # In fp64 the model may not be what was traced; where it is, what is found there is final.
+            if found is None or measure.is_as_traced:
+                return found
         return found
 
 
@@ -90,6 +91,7 @@ def _contradiction(measure: _Measure, upper: float) -> str | None:
             "a small point": tuple(1e-3 * x for x in measure.noise()),
         }
         values = {name: measure.compared(name, point) for name, point in points.items()}
+        measure.is_as_traced = True
         if not len(values["the example"]):
             return None
         measure.check_finite(values, upper)
@@ -108,6 +110,8 @@ class _Measure:
 
     def __init__(self, traced: TracedModel, given: Any, dtype: torch.dtype) -> None:
         self.traced, self.dtype = traced, dtype
+        self.is_as_traced = False
+        """Whether the model was found to return what its graph does."""
         self.eps = max(torch.finfo(d).eps for d in (dtype, *_dtypes(traced)))
         self._leaves, self._spec = pytree.tree_flatten(call_arguments(given))
         self._at = [i for i, x in enumerate(self._leaves) if isinstance(x, Tensor) and x.is_floating_point()]

@@ -75,6 +75,16 @@ def test_a_stated_constant_that_is_wrong_is_contradicted(function, reason):
         assert "apart" in result.refused[0]
 
 
+@pytest.mark.usefixtures("rules")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.5, 8.0])
+def test_the_rounding_of_half_precision_hides_nothing(dtype, factor):
+    """What fp64 finds is final: in bf16 itself a slope of 8 would pass for rounding."""
+    register_constant(Stated, lambda module: 1.0)
+    result = certify(nn.Sequential(Stated(lambda x: factor * x)).to(dtype), X.to(dtype))
+    assert not result.certified
+
+
 @pytest.mark.parametrize(
     "model",
     [
