@@ -168,7 +168,7 @@ class Plan:
 
     Attributes:
         layers: One :class:`Layer` a weight.
-        table: int64, shape (L, 16): the columns named in gpu_kernels.
+        table: int64, shape (L, 16): the columns named in kernels/gpu/columns.py.
         strips: int32, shape (S, 4), aligned layers first.
         n_aligned_strips: How many of them.
         configs: The tiles of the two classes, aligned and not.

@@ -31,6 +31,10 @@ def optimizer_steps() -> int:
     return _optimizer_steps.count
 
 
-def last_step(optimizers: Iterable[Optimizer]) -> int:
-    """Return what :func:`optimizer_steps` was right after the last step of one of these optimisers; 0 before any."""
-    return max((_optimizer_steps.last_of.get(optimizer, 0) for optimizer in optimizers), default=0)
+def last_step(optimizers: Iterable[object]) -> int:
+    """Return what :func:`optimizer_steps` was right after the last step of one of these optimisers; 0 before any.
+
+    What only acts as an optimiser, around one of torch's, is not seen to step: with one of these every step counts.
+    """
+    steps = [_optimizer_steps.last_of.get(o, 0) if isinstance(o, Optimizer) else optimizer_steps() for o in optimizers]
+    return max(steps, default=0)
