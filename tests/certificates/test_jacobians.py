@@ -153,7 +153,7 @@ def test_a_chosen_dtype():
 @pytest.mark.parametrize(
     ("function", "inputs", "error", "message"),
     [
-        (lambda x: x, torch.zeros(3, 2, dtype=torch.long), TypeError, r"floating-point inputs, got torch\.int64"),
+        (lambda x: x, torch.zeros(3, 2, dtype=torch.long), TypeError, r"inputs in `data`, got torch\.int64"),
         (lambda x: (x, x), torch.zeros(3, 2), TypeError, "one tensor, got tuple"),
         (lambda x: x.sum(), torch.zeros(3, 2), TypeError, r"shape \(B, \*outputs\) for a batch of 3, got \(\)"),
         (lambda x: x[:1], torch.zeros(3, 2), TypeError, r"batch of 3, got \(1, 2\)"),
