@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,6 +99,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
+        self._holds_all: dict[int, tuple[weakref.ref[Optimizer], int]] = {}
+        """Optimisers that hold all of the layers' parameters, with the number of parameters that they hold."""
         self._stepped_batch: int | None = None
         self._iterated_by: Optimizer | None = None
         self._backward_ran = False
@@ -172,6 +175,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._batch_of, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._holds_all = {}
         return regularizer
 
     @override
@@ -253,12 +257,20 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     def _parameters_of(self, optimizer: Optimizer) -> list[Tensor] | None:
         """Return the selected layers' parameters that an optimiser moves; None for all of them.
 
-        Looked up at each step: a parameter may be replaced, in the model and in the optimiser, at any time.
+        Looked up at each step, unless the optimiser holds all of them: a parameter may be replaced at any time, in the
+        model and in the optimiser.
         """
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        holder, held = self._holds_all.get(id(optimizer), (None, 0))
+        if holder is not None and holder() is optimizer and held == size:
+            return None
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         own: list[Tensor] = [p for op in self.regularizer.operators for p in self.regularizer.penalised(op)]
         moved = [p for p in own if id(p) in ids]
-        return None if len(moved) == len(own) else moved
+        if len(moved) < len(own):
+            return moved
+        self._holds_all[id(optimizer)] = weakref.ref(optimizer), size
+        return None
 
     def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Whether a backward pass ran: after ``training_step`` returned None the penalty alone must not move weights.
@@ -295,7 +307,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_is_selected": False, "_batch_of": {}, "_iterated_by": None}
+        return super().__getstate__() | {"_is_selected": False, "_batch_of": {}, "_holds_all": {}, "_iterated_by": None}
 
 
 def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
