@@ -116,7 +116,7 @@ class LipschitzRegularizer:
         check_choice("unknown", unknown, get_args(Unknown))
         self._bound, self.coverage = bound_of(model, example_input, layers, exclude, unknown)
         if self.coverage.skipped:
-            tell(f'Product of spectral norms: {self.coverage}\nunknown="refuse" refuses what is left out.')
+            tell(f'Product of spectral norms: {self.coverage}\nWith unknown="refuse" these are refused.')
         self.operators: list[LinearOperator] = self._bound.operators
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._multiplicities = [op.multiplicity for op in self.operators]
