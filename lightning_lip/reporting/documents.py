@@ -35,8 +35,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Let a file be written whole or not at all; its folder is made if it is missing.
 
     Yields:
-        A path beside it, with the same suffix, to write to. What is there at the end takes the file's place; an error,
-        such as a full disk, or an interrupt leaves the file as it was.
+        A path beside it, with the same suffix, to write to. What is there at the end takes the file's place, once it is
+        on the disk: a power cut leaves the old file or the new one. An error, such as a full disk, or an interrupt
+        leaves the file as it was.
 
     Raises:
         OSError: If the file cannot be written.
@@ -47,6 +48,8 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        with beside.open("r+b") as file:  # Windows flushes only what may be written to
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
