@@ -15,5 +15,9 @@ class AuditError(ValueError):
     """The audit cannot be made: an option, a file, a name or an input is not what it must be."""
 
 
+class DataError(ValueError):
+    """An installed package holds another version of a data set."""
+
+
 class BoundError(Exception):
     """The network's certified Lipschitz bound is above --max-bound, or there is none."""

@@ -38,6 +38,7 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty
 from lightning_lip.bench.contenders.models import mlp
 from lightning_lip.bench.studies.options import run_process, study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
@@ -195,4 +196,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("callbacks"):
+        main()

@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import write_csv
+from lightning_lip.reporting.failures import told_in_one_line
 
 Parallel = Literal["columns", "rows"]
 """How tensor parallelism splits a layer: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
@@ -133,4 +134,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("scale"):
+        main()

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 from lightning_lip import LipschitzPenalty
 from lightning_lip.bench.studies.options import run_process, study_parser
 from lightning_lip.reporting.documents import versions, write_csv, write_text
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 COEFFICIENT = 0.3
@@ -304,10 +305,7 @@ class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 def run(cases: Sequence[Case], folder: Path, finished: Finished[Row]) -> list[Row]:
     """Run the cases that are not finished, those of as many processes in one start of them, and compare their weights.
 
-    Args:
-        cases: Some of :data:`CASES`.
-        folder: An empty folder, in which processes leave their weights.
-        finished: The rows that are there; the others are kept in it, also those before an interrupt.
+    The rows are kept in `finished` as they come, also those before an interrupt; `folder` is for what processes leave.
     """
     groups: dict[int, list[Case]] = {}
     for case in cases:
@@ -327,8 +325,7 @@ def run(cases: Sequence[Case], folder: Path, finished: Finished[Row]) -> list[Ro
 
 def row_from_json(row: Sequence[Any]) -> Row:
     """Return a row from what JSON gives for it."""
-    case, distance, error = row
-    return Row(Case(*case), distance, error)
+    return Row(Case(*row[0]), *row[1:])
 
 
 def _row(case: Case, stem: Path) -> Row | None:
@@ -400,4 +397,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("trainers"):
+        main()

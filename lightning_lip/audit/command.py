@@ -67,8 +67,11 @@ def audit(
     """
     if max_bound is not None and not 0 <= max_bound < math.inf:
         raise AuditError(f"Expected --max-bound as a finite number of at least 0, got {max_bound}.")
-    if json not in (None, "-") and not Path(str(json)).absolute().parent.is_dir():
-        raise AuditError(f"There is no folder {Path(str(json)).parent} to write --json {json} to.")
+    if json is not None and json != "-":
+        if not json or "\0" in json or Path(json).is_dir():
+            raise AuditError(f"Expected --json to be the name of a file, or -, got {json!r}.")
+        if not Path(json).absolute().parent.is_dir():
+            raise AuditError(f"There is no folder {Path(json).parent} to write --json {json} to.")
     try:
         model = load_network(target, module, unsafe_load_pickle)
         example = example_input(model, input_shape)
@@ -162,7 +165,11 @@ def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     example: Any = getattr(model, "example_input_array", None)
     if input_shape is not None:
-        example = torch.zeros(2, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
+        try:
+            example = torch.zeros(2, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
+        # Of sizes beyond 64 bits, which torch tells in three ways.
+        except (OverflowError, RuntimeError, TypeError) as error:
+            raise AuditError(f"--input-shape {input_shape} is too large: {error}") from error
     elif example is None:
         raise AuditError(
             "The shape of an input is not known: give it without the batch as --input-shape 1,28,28, or set the "
@@ -237,7 +244,10 @@ def _arrays(path: Path) -> dict[str, Tensor]:
             contents = dict(loaded) if path.suffix == ".npz" else loaded
         # A damaged file makes the readers of zip and NumPy fail in any way.
         except Exception as error:
-            raise AuditError(f"--data {path} cannot be read as arrays of numbers: {error}.") from error
+            raise AuditError(
+                f"--data {path} cannot be read as arrays of numbers: it is damaged, or holds other objects "
+                f"({type(error).__name__})."
+            ) from error
     if isinstance(contents, (Tensor, np.ndarray)):
         contents = [contents]
     if isinstance(contents, Sequence):

@@ -22,8 +22,10 @@ def out_folder(out: str) -> Path:
     """Return the folder of `--out`, which need not exist yet.
 
     Raises:
-        UsageError: If it is a file.
+        UsageError: If it is a file, or no name.
     """
+    if not out or "\0" in out:
+        raise UsageError(f"Expected --out to be the name of a folder, got {out!r}.")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"Expected --out to be a folder, {out} is a file.")
