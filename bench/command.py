@@ -48,7 +48,7 @@ def bench(
     """
     names = chosen_models(models, quick)
     if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"Expected --threads of 1 to {MAX_THREADS}, got {threads}.")
+        raise UsageError(f"Expected --threads to be 1 to {MAX_THREADS}, got {threads}.")
     folder = out_folder(out)
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")

@@ -323,11 +323,6 @@ def run(cases: Sequence[Case], folder: Path, finished: Finished[Row]) -> list[Ro
     return [finished.results[repr(case)] for case in cases]
 
 
-def row_from_json(row: Sequence[Any]) -> Row:
-    """Return a row from what JSON gives for it."""
-    return Row(Case(*row[0]), *row[1:])
-
-
 def _row(case: Case, stem: Path) -> Row | None:
     """Return the row of a case from the file that its process left; None if it has not ended."""
     error, trained = stem.with_suffix(".err"), stem.with_suffix(".pt")
@@ -386,7 +381,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.train is not None:
         _train_all(options.train, options.output)
         return
-    finished = Finished(options.output / "trainers.partial.jsonl", versions("lightning", "numpy"), row_from_json)
+    path, settings = options.output / "trainers.partial.jsonl", versions("lightning", "numpy")
+    finished = Finished(path, settings, lambda row: Row(Case(*row[0]), *row[1:]))
     with tempfile.TemporaryDirectory() as folder:
         rows = run(CASES, Path(folder), finished)
     write(rows, options.output / "trainers.csv")

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from lightning_lip.bench.studies.trainers import CASES, reference, row_from_json, run
+from lightning_lip.bench.studies.trainers import CASES, Row, reference, run
 from lightning_lip.reporting.finished import Finished
 
 pytestmark = [
@@ -17,7 +17,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trainers")
-    return {row.case: row for row in run(CASES, folder, Finished(folder / "finished", "", row_from_json))}
+    return {row.case: row for row in run(CASES, folder, Finished(folder / "finished", "", Row._make))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name.replace(", ", "-").replace(" ", "_") for case in CASES])
