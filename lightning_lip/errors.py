@@ -8,7 +8,7 @@ class UnsupportedLayerError(ValueError):
 
 
 class UsageError(ValueError):
-    """An option of the command has a value that makes no experiment."""
+    """An option of a command has a value that it cannot be."""
 
 
 class AuditError(ValueError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 
+from lightning_lip.checks import shown
 from lightning_lip.errors import AuditError, BoundError, DataError, UsageError
 from lightning_lip.reporting.extras import MissingExtraError
 from lightning_lip.reporting.processes import RunError
@@ -55,6 +56,25 @@ def told_in_one_line(program: str = "lightning-lip") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{program}: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def check_options(command: Callable[..., Any], options: Mapping[str, object]) -> None:
+    """Check the types of a command's options: its parser does so for text, but not where Python or a file gives them.
+
+    Args:
+        command: The function, whose annotations are of str, bool, int, float and None.
+        options: Its arguments by name.
+
+    Raises:
+        UsageError: If one has another type than its annotation says; an integer serves as a float.
+    """
+    hints = get_type_hints(command)
+    for name, value in options.items():
+        kinds = get_args(hints[name]) or (hints[name],)
+        allowed = (*kinds, int) if float in kinds else kinds
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+            words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise UsageError(f"Expected --{name.replace('_', '-')} to be {words}, got {shown(value)}.")
 
 
 def in_one_line(text: object) -> str:
