@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -13,7 +14,7 @@ import torch
 from lightning_lip.checks import shown
 from lightning_lip.errors import AuditError, BoundError, DataError, UsageError
 from lightning_lip.reporting.extras import MissingExtraError
-from lightning_lip.reporting.processes import RunError
+from lightning_lip.reporting.processes import RunError, excepthook
 
 FAILURES = (
     AuditError,
@@ -42,6 +43,7 @@ def told_in_one_line(program: str = "lightning-lip") -> Iterator[None]:
         SystemExit: With status 1 for a bound that is not kept, 2 for another failure, 130 for an interrupt from the
             keyboard.
     """
+    hook, threading.excepthook = threading.excepthook, excepthook
     try:
         yield
         sys.stdout.flush()
@@ -56,6 +58,8 @@ def told_in_one_line(program: str = "lightning-lip") -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{program}: interrupted.", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        threading.excepthook = hook
 
 
 def check_options(command: Callable[..., Any], options: Mapping[str, object]) -> None:

@@ -1,5 +1,7 @@
 """Studies of minutes go on after an interrupt: what is finished is not done again, and the table is whole."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,22 @@ def test_the_arithmetic_of_scale_is_done_again_whole(tmp_path, monkeypatch, caps
     assert (tmp_path / "scale.csv").read_text() == table
     assert table == (ROOT / "bench" / "results" / "scale.csv").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["scale.csv"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # it is imported already
+@pytest.mark.parametrize("study", [callbacks, constraint, kernels, scale, tracking, trainers])
+def test_an_output_that_is_a_file_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, study):
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.setattr(sys, "argv", ["study", "--output", str(tmp_path / "file")])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(study.__name__, run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"{study.__name__.rpartition('.')[2]}: ")
+    assert str(tmp_path / "file") in told
+    assert told.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "a file"
