@@ -22,6 +22,7 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.tables import predicted_traffic
 from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
 from lightning_lip.reporting.extras import install_command
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 Shapes = list[tuple[int, int]]
@@ -277,4 +278,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("kernels"):
+        main()
