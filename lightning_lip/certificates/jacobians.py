@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import full_fp32, without_autocast
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64
@@ -68,6 +68,7 @@ def largest_jacobian_norm(
         torch.inference_mode(False),
         torch.enable_grad(),
         without_autocast(),
+        full_fp32(),
         eval_mode(model),
         eager,
         kept[0],
