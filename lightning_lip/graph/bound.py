@@ -366,7 +366,10 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
         if not example.is_floating_point():
             return builder.refuse(node, "its values are what the memory holds")
         # What is read of it shows: a sum, a scale or a weight that is NaN is refused.
-        sources, operation = (), partial(torch.full, example.shape, math.nan, dtype=example.dtype, device=example.device)
+        sources, operation = (
+            (),
+            partial(torch.full, example.shape, math.nan, dtype=example.dtype, device=example.device),
+        )
     shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
     described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
     identity = builder.identity((str(target), str(spec), described))

@@ -1,4 +1,7 @@
+import copy
+import math
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from support.truth import norm, value_of
 from torch import nn
 
 from lightning_lip.certificates.interval import certify
+from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.models.modules import state_kept
@@ -238,3 +242,90 @@ def test_a_parametrization_that_counts_is_as_it_was(refused):
     result = certify(Lambda(lambda m, x: m.layer(x) ** 2 if refused else m.layer(x), layer=layer), torch.randn(2, 3))
     assert not result.certified
     assert counting.uses == before
+
+
+class Steps(nn.Module):
+    """``x -> gain x``, with the gain kept in one place or another inside of the module."""
+
+    def __init__(self, parent=None):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.settings = {"gains": [1.0], "queue": deque([1.0])}
+        self.gain = nn.Parameter(torch.ones(()))
+        self.pair = (nn.Module(), 1)
+        self.pair[0].gain = 1.0
+        object.__setattr__(self, "parent", parent)
+
+    def total(self):
+        settings = self.inner.settings
+        return settings["gains"][0] * settings["queue"][0] * self.pair[0].gain * self.gain.detach().item()
+
+    def forward(self, x):
+        return self.total_traced() * x
+
+    def total_traced(self):
+        settings = self.inner.settings
+        return settings["gains"][0] * settings["queue"][0] * self.pair[0].gain * self.gain
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.setattr(constants, "_RULES", {})
+    constants.register_constant(Steps, Steps.total)
+
+
+SETTINGS = {
+    "list": lambda m, gain: m.inner.settings["gains"].__setitem__(0, gain),
+    "deque": lambda m, gain: m.inner.settings["queue"].__setitem__(0, gain),
+    "module in a tuple": lambda m, gain: setattr(m.pair[0], "gain", gain),
+    "dict": lambda m, gain: m.inner.settings.update(gains=[gain]),
+}
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_modules_inside_one_that_is_traced_as_one_are_those_of_the_call(change):
+    def function(m, x):
+        change(m.steps, 5.0)
+        first = m.steps(x)
+        change(m.steps, 1.0)
+        return m.steps(first)
+
+    model = Lambda(function, steps=Steps())
+    bound = NetworkBound.trace(model, X)
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(5.0)
+    assert certify(model, X).upper == pytest.approx(5.0)
+    with torch.no_grad():
+        model.steps.gain.mul_(2)
+    # The parameter is read anew.
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(20.0)
+
+
+@pytest.mark.usefixtures("steps")
+def test_settings_that_the_forward_leaves_alone_are_read_anew():
+    model = nn.Sequential(Steps())
+    bound = NetworkBound.trace(model, X)
+    SETTINGS["list"](model[0], 3.0)
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(3.0)
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_module_that_knows_its_parent_is_copied_once():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.append(Steps(parent=model))
+    assert certify(model, X).certified
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_by_its_name():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    refused = certify(model, X).refused[0]
+    assert "made under torch.inference_mode() ('0.weight'" in refused
+    assert certify(copy.deepcopy(model), X).certified
+
+
+def test_an_example_that_was_made_in_inference_mode_is_taken():
+    with torch.inference_mode():
+        example = torch.randn(2, 4)
+        assert NetworkBound.trace(nn.ReLU(), example).explain()
+    assert certify(nn.Linear(4, 3), example).certified
