@@ -154,6 +154,17 @@ def _keep(value: object, undo: list[Callable[[], object]], seen: set[int]) -> No
         _keep(entry, undo, seen)
 
 
+@contextlib.contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Give the model's parameters their values back at the end of the context; it holds a copy of them meanwhile."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if not is_lazy(p) and not p.is_meta]
+    try:
+        yield
+    finally:
+        for parameter, values in kept:
+            _restore_tensor(parameter, values)
+
+
 @torch.no_grad()
 def _restore_tensor(tensor: Tensor, values: Tensor) -> None:
     if not torch.equal(tensor, values):

@@ -329,3 +329,41 @@ def test_an_example_that_was_made_in_inference_mode_is_taken():
         example = torch.randn(2, 4)
         assert NetworkBound.trace(nn.ReLU(), example).explain()
     assert certify(nn.Linear(4, 3), example).certified
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.sum() > 0,
+        lambda x: bool((x > 0).any()),
+        lambda x: x[0, 0].item() > 0,
+        lambda x: x.tolist()[0][0] > 0,
+        lambda x: int(x.abs().max()) > 2,
+        lambda x: float(x.mean()) > 0,
+        lambda x: len(x.nonzero()) > 7,
+        lambda x: torch.equal(x, x.abs()),
+        lambda x: torch.allclose(x, x.abs()),
+        lambda x: x.numpy().sum() > 0,
+        lambda x: not x.isfinite().all(),
+        lambda x: x.unique().numel() > 3,
+        lambda x: max(x[0], key=float) > 0,
+    ],
+)
+def test_no_value_of_the_input_reaches_a_python_decision(asks):
+    """So one export is enough: the traced forward pass holds no numbers of the input that could change the graph."""
+    model = Lambda(lambda m, x: 3 * x if asks(x) else x)
+    example = torch.randn(2, 4)
+    asks(example)
+    with pytest.raises(UnsupportedLayerError, match="cannot be traced"):
+        NetworkBound.trace(model, example)
+
+
+def test_what_a_forward_does_to_parameters_where_it_cannot_be_traced_is_undone():
+    def function(m, x):
+        m.a.weight.data.mul_(2)
+        return m.a(x)
+
+    model = Lambda(function, a=nn.Linear(4, 4))
+    before = model.a.weight.detach().clone()
+    assert "cannot be traced" in certify(model, X).refused[0]
+    assert torch.equal(model.a.weight, before)
