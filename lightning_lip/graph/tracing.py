@@ -11,7 +11,7 @@ import contextlib
 import copy
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -296,8 +296,9 @@ def _as_it_is(value: Any, copies: dict[int, Any], replaced: Mapping[int, tuple[n
             vars(kept)["forward"] = forward
     elif isinstance(value, (list, dict, deque)) and type(value).__module__ in ("builtins", "collections"):
         kept = copies[id(value)] = copy.copy(value)
-        for key in value if isinstance(value, dict) else range(len(value)):
-            kept[key] = _as_it_is(value[key], copies, replaced)
+        places: Iterable[Any] = value if isinstance(value, dict) else range(len(value))
+        for place in places:
+            kept[place] = _as_it_is(value[place], copies, replaced)
     elif isinstance(value, set):
         kept = copy.copy(value)
     elif type(value) is tuple:

@@ -15,6 +15,7 @@ from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.models.modules import state_kept
+from lightning_lip.operators.recorded import RecordedConvolution
 
 
 def test_a_region_with_its_own_autocast_is_refused():
@@ -367,3 +368,28 @@ def test_what_a_forward_does_to_parameters_where_it_cannot_be_traced_is_undone()
     before = model.a.weight.detach().clone()
     assert "cannot be traced" in certify(model, X).refused[0]
     assert torch.equal(model.a.weight, before)
+
+
+class Seen:
+    """A hook that keeps what it has seen."""
+
+    def __init__(self):
+        self.shapes, self.with_gradients = [], 0
+
+    def __call__(self, module, inputs, *output):
+        self.shapes.append(tuple(inputs[0].shape))
+        self.with_gradients += torch.is_grad_enabled()
+
+
+def test_hooks_that_are_objects_are_as_they_were():
+    model, before, after = nn.Sequential(nn.Conv1d(1, 2, 3)), Seen(), Seen()
+    model[0].register_forward_pre_hook(before)
+    model[0].register_forward_hook(after)
+    recorded = RecordedConvolution("0", model[0])
+    x = torch.randn(2, 1, 5)
+    assert certify(model, x, data=x).certified
+    assert before.shapes == after.shapes == []
+    assert before.with_gradients == after.with_gradients == 0
+    assert recorded.spatial is None
+    model(torch.randn(2, 1, 7))
+    assert (before.shapes, after.with_gradients, recorded.spatial) == ([(2, 1, 7)], 1, (7,))
