@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.tracing import TracedModel, as_traced
+from lightning_lip.graph.tracing import FAILURES, TracedModel, as_traced
 from lightning_lip.kernels.tensors import full_fp32
 from lightning_lip.models.inputs import batch_of_two, call_arguments, floating_dtype
 
@@ -37,9 +37,6 @@ GRADIENTS: tuple[Callable[[], AbstractContextManager[None]], ...] = (
 
 A forward pass may ask for its mode; it is traced in the first.
 """
-
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, NotImplementedError)
-"""What a forward pass raises that does not run in a dtype or at a point."""
 
 Point = tuple[Tensor, ...]
 

@@ -33,6 +33,19 @@ from lightning_lip.models.modules import (
 )
 from lightning_lip.models.sharding import refuse_sharded
 
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""What a forward pass raises that does not run in a dtype or at a point, or that torch.export does not take."""
+
 WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
 """Modules whose graph hides what they are (a quotient, a difference, a power), so that they are traced as one node."""
 
@@ -156,7 +169,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
                 program = program.run_decompositions({})
         except UnsupportedLayerError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except FAILURES as error:
             check_example(model, args, kwargs)
             _refuse_inference_tensors(model, error)
             raise UnsupportedLayerError(

@@ -92,7 +92,7 @@ def test_an_example_that_the_forward_does_not_take_is_told_from_one_that_cannot_
         certify(model, example)
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError])
+@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, AssertionError, KeyError, StopIteration])
 def test_errors_of_the_export_are_refusals(error):
     def function(m, x):
         if type(x) is not torch.Tensor:  # the export's stand-in
@@ -393,3 +393,15 @@ def test_hooks_that_are_objects_are_as_they_were():
     assert recorded.spatial is None
     model(torch.randn(2, 1, 7))
     assert (before.shapes, after.with_gradients, recorded.spatial) == ([(2, 1, 7)], 1, (7,))
+
+
+def test_an_autocast_region_that_is_left_open_is_refused():
+    def function(m, x):
+        torch.autocast("cpu", torch.bfloat16).__enter__()
+        try:
+            return m.a(x)
+        finally:
+            torch.clear_autocast_cache()
+            torch.set_autocast_enabled("cpu", False)
+
+    assert "cannot be traced" in certify(Lambda(function, a=nn.Linear(4, 4)), X).refused[0]
