@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,9 +25,9 @@ from lightning_lip.graph.builder import (
     Refused,
     RefusedError,
 )
-from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
+from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, check_whole_module, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
-from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, operation_name, trace
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 
@@ -61,6 +62,9 @@ REASONS = {
 }
 
 UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
+
+_UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+"""Operations whose values are what the memory holds."""
 
 _SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
@@ -316,6 +320,8 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     if name in _SHAPES_ONLY:
         return _filled(builder, node, arguments)
     if not any(isinstance(leaf, Dependent) for leaf in leaves):
+        if node.target is WHOLE_MODULE:
+            return _inside(builder, node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return builder.refuse(node, "its value is random")
         return _independent(builder, node, arguments)
@@ -324,11 +330,32 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     try:
         check_arguments(name, arguments)
         check_real(node)
+        if node.target is WHOLE_MODULE:
+            check_whole_module(node, builder.traced)
         return only_floating(node, RULES[name](builder, node, arguments))
     except (RefusedError, UnsupportedLayerError) as error:
         return builder.refuse(node, str(error))
     except UNREADABLE as error:
         return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
+
+
+def _inside(builder: Builder, node: torch.fx.Node) -> Any:
+    """Return the output of a module traced as one node by its own operations: of one that thresholds a weight, say."""
+    known = builder.values
+    output = node.args[0]
+    wanted, waiting = set(), [output]
+    while waiting:
+        source = waiting.pop()
+        if isinstance(source, torch.fx.Node) and source not in wanted:
+            wanted.add(source)
+            waiting.extend(source.all_input_nodes)
+    if any(source.name in builder.traced.written for source in wanted):
+        return builder.refuse(node, "the forward pass changes a buffer that it reads")
+    builder.live_nodes |= wanted
+    for source in builder.traced.graph.nodes:
+        if source in wanted and source not in known:
+            known[source] = _evaluate(builder, source)
+    return known[output]  # type: ignore[index]
 
 
 def _is_value(leaf: Any) -> bool:
@@ -351,6 +378,14 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 
     parameters = tuple({id(p): p for v in sources for p in v.parameters}.values())
     example = node.meta["val"]
+    if operation_name(node) in _UNSET:
+        if not example.is_floating_point():
+            return builder.refuse(node, "its values are what the memory holds")
+        # What is read of it shows: a sum, a scale or a weight that is NaN is refused.
+        sources, operation = (
+            (),
+            partial(torch.full, example.shape, math.nan, dtype=example.dtype, device=example.device),
+        )
     shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
     described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
     identity = builder.identity((str(target), str(spec), described))

@@ -23,6 +23,7 @@ from lightning_lip.graph.builder import (
     size_along,
 )
 from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
+from lightning_lip.models.inputs import BATCH
 from lightning_lip.rigorous.rounding import sqrt_up
 
 # The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
@@ -97,7 +98,8 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
         raise RefusedError("it takes the batch for channels")
-    elif "HxW" in a and (a["N"], a["C"], a["HxW"]) != (*value.shape[:2], math.prod(value.shape[2:])):
+    elif "HxW" in a and (a["N"] % BATCH or a["N"] * a["C"] * a["HxW"] != math.prod(value.shape)):
+        # It takes the elements, of which each sample's lie one after the other, for N samples.
         raise RefusedError("it takes the samples of a batch for one")
     weight = a.get("weight")
     constant = constants.normalisation(eps)
