@@ -97,6 +97,7 @@ KINDS = {
     "count": {"3"},
     "count from 0": {"0", "3"},
     "positive": REALS - {"0"},
+    "knee": REALS - {"0"} | {"None", "inf"},
     "at least 0": REALS,
     "number": REALS | {"-1"},
     "numbers": FLAT | {"np 1-d", "1-d", "int"},
@@ -161,6 +162,7 @@ CALLS = {
             "coefficient": "at least 0",
             "penalty": set(),
             "target": "positive",
+            "knee": "knee",
             **SELECTING,
             **ITERATING,
             "example_input": {"None"},
@@ -192,6 +194,7 @@ CALLS = {
             "every_n_steps": "count",
             "warmup_steps": "count from 0",
             "name": "name",
+            "knee": "knee",
         },
     ),
     "LipschitzMonitor": (
@@ -334,7 +337,7 @@ CALLS = {
         lambda: {"mae": 0.5, "lipschitz": 1.0, "noise_norm": 0.1},
         dict.fromkeys(("mae", "lipschitz", "noise_norm"), REALS | {"0-d"}) | {"n_outputs": "count"},
     ),
-    "get_penalty": (get_penalty, lambda: {"penalty": "product"}, {"penalty": set(), "target": "positive"}),
+    "get_penalty": (get_penalty, lambda: {"penalty": "product"}, {"penalty": set(), "target": "positive", "knee": "knee"}),
     "joint_caps": (projection.joint_caps, lambda: CAPS, SPECTRA | METRIC),
     "log_clip_caps": (projection.log_clip_caps, lambda: CAPS, SPECTRA | METRIC),
     "per_layer_caps": (

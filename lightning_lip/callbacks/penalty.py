@@ -22,7 +22,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     monitors_of,
 )
 from lightning_lip.checks import check_integers, check_number, check_state, check_type
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 
@@ -57,6 +57,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             ``example_input_array``; without either, the bound is the product over the selected layers.
         name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
             the logged names, ``lipschitz/<name>/penalty``.
+        knee: The product beyond which ``"product"`` is linear in S = log product, so that its gradient stays in scale
+            where training begins at a large one; None or infinity for the paper's plain product.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
@@ -75,7 +77,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def __init__(
         self,
-        coefficient: float = 1e-3,
+        coefficient: float = COEFFICIENT,
         penalty: PenaltyName | Penalty = "product",
         layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
         exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
@@ -87,15 +89,16 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         seed: int = 0,
         example_input: Any = None,
         name: str | None = None,
+        knee: float | None = KNEE,
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         self.coefficient = check_number("coefficient", coefficient)
-        get_penalty(penalty, target)
+        get_penalty(penalty, target, knee)
         check_integers(1, every_n_steps=every_n_steps)
         check_integers(0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self._arguments |= {"penalty": penalty, "target": target}
+        self._arguments |= {"penalty": penalty, "target": target, "knee": knee}
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
@@ -119,6 +122,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
             **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
+            "knee": check_knee(self._arguments["knee"]),
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
             **{name: text for name, text in selections.items() if text},

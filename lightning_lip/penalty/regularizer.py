@@ -31,7 +31,7 @@ from lightning_lip.operators.composed import DiagonalOperator
 from lightning_lip.operators.selection import Selection
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty
+from lightning_lip.penalty.penalties import KNEE, Penalty, PenaltyName, check_knee, check_value, get_penalty, level_of
 
 
 class LipschitzRegularizer:
@@ -55,6 +55,8 @@ class LipschitzRegularizer:
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
             counts k times k times.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        knee: The product beyond which ``"product"`` is linear in S = log product, so that its gradient stays in scale
+            where training begins at a large one; None or infinity for the paper's plain product.
         layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
         exclude: Names, glob patterns or submodules to leave out.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
@@ -93,6 +95,7 @@ class LipschitzRegularizer:
         penalty: PenaltyName | Penalty = "product",
         *,
         target: float = 1.0,
+        knee: float | None = KNEE,
         layers: Selection | None = None,
         exclude: Selection | None = None,
         block_size: int = 8,
@@ -103,7 +106,7 @@ class LipschitzRegularizer:
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
-        self._penalty = get_penalty(penalty, target)
+        self._penalty = get_penalty(penalty, target, knee)
         self._model = model
         reshard(model)
         self._bound = bound_of(model, example_input, layers, exclude)
@@ -113,7 +116,7 @@ class LipschitzRegularizer:
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
-        self._log_target = math.log(target)
+        self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
@@ -205,7 +208,7 @@ class LipschitzRegularizer:
         allowed = None if parameters is None else {id(p) for p in parameters}
         if self._code is not None and not isinstance(scale, Tensor):
             factor = self.coefficient * scale
-            value = self._norms.penalise_(self._code, self._log_target, factor, advance, allowed)
+            value = self._norms.penalise_(self._code, self._level, factor, advance, allowed)
             if value is not None:
                 return value
         return self._add_grad_in_parts_(scale, advance, allowed)

@@ -9,10 +9,10 @@ from xml.etree import ElementTree
 from lightning_lip.kernels import PENALTY_CODES
 
 
-def penalise(iteration, weights, grads, penalty="product", n_iterations=1, target_log=0.0, scale=1.0, uses=None):
+def penalise(iteration, weights, grads, penalty="product", n_iterations=1, level=1.0, scale=1.0, uses=None):
     """Make a penalised step of an iteration, each layer used once if nothing else is said."""
     uses = [1] * len(weights) if uses is None else uses
-    return iteration.penalise_(weights, grads, n_iterations, PENALTY_CODES[penalty], target_log, scale, uses)
+    return iteration.penalise_(weights, grads, n_iterations, PENALTY_CODES[penalty], level, scale, uses)
 
 
 def in_a_fork(function, *arguments):
