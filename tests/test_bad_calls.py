@@ -337,7 +337,11 @@ CALLS = {
         lambda: {"mae": 0.5, "lipschitz": 1.0, "noise_norm": 0.1},
         dict.fromkeys(("mae", "lipschitz", "noise_norm"), REALS | {"0-d"}) | {"n_outputs": "count"},
     ),
-    "get_penalty": (get_penalty, lambda: {"penalty": "product"}, {"penalty": set(), "target": "positive", "knee": "knee"}),
+    "get_penalty": (
+        get_penalty,
+        lambda: {"penalty": "product"},
+        {"penalty": set(), "target": "positive", "knee": "knee"},
+    ),
     "joint_caps": (projection.joint_caps, lambda: CAPS, SPECTRA | METRIC),
     "log_clip_caps": (projection.log_clip_caps, lambda: CAPS, SPECTRA | METRIC),
     "per_layer_caps": (
