@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from lightning_lip.callbacks.lightning.trainer import (
 from lightning_lip.checks import check_integers, check_number, check_state, check_type
 from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.penalty.scale import gradient_norms, out_of_scale
 
 
 @dataclass
@@ -119,7 +121,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         self._arguments |= {"penalty": penalty, "target": target, "knee": knee}
-        self._is_selected = self._sizes_are_shared = False
+        self._is_selected = self._sizes_are_shared = self._is_compared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
         self._turns: dict[int, _Turn] = {}
@@ -196,6 +198,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._is_compared = self._n_steps > 0  # a training that goes on was compared when it began
         return regularizer
 
     @override
@@ -236,7 +239,10 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if advance:
             self._iterated_by = optimizer
         scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
-        self.regularizer.accumulate_(scale, advance, parameters)
+        if self._is_compared:
+            self.regularizer.accumulate_(scale, advance, parameters)
+        else:
+            self._compare(scale, advance, parameters, trainer.is_global_zero)
 
     @override
     def on_train_batch_end(
@@ -275,6 +281,21 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def _compare(
+        self, scale: float | Tensor, advance: bool, parameters: list[Tensor] | None, is_global_zero: bool
+    ) -> None:
+        """Add the penalty as every step does, and warn where its gradient is out of scale with the loss's."""
+        regularizer = self.regularizer
+        moved = regularizer.penalised_parameters() if parameters is None else parameters
+        loss, penalty = gradient_norms(moved, lambda: regularizer.accumulate_(scale, advance, parameters))
+        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers.
+        self._is_compared = 0 < loss < math.inf
+        if self._is_compared and is_global_zero:
+            # Without warm-up: what is meant is the coefficient.
+            warning = out_of_scale(loss, penalty / (self._warmup() * self.every_n_steps), self.coefficient)
+            if warning is not None:
+                warnings.warn(f"{type(self).__name__}({self.coefficient:g}): {warning}", stacklevel=2)
 
     def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
         """Return an optimiser's part, which is found at its first step and when the number of its parameters changes.

@@ -9,6 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST_RATIO = 0.5
+"""The penalty's gradient over the loss's from which a network may train visibly worse: see bench/studies/knee.py."""
+
+RIGHT_RATIO = 0.05
+"""What a coefficient that is suggested leads to: the defaults lie between 0.01 and 0.05 on most networks."""
+
 
 @torch.no_grad()
 def gradient_norms(parameters: Sequence[Tensor], add: Callable[[], object]) -> tuple[float, float]:
@@ -29,6 +35,27 @@ def gradient_norms(parameters: Sequence[Tensor], add: Callable[[], object]) -> t
     present = [(p.grad, old) for p, old in zip(parameters, before, strict=True) if p.grad is not None]
     added = _norm(grad if old is None else grad - old for grad, old in present)
     return _norm(old for old in before if old is not None), added
+
+
+def out_of_scale(loss: float, penalty: float, coefficient: float) -> str | None:
+    """Say in words that a penalty's gradient is out of scale with the loss's, with a coefficient to try.
+
+    Args:
+        loss: Norm of the loss's gradient, positive.
+        penalty: Norm of the penalty's, with its coefficient.
+        coefficient: That coefficient.
+
+    Returns:
+        The warning; None where nothing is wrong.
+    """
+    ratio = penalty / loss
+    if ratio <= LARGEST_RATIO:
+        return None
+    better = float(f"{coefficient * RIGHT_RATIO / ratio:.0e}")
+    return (
+        f"At the first step the penalty's gradient is {ratio:.2g} times the loss's on the same layers: it may keep the "
+        f"network from training. Try coefficient={better:g}, or raise it slowly with `warmup_steps`."
+    )
 
 
 def _norm(gradients: Iterable[Tensor]) -> float:
