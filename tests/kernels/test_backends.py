@@ -6,6 +6,7 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
+from support.iterations import check_a_product_beyond_fp32, penalise
 from support.truth import blocks
 from torch import nn
 
@@ -124,6 +125,25 @@ def test_slopes_that_are_not_finite_count_as_zero(name):
     assert value.isnan()
     own = {"log": 0.5, "layer_sum": 1.0, "layer_sum_squares": 4.0}.get(name, 0.0)
     assert slopes.tolist() == pytest.approx([0.0, own], rel=1e-12)
+
+
+@pytest.mark.parametrize("knee", [100.0, LARGEST_KNEE])
+@pytest.mark.parametrize("kind", [ReferenceIteration, CpuIteration])
+def test_a_product_beyond_fp32_has_the_gradient_of_its_knee(kind, knee):
+    check_a_product_beyond_fp32(kind, knee)
+
+
+@pytest.mark.parametrize("kind", [ReferenceIteration, CpuIteration])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38], ids=str)
+@pytest.mark.parametrize("name", list(PENALTY_CODES))
+def test_a_norm_that_is_not_finite_leaves_no_gradient_that_is_not(kind, bad, name):
+    # 3e38 is finite, the norm of 8 x 8 of it is not.
+    weights = [torch.full((8, 8), bad), torch.eye(4)]
+    grads = [torch.ones_like(w) for w in weights]
+    iteration = kind(weights, blocks(weights, 2))
+    for _ in range(2):
+        penalise(iteration, weights, grads, name)
+        assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("penalty", ["product", "layer_sum"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import truth
 from support.gpu import planted
-from support.iterations import penalise
+from support.iterations import check_a_product_beyond_fp32, penalise
 from support.truth import blocks, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip import LipschitzRegularizer
@@ -245,6 +245,11 @@ def test_zero_and_bad_layers_have_coefficient_zero(name):
     weights[1][0, 0] = math.nan
     assert penalise(iteration, weights, grads, name).isnan()
     assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("knee", [100.0, LARGEST_KNEE])
+def test_a_product_beyond_fp32_has_the_gradient_of_its_knee(knee):
+    check_a_product_beyond_fp32(gpu.GpuIteration, knee)
 
 
 def test_tables_are_refreshed_only_where_an_address_changed():
