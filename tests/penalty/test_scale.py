@@ -46,9 +46,9 @@ def test_the_penalty_of_a_regulariser():
     ("loss", "penalty", "said"),
     [
         (1.0, 0.0, None),
-        (1.0, 0.4, None),
-        (2.0, 1.1, r"is 0\.55 times the loss's .* Try coefficient=0\.0009,"),
-        (1e-3, 1e3, r"is 1e\+06 times the loss's .* Try coefficient=5e-10,"),
+        (1.0, 0.19, None),
+        (2.0, 1.1, r"is 0\.55 times the loss's .* Try coefficient=0\.0005,"),
+        (1e-3, 1e3, r"is 1e\+06 times the loss's .* Try coefficient=3e-10,"),
     ],
 )
 def test_what_is_said(loss, penalty, said):
@@ -62,6 +62,6 @@ def test_what_is_said(loss, penalty, said):
 
 def test_the_coefficient_to_try_is_in_scale():
     assert out_of_scale(1.0, 700.0, 0.01) is not None
-    tried = 7e-7
+    tried = 4e-7
     assert f"coefficient={tried:g}" in out_of_scale(1.0, 700.0, 0.01)
     assert out_of_scale(1.0, 700.0 * tried / 0.01, tried) is None
