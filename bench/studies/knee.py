@@ -15,7 +15,7 @@ images; and the logs of the product and of the traced bound before and after. Em
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "convnext": convnext,
     "vit": lambda: VisionTransformer(48, 3, patch=1),
 }
-OPTIMISERS = {
+OPTIMISERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, 0.01, momentum=0.9),
     "Adam": lambda parameters: torch.optim.Adam(parameters, 1e-3),
 }
