@@ -153,6 +153,7 @@ def _regularisers(run: Run) -> list[Callback]:
             penalty="product" if run.regime == "product" else "layer_sum",
             layers=[f"net.{2 * layer}" for layer in range(run.n_norms)],
             seed=run.seed,
+            knee=None,  # the paper's plain product
         )
     ]
 

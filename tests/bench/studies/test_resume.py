@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_lip.bench.studies import callbacks, constraint, kernels, scale, tracking, trainers
+from lightning_lip.bench.studies import callbacks, constraint, kernels, knee, scale, tracking, trainers
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -20,9 +20,14 @@ def tracking_row(optimiser, penalty, r, k, epochs, data):
     return tracking.Result(optimiser, penalty[0], r, k, 1e-3 / r, 1e-2, 0.1 * k, 5.0, 0.9, 2.0)
 
 
+def knee_row(*setting):
+    return knee.Result(*setting[:5], 0.1, 2.0, 3.0, 0.9, 1.0, 1.5, 1.0, 2.5)
+
+
 @pytest.mark.parametrize(
     ("study", "name", "train"),
     [
+        (knee, "train", knee_row),
         (constraint, "train", constraint_row),
         (tracking, "train", tracking_row),
         (kernels, "interleaved", None),
