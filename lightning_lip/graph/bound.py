@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,47 +21,18 @@ from lightning_lip.graph.builder import (
     Dependent,
     GraphNode,
     Independent,
-    Refusal,
     Refused,
     RefusedError,
+    SampleAxisError,
 )
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
+from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 
 __all__ = ["GraphNode", "NetworkBound"]
-
-REASONS = {
-    "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_native_multi_head_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_transformer_encoder_layer_fwd": "dot-product attention, a product of activations, has no finite constant",
-    "bmm": "a product of two activations has no finite Lipschitz constant",
-    "baddbmm": "a product of two activations has no finite Lipschitz constant",
-    "einsum": "products written as einsum have no rule: use F.linear or matmul with a weight",
-    "glu": "a product of two activations has no finite Lipschitz constant",
-    "bilinear": "a product of two activations has no finite Lipschitz constant",
-    "embedding": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "embedding_bag": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "lstm": "recurrent layers are not supported",
-    "gru": "recurrent layers are not supported",
-    "rnn_tanh": "recurrent layers are not supported",
-    "rnn_relu": "recurrent layers are not supported",
-    "lstm_cell": "recurrent layers are not supported",
-    "gru_cell": "recurrent layers are not supported",
-    "rnn_tanh_cell": "recurrent layers are not supported",
-    "rnn_relu_cell": "recurrent layers are not supported",
-    "hardshrink": "it is discontinuous",
-    "pow": "a power has no finite Lipschitz constant",
-    "square": "a power has no finite Lipschitz constant",
-    "exp": "it has no finite Lipschitz constant",
-    "log": "it has no finite Lipschitz constant",
-    "sqrt": "its slope is unbounded at 0",
-    "item": "a value of the activations becomes a number",
-}
-
-UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
 
 _SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
@@ -129,7 +101,7 @@ class NetworkBound:
         if refusals:
             raise UnsupportedLayerError(
                 "The network has no known Lipschitz bound, and an unknown constant is never counted as 1:\n  - "
-                + "\n  - ".join(str(refusal) for refusal in refusals)
+                + listed(list(refusals))
                 + "\nBound the part of the network without them, or state a module's constant with register_constant."
             )
         if not dependent:
@@ -279,10 +251,35 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
-    arguments: dict[str, Any] = {}
     # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
     name = schema.name.removeprefix("aten::")
-    for position, argument in enumerate(schema.arguments):
+    arguments = _arguments(node, lambda leaf: _value(builder, leaf))
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
+    refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
+    if name in ("embedding", "embedding_bag") and refused:
+        return builder.refuse(node, REASONS[name])
+    if name in _SHAPES_ONLY:
+        return _filled(builder, node, arguments)
+    if refused:
+        return _behind(builder, node, name, refused)
+    if not any(isinstance(leaf, Dependent) for leaf in leaves):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return builder.refuse(node, "its value is random")
+        return _independent(builder, node, arguments)
+    like = next(leaf for leaf in leaves if isinstance(leaf, Dependent))
+    try:
+        return _by_rule(builder, node, name, arguments)
+    except (RefusedError, UnsupportedLayerError) as error:
+        return builder.refuse(node, str(error), like)
+    except UNREADABLE as error:
+        reason = f"its arguments are not those that its rule reads: {type(error).__name__}: {error}"
+        return builder.refuse(node, reason, like)
+
+
+def _arguments(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return an operation's arguments by the names of its schema, each node replaced by its value."""
+    arguments: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
         if position >= len(node.args) and argument.name not in node.kwargs:
             given = argument.default_value if argument.has_default_value() else None
@@ -290,29 +287,39 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
             arguments[argument.name] = given
         else:
-            arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
-    leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
-    refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
-    if name in ("embedding", "embedding_bag") and refused:
-        return builder.refuse(node, REASONS[name])
-    if refused:
-        return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
-    if name in _SHAPES_ONLY:
-        return _filled(builder, node, arguments)
-    if not any(isinstance(leaf, Dependent) for leaf in leaves):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return builder.refuse(node, "its value is random")
-        return _independent(builder, node, arguments)
+            arguments[argument.name] = pytree.tree_map(value, given)
+    return arguments
+
+
+def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[str, Any]) -> Any:
     if name not in RULES:
-        return builder.refuse(node, REASONS.get(name, UNKNOWN))
-    try:
-        check_arguments(name, arguments)
-        check_real(node)
-        return only_floating(node, RULES[name](builder, node, arguments))
-    except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error))
-    except UNREADABLE as error:
-        return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
+        raise RefusedError(REASONS.get(name, UNKNOWN))
+    check_arguments(name, arguments)
+    check_real(node)
+    return only_floating(node, RULES[name](builder, node, arguments))
+
+
+def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[Refused]) -> Refused:
+    """Return the value of an operation behind refused ones; if it would be refused by itself, that is told as well."""
+    refusals = dict.fromkeys(refusal for value in refused for refusal in value.refusals)
+    like = next((value.like for value in refused if value.like is not None), None)
+
+    def stand_in(leaf: Any) -> Any:
+        value = _value(builder, leaf)
+        return value.stand_in(leaf.meta.get("val")) if isinstance(value, Refused) else value
+
+    known = _arguments(node, stand_in)
+    stand_ins = [leaf for leaf in pytree.tree_leaves(known, is_leaf=_is_value) if isinstance(leaf, Dependent)]
+    if len(stand_ins) >= len(refused):
+        # Where the samples lie behind a refused operation is a guess, so that what rests on it is not told.
+        with contextlib.suppress(SampleAxisError, *UNREADABLE):
+            try:
+                _by_rule(builder.scratch(), node, name, known)
+            except (RefusedError, UnsupportedLayerError) as error:
+                if isinstance(error, SampleAxisError):
+                    raise
+                refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
+    return Refused(tuple(refusals), like)
 
 
 def _is_value(leaf: Any) -> bool:
@@ -344,7 +351,7 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
-    stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+    stand_in = torch.empty(node.args[0].meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
     shape = tuple(int(n) for n in node.meta["val"].shape)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
+from lightning_lip.graph.refusals import Refusal
 from lightning_lip.graph.tracing import TracedModel, module_path
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
@@ -74,23 +75,25 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """An operation without a known finite constant: the module's path, its type, the operation and the reason."""
-
-    path: str
-    module: str
-    operation: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path or '(the model itself)'} ({self.module}), {self.operation}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Refused:
-    """A value behind a refused operation; it matters only if the output depends on it."""
+    """A value behind a refused operation; it matters only if the output depends on it.
+
+    Attributes:
+        refusals: The operations without a known constant that it depends on.
+        like: A value that it was computed from, for where the samples may lie: what follows is looked at too.
+    """
 
     refusals: tuple[Refusal, ...]
+    like: Dependent | None = None
+
+    def stand_in(self, example: object) -> Dependent | None:
+        """Return what stands for this value of an example's shape where later operations are looked at, if known."""
+        if self.like is None or not isinstance(example, Tensor) or not example.is_floating_point():
+            return None
+        shape, axis = tuple(int(n) for n in example.shape), self.like.axis
+        if axis >= len(shape) or shape[axis] != self.like.shape[axis]:
+            return None
+        return Dependent(shape, axis, self.like.term, self.like.inputs)
 
 
 Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
@@ -118,6 +121,13 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 class RefusedError(Exception):
     """Raised by rules: this operation has no known constant; the message is the reason."""
+
+
+class SampleAxisError(RefusedError):
+    """Raised by rules: this operation takes the axis of the samples for something else."""
+
+    def __init__(self, reason: str = "it mixes the samples of a batch") -> None:
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -151,6 +161,12 @@ class Builder:
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
+
+    def scratch(self) -> Builder:
+        """Return a builder of the same values, whose operators and audit do not count."""
+        other = Builder(self.traced)
+        other.values, other.live_nodes = self.values, self.live_nodes
+        return other
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
@@ -186,10 +202,10 @@ class Builder:
                 module = module._modules["_orig_mod"]
         return self.traced.names.get(id(module), path), module
 
-    def refuse(self, node: torch.fx.Node, reason: str) -> Refused:
-        """Return a refused value that names the operation and its module."""
+    def refuse(self, node: torch.fx.Node, reason: str, like: Dependent | None = None) -> Refused:
+        """Return a refused value that names the operation and its module; `like` is one of the values it takes."""
         path, module = self.module_of(node)
-        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),))
+        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),), like)
 
     def note(self, node: torch.fx.Node, how: str, constant: float = 1.0, operator: str | None = None) -> None:
         """Enter a node in the audit."""
@@ -220,7 +236,7 @@ class Builder:
         new_shape = shape_of(node) if shape is None else tuple(shape)
         new_axis = value.axis if axis is None else axis
         if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
-            raise RefusedError("it mixes the samples of a batch")
+            raise SampleAxisError
         return Dependent(new_shape, new_axis, term, value.inputs)
 
     def combine(self, kind: Combination, values: Sequence[Dependent], constants: Sequence[float] = ()) -> Term:
@@ -271,7 +287,7 @@ def dimensions(value: Dependent, dims: Any) -> list[int]:
     else:
         chosen = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
     if value.axis in chosen:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return chosen
 
 
@@ -301,6 +317,6 @@ def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
     shape = shape_of(node)
     axis = value.axis + len(shape) - len(value.shape)
     if shape[axis] != value.shape[value.axis]:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     copies = math.prod(shape) // max(1, math.prod(value.shape))
     return (sqrt_up(copies) if copies > 1 else 1.0), axis

@@ -17,6 +17,7 @@ from lightning_lip.graph.builder import (
     Dependent,
     Independent,
     RefusedError,
+    SampleAxisError,
     broadcast,
     only_input,
     rule,
@@ -129,7 +130,7 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     # x W contracts the last dimension of x, W x the one before it (the last of a vector, which holds the batch).
     contracted = rank - 1 if value is left else max(rank - 2, 0)
     if value.axis == contracted:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     if factor != 1.0:
         return builder.chain(node, value, factor, operator=builder.operator(key, operator))
     # Only F.linear's matrix has its outputs for rows, which a normalisation scales: that of x W has them for columns.
@@ -142,7 +143,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     weight = a["weight"]
     rank = len(weight.shape) - 2
     if value.axis != 0 or len(value.shape) != rank + 2:
-        raise RefusedError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
+        raise SampleAxisError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
     transposed = bool(a.get("transposed", "transpose" in str(node.target)))
     padding = a["padding"] if isinstance(a["padding"], str) else per_dimension(a["padding"], rank)
     geometry = {
@@ -228,7 +229,7 @@ def _batch_norm(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any
     if a.get("training") or variance is None or mean is None:
         raise RefusedError("without running statistics it mixes the samples of a batch")
     if value.axis == 1:
-        raise RefusedError("it takes the batch for channels")
+        raise SampleAxisError("it takes the batch for channels")
     result = batch_normalised(builder, node, value, weight, variance, a["eps"])
     # The decomposed form returns statistics beside the output.
     return result if isinstance(node.meta["val"], Tensor) else (result, None, None, None, None)
@@ -344,5 +345,5 @@ def _prelu(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependen
         return leaky_relu(_magnitudes(weight, weight.compute))
 
     if value.axis == 1 and math.prod(weight.shape) > 1:
-        raise RefusedError("it takes the batch for channels")
+        raise SampleAxisError("it takes the batch for channels")
     return builder.chain(node, value, live=slope)

@@ -15,6 +15,7 @@ from lightning_lip.graph.builder import (
     Dependent,
     Independent,
     RefusedError,
+    SampleAxisError,
     broadcast,
     dimensions,
     only_input,
@@ -96,9 +97,9 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     elif "use_input_stats" in a and not a["use_input_stats"]:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
-        raise RefusedError("it takes the batch for channels")
+        raise SampleAxisError("it takes the batch for channels")
     elif "HxW" in a and (a["N"], a["C"], a["HxW"]) != (*value.shape[:2], math.prod(value.shape[2:])):
-        raise RefusedError("it takes the samples of a batch for one")
+        raise SampleAxisError("it takes the samples of a batch for one")
     weight = a.get("weight")
     constant = constants.normalisation(eps)
     tensor = node.meta["val"]
@@ -143,7 +144,7 @@ def _joined(
 ) -> Dependent:
     shape = shape_of(node)
     if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     builder.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
     inputs = frozenset().union(*(v.inputs for v in values))
     return Dependent(shape, axes[0], builder.combine(kind, values, scales), inputs)
@@ -171,7 +172,7 @@ def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     stacked = "stack" in str(node.target)
     axes = [v.axis + (1 if stacked and dim <= v.axis else 0) for v in branches]
     if not stacked and dim in axes:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return _joined(builder, node, "norm", branches, [1.0] * len(branches), axes)
 
 

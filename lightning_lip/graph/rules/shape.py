@@ -15,7 +15,16 @@ from lightning_lip.constants.pooling import (
     sized_average_pool_constant,
     upsample_constant,
 )
-from lightning_lip.graph.builder import Builder, Dependent, Independent, RefusedError, only_input, rule, shape_of
+from lightning_lip.graph.builder import (
+    Builder,
+    Dependent,
+    Independent,
+    RefusedError,
+    SampleAxisError,
+    only_input,
+    rule,
+    shape_of,
+)
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.rigorous.rounding import sqrt_up
 
@@ -102,13 +111,13 @@ def _sample_axis(sample: Tensor) -> int:
         expected = expected.view(-1, *[1] * (sample.dim() - axis - 1))
         if bool(((sample == expected) | (sample < 0)).all()):
             return axis
-    raise RefusedError("it mixes the samples of a batch")
+    raise SampleAxisError
 
 
 def _spatial(value: Dependent, rank: int) -> tuple[int, ...]:
     """Return the last `rank` sizes, none of which may hold the batch."""
     if value.axis >= len(value.shape) - rank:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return value.shape[len(value.shape) - rank :]
 
 
