@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,10 +24,12 @@ from lightning_lip.graph.builder import (
     Refused,
     RefusedError,
     SampleAxisError,
+    arguments_of,
 )
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
 from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
+from lightning_lip.graph.rules.written_out import written_out
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
@@ -253,42 +255,42 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
     # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
     name = schema.name.removeprefix("aten::")
-    arguments = _arguments(node, lambda leaf: _value(builder, leaf))
+    arguments = arguments_of(node, lambda leaf: _value(builder, leaf))
     leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
     refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
     if name in ("embedding", "embedding_bag") and refused:
         return builder.refuse(node, REASONS[name])
     if name in _SHAPES_ONLY:
         return _filled(builder, node, arguments)
+    dependent = [leaf for leaf in leaves if isinstance(leaf, Dependent)]
+    if refused or len(dependent) > 1:
+        written = _as_written(builder, node, next(iter(dependent), None))
+        if written is not None:
+            return written
     if refused:
         return _behind(builder, node, name, refused)
-    if not any(isinstance(leaf, Dependent) for leaf in leaves):
+    if not dependent:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return builder.refuse(node, "its value is random")
         return _independent(builder, node, arguments)
-    like = next(leaf for leaf in leaves if isinstance(leaf, Dependent))
+    like = dependent[0]
     try:
         return _by_rule(builder, node, name, arguments)
     except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error), like)
+        reason = str(error)
     except UNREADABLE as error:
-        reason = f"its arguments are not those that its rule reads: {type(error).__name__}: {error}"
-        return builder.refuse(node, reason, like)
+        return builder.refuse(
+            node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}", like
+        )
+    return _as_written(builder, node, like) or builder.refuse(node, reason, like)
 
 
-def _arguments(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, Any]:
-    """Return an operation's arguments by the names of its schema, each node replaced by its value."""
-    arguments: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if position >= len(node.args) and argument.name not in node.kwargs:
-            given = argument.default_value if argument.has_default_value() else None
-        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
-        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
-            arguments[argument.name] = given
-        else:
-            arguments[argument.name] = pytree.tree_map(value, given)
-    return arguments
+def _as_written(builder: Builder, node: torch.fx.Node, like: Dependent | None) -> Dependent | Refused | None:
+    """Return the value of a known function of one variable that is written out, refused if it is discontinuous."""
+    try:
+        return written_out(builder, node)
+    except RefusedError as error:
+        return builder.refuse(node, str(error), like)
 
 
 def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[str, Any]) -> Any:
@@ -308,7 +310,7 @@ def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[
         value = _value(builder, leaf)
         return value.stand_in(leaf.meta.get("val")) if isinstance(value, Refused) else value
 
-    known = _arguments(node, stand_in)
+    known = arguments_of(node, stand_in)
     stand_ins = [leaf for leaf in pytree.tree_leaves(known, is_leaf=_is_value) if isinstance(leaf, Dependent)]
     if len(stand_ins) >= len(refused):
         # Where the samples lie behind a refused operation is a guess, so that what rests on it is not told.

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.refusals import Refusal
-from lightning_lip.graph.tracing import TracedModel, module_path
+from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, module_path
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.rigorous.intervals import Interval
 from lightning_lip.rigorous.rounding import sqrt_up
 
 
@@ -158,6 +160,7 @@ class Builder:
         self.operators: list[LinearOperator] = []
         self.report: dict[torch.fx.Node, GraphNode] = {}
         self.values: dict[torch.fx.Node, Any] = {}
+        self.ranges: dict[torch.fx.Node, Interval] = {}
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
@@ -165,7 +168,7 @@ class Builder:
     def scratch(self) -> Builder:
         """Return a builder of the same values, whose operators and audit do not count."""
         other = Builder(self.traced)
-        other.values, other.live_nodes = self.values, self.live_nodes
+        other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
         return other
 
     def identity(self, what: Hashable) -> int:
@@ -267,6 +270,21 @@ def _check_finite(*constants: float) -> None:
     for constant in constants:
         if not math.isfinite(constant):
             raise RefusedError(f"its constant is {constant}")
+
+
+def arguments_of(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return an operation's arguments by the names of its schema, each node replaced by its value."""
+    arguments: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if position >= len(node.args) and argument.name not in node.kwargs:
+            given = argument.default_value if argument.has_default_value() else None
+        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
+        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
+            arguments[argument.name] = given
+        else:
+            arguments[argument.name] = pytree.tree_map(value, given)
+    return arguments
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:

@@ -25,11 +25,6 @@ REASONS = {
     "rnn_tanh_cell": "recurrent layers are not supported",
     "rnn_relu_cell": "recurrent layers are not supported",
     "hardshrink": "it is discontinuous",
-    "pow": "a power has no finite Lipschitz constant",
-    "square": "a power has no finite Lipschitz constant",
-    "exp": "it has no finite Lipschitz constant",
-    "log": "it has no finite Lipschitz constant",
-    "sqrt": "its slope is unbounded at 0",
     "item": "a value of the activations becomes a number",
 }
 

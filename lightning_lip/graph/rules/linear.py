@@ -141,6 +141,8 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
 def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     value = only_input(a)
     weight = a["weight"]
+    if not isinstance(weight, Independent):
+        raise RefusedError("its kernel depends on the network's input")
     rank = len(weight.shape) - 2
     if value.axis != 0 or len(value.shape) != rank + 2:
         raise SampleAxisError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
@@ -156,15 +158,17 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         "transposed": transposed,
     }
     (name, module), key = builder.module_of(node), "weight"
+    is_parameter = False
     if weight.owner is not None:
         owner, _, owned = weight.owner
+        is_parameter = owned in owner._parameters
         # Of the convolutions that share a kernel, the one that runs here knows its padding.
-        if owned not in owner._parameters or module._parameters.get("weight") is not owner._parameters[owned]:
+        if not is_parameter or module._parameters.get("weight") is not owner._parameters[owned]:
             module, name, key = weight.owner
-    elif not _is_parametrized(builder, node, weight, module):
-        raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
     kind = _CONVOLUTIONS[rank, transposed]
-    own = keeps_forward(module, kind) and key == "weight"
+    # A kernel that the forward pass computes (a standardised one) is none of the module's own.
+    is_parametrized = weight.owner is None and _is_parametrized(builder, node, weight, module)
+    own = (is_parameter or is_parametrized) and keeps_forward(module, kind) and key == "weight"
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
@@ -173,14 +177,18 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         value = unpadded or value
     elif own:
         own = module.padding == padding
-    convolution = module if own else _shell(kind, geometry, weight, module, key)
+    convolution = module if own else _shell(kind, geometry, weight)
+    if is_parameter and not own:
+        # The owner's own dictionary where it serves: a weight that is assigned later is seen.
+        convolution._parameters = module._parameters if key == "weight" else {"weight": module._parameters[key]}
     domain = value.shape[1:]
-    full = name if key == "weight" else f"{name}.{key}"
-    operator = ConvolutionOperator(full, convolution, domain)
-    identity: Hashable = id(module._parameters.get(key))
-    if weight.owner is None:
-        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute)
-        identity = ("computed", weight.identity)
+    full = name if key == "weight" else f"{name}.{key}" if name else key
+    identity: Hashable = id(module._parameters[key]) if is_parameter else ("computed", weight.identity)
+    if is_parameter:
+        operator = ConvolutionOperator(full, convolution, domain)
+    else:
+        parameters = None if own else weight.parameters
+        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute, parameters)
     # A kernel of size 1 is one operator at all sizes of its input.
     padded = (str(convolution.padding), convolution.padding_mode)
     details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
@@ -204,21 +212,14 @@ def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Depen
     return value
 
 
-def _shell(kind: type[Any], geometry: dict[str, Any], weight: Any, module: nn.Module, key: str) -> nn.Module:
-    """Return a module with the geometry of a functional convolution, around the live weight of its owner."""
-    if not isinstance(weight, Independent) or weight.owner is None or key not in module._parameters:
-        raise RefusedError("its kernel is neither a parameter nor that of a convolution of torch.nn")
+def _shell(kind: type[Any], geometry: dict[str, Any], weight: Independent) -> nn.Module:
+    """Return a module with the geometry of a functional convolution; its weight is a placeholder."""
     settings = {k: v for k, v in geometry.items() if k not in ("transposed", "kernel_size", "output_padding")}
     channels = [weight.shape[1] * geometry["groups"], weight.shape[0]]
     if geometry["transposed"]:
         settings["output_padding"] = geometry["output_padding"]
         channels = [weight.shape[0], weight.shape[1] * geometry["groups"]]
     shell: nn.Module = kind(*channels, geometry["kernel_size"], bias=False, device="meta", **settings)
-    if key == "weight":
-        # The owner's own dictionary: a weight that is assigned later is seen.
-        shell._parameters = module._parameters
-    else:
-        shell._parameters["weight"] = module._parameters[key]
     return shell
 
 
@@ -298,11 +299,9 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     """Return the value of a product or quotient of which one side does not depend on the input."""
     first, second = a["self"], a["other"]
     divides = "div" in _base_name(node)
-    if isinstance(first, Dependent) and isinstance(second, Dependent):
-        raise RefusedError(f"a {'quotient' if divides else 'product'} of two activations has no finite constant")
     value, factor = (first, second) if isinstance(first, Dependent) else (second, first)
-    if divides and (value is second or a.get("rounding_mode") is not None):
-        raise RefusedError("a reciprocal or a rounded quotient has no finite Lipschitz constant")
+    if divides and a.get("rounding_mode") is not None:
+        raise RefusedError("a rounded quotient has no finite Lipschitz constant")
     copies, axis = broadcast(node, value)
     if isinstance(factor, (int, float)):
         if not math.isfinite(factor) or (divides and factor == 0):

@@ -16,6 +16,7 @@ from lightning_lip.graph.builder import (
     Independent,
     RefusedError,
     SampleAxisError,
+    arguments_of,
     broadcast,
     dimensions,
     only_input,
@@ -24,12 +25,10 @@ from lightning_lip.graph.builder import (
     size_along,
 )
 from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
-from lightning_lip.rigorous.rounding import sqrt_up
-
-# The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
-_PRODUCTS = {torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor}
-_QUOTIENTS = {torch.ops.aten.div.Tensor, torch.ops.aten.divide.Tensor, torch.ops.aten.true_divide.Tensor}
-_DIFFERENCES = {torch.ops.aten.sub.Tensor, torch.ops.aten.subtract.Tensor, torch.ops.aten.rsub.Tensor}
+from lightning_lip.graph.rules.ranges import range_of, reciprocal_range
+from lightning_lip.graph.tracing import operation_name
+from lightning_lip.rigorous.intervals import Interval
+from lightning_lip.rigorous.rounding import divide_up, exp_up, multiply_up, sqrt_up, up
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "sigmoid": lambda a: constants.SIGMOID,
@@ -120,18 +119,7 @@ def _add(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     scales = [f * copies for (_, f), (copies, _) in zip(branches, placed, strict=True)]
     if len(branches) == 1:
         return builder.chain(node, branches[0][0], scales[0], axis=placed[0][1])
-    recognised = _tanhshrink(node)
-    if recognised is not None and alpha == 1 and isinstance(builder.values.get(recognised), Dependent):
-        return builder.chain(node, builder.values[recognised])
     return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
-
-
-def _tanhshrink(node: torch.fx.Node) -> torch.fx.Node | None:
-    """Return x if the node is x - tanh(x), whose slope lies in [0, 1), or its negative; `alpha` is not looked at."""
-    x, other = node.args[:2]
-    if node.target in _DIFFERENCES and isinstance(x, torch.fx.Node) and isinstance(other, torch.fx.Node):
-        return x if other.target is torch.ops.aten.tanh.default and other.args[0] is x else None
-    return None
 
 
 def _joined(
@@ -225,41 +213,92 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
 
 @rule("mul", "multiply", "div", "divide", "true_divide")
 def _product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
-    if isinstance(a["self"], Dependent) and isinstance(a["other"], Dependent):
-        recognised = recognised_product(builder, node)
-        if recognised is not None:
-            value, constant = recognised
-            return builder.chain(node, value, constant, how="x sigmoid(c x) or x / (1 + |x|), written out")
+    divides = "div" in str(node.target)
+    if isinstance(a["other"], Dependent) and (divides or isinstance(a["self"], Dependent)):
+        return _bounded_product(builder, node, a, divides)
     return scale(builder, node, a)
 
 
-def recognised_product(builder: Builder, node: torch.fx.Node) -> tuple[Dependent, float] | None:
-    """Return the value and the constant of x sigmoid(c x) or x / (1 + |x|), written out; None for anything else."""
-    multiplies = node.target in _PRODUCTS
-    pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if multiplies else [])
-    for x, other in pairs:
-        value = builder.values.get(x) if isinstance(x, torch.fx.Node) else None
-        if not isinstance(x, torch.fx.Node) or not isinstance(other, torch.fx.Node) or not isinstance(value, Dependent):
-            continue
-        if multiplies and other.target is torch.ops.aten.sigmoid.default:
-            inner = other.args[0]
-            if inner is x or _multiple_of(inner, x):
-                return value, constants.SILU
-        if node.target in _QUOTIENTS and _one_plus_magnitude(other, x):
-            return value, 1.0
-    return None
+def _bounded_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any], divides: bool) -> Dependent:
+    """Return the value of f g, or of f / g, for bounded factors.
+
+    ``|f g - f' g'| <= sup|g| |f - f'| + sup|f| |g - g'|``, elementwise; a quotient is the product of f and 1 / g, whose
+    slope is at most ``1 / g^2``.
+
+    Raises:
+        RefusedError: If a factor that matters is not bounded.
+    """
+    arguments = arguments_of(node, lambda leaf: leaf)
+    first, second = (range_of(builder, arguments[key]) for key in ("self", "other"))
+    what, slope = "product", 1.0
+    if divides:
+        if a.get("rounding_mode") is not None:
+            raise RefusedError("a rounded quotient of two activations is a step function")
+        what, second = "quotient", reciprocal_range(second)
+        slope = multiply_up(second.magnitude, second.magnitude)
+    factors = [(a["self"], second.magnitude), (a["other"], multiply_up(first.magnitude, slope))]
+    branches = [(v, factor) for v, factor in factors if isinstance(v, Dependent)]
+    if len(branches) == 1 and not math.isfinite(branches[0][1]):
+        raise RefusedError("a reciprocal has no finite Lipschitz constant, unless its argument keeps away from 0")
+    unbounded = [i for i, bound in enumerate((first, second)) if not math.isfinite(bound.magnitude)]
+    if unbounded:
+        which = (
+            "neither of which is" if len(unbounded) == 2 else f"of which the {('first', 'second')[unbounded[0]]} is not"
+        )
+        known = " known to keep away from 0," if divides and 1 in unbounded else ""
+        raise RefusedError(f"a {what} of two activations,{known} {which} known to be bounded, has no finite constant")
+    placed = [broadcast(node, v) for v, _ in branches]
+    scales = [multiply_up(factor, copies) for (_, factor), (copies, _) in zip(branches, placed, strict=True)]
+    return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
 
 
-def _multiple_of(node: Any, x: torch.fx.Node) -> bool:
-    if not isinstance(node, torch.fx.Node) or node.target not in _PRODUCTS:
-        return False
-    return any(a is x and isinstance(b, (int, float)) for a, b in (node.args[:2], node.args[1::-1]))
+def _slope_of_power(x: Interval, exponent: Any) -> float:
+    """Return the largest ``|p x^(p-1)|`` on a range: at an end of it, where it is finite at all."""
+    if not isinstance(exponent, (int, float)) or not (float(exponent).is_integer() or x.low >= 0):
+        raise RefusedError("a power of what may be negative")
+    if exponent == 0:
+        return 0.0
+    if exponent < 1 and x.low <= 0:
+        raise RefusedError("a power below 1 has no finite Lipschitz constant, unless its argument keeps away from 0")
+    if exponent >= 1 and not math.isfinite(x.magnitude) and exponent > 1:
+        raise RefusedError("a power has no finite Lipschitz constant, unless its argument is bounded")
+    base = x.magnitude if exponent >= 1 else x.low
+    return abs(exponent) * math.pow(base, exponent - 1) * (1 + 1e-14)
 
 
-def _one_plus_magnitude(node: torch.fx.Node, x: torch.fx.Node) -> bool:
-    if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
-        return False
-    return any(
-        isinstance(a, torch.fx.Node) and a.target is torch.ops.aten.abs.default and a.args[0] is x and b == 1
-        for a, b in (node.args[:2], node.args[1::-1])
-    )
+def _slope_of_exponential(x: Interval, rate: float = 1.0) -> float:
+    if x.high == math.inf:
+        raise RefusedError("it has no finite Lipschitz constant, unless its argument is bounded from above")
+    return rate * exp_up(up(rate * x.high)) * (1 + 1e-15)
+
+
+def _slope_of_logarithm(x: Interval, shift: float = 0.0, rate: float = 1.0) -> float:
+    low = math.nextafter(x.low + shift, -math.inf) if shift and x.low else x.low + shift
+    if not low > 0:
+        raise RefusedError("it has no finite Lipschitz constant, unless its argument keeps away from where it ends")
+    return divide_up(rate, low)
+
+
+_ON_RANGES: dict[str, Callable[[Interval, dict[str, Any]], float]] = {
+    "pow": lambda x, a: _slope_of_power(x, a["exponent"]),
+    "square": lambda x, a: _slope_of_power(x, 2),
+    "sqrt": lambda x, a: _slope_of_power(x, 0.5),
+    "rsqrt": lambda x, a: _slope_of_power(x, -0.5),
+    "reciprocal": lambda x, a: _slope_of_power(x if x.low > 0 else -x, -1),
+    "exp": lambda x, a: _slope_of_exponential(x),
+    "expm1": lambda x, a: _slope_of_exponential(x),
+    "exp2": lambda x, a: _slope_of_exponential(x, up(math.log(2))),
+    "log": lambda x, a: _slope_of_logarithm(x),
+    "log2": lambda x, a: _slope_of_logarithm(x, rate=up(up(1 / math.log(2)))),
+    "log10": lambda x, a: _slope_of_logarithm(x, rate=up(up(1 / math.log(10)))),
+    "log1p": lambda x, a: _slope_of_logarithm(x, 1.0),
+}
+
+
+@rule(*_ON_RANGES)
+def _on_range(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """A function that is Lipschitz where its argument lies: the largest slope on that range."""
+    value = only_input(a)
+    name = operation_name(node)
+    found = range_of(builder, arguments_of(node, lambda leaf: leaf)["self"])
+    return builder.chain(node, value, _ON_RANGES[name](found, a))

@@ -33,7 +33,7 @@ SAME = (
 )  # fmt: skip
 MOVES = (
     "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "adjoint", "slice",
+    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint", "slice",
     "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split",
     "unsafe_chunk", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
     "expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "unfold", "im2col", "index_select",
