@@ -279,9 +279,8 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     except (RefusedError, UnsupportedLayerError) as error:
         reason = str(error)
     except UNREADABLE as error:
-        return builder.refuse(
-            node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}", like
-        )
+        reason = f"its arguments are not those that its rule reads: {type(error).__name__}: {error}"
+        return builder.refuse(node, reason, like)
     return _as_written(builder, node, like) or builder.refuse(node, reason, like)
 
 

@@ -1,4 +1,4 @@
-"""What the values of an operation are known to lie between, for all inputs: a product of bounded functions is Lipschitz.
+"""What values lie between, whatever the input: a product of bounded functions is Lipschitz.
 
 By interval arithmetic over the graph, rounded outwards. Parameters and buffers can change, so what they enter has no
 range, but for functions that are bounded whatever their argument.
