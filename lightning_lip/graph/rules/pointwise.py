@@ -238,15 +238,15 @@ def _bounded_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any], d
         slope = multiply_up(second.magnitude, second.magnitude)
     factors = [(a["self"], second.magnitude), (a["other"], multiply_up(first.magnitude, slope))]
     branches = [(v, factor) for v, factor in factors if isinstance(v, Dependent)]
-    if len(branches) == 1 and not math.isfinite(branches[0][1]):
-        raise RefusedError("a reciprocal has no finite Lipschitz constant, unless its argument keeps away from 0")
     unbounded = [i for i, bound in enumerate((first, second)) if not math.isfinite(bound.magnitude)]
+    if len(branches) == 1 and 1 in unbounded:
+        raise RefusedError("a reciprocal has no finite Lipschitz constant, unless its argument keeps away from 0")
+    if len(branches) == 1 and unbounded:
+        raise RefusedError("a reciprocal times a tensor that can change has no rule")
     if unbounded:
-        which = (
-            "neither of which is" if len(unbounded) == 2 else f"of which the {('first', 'second')[unbounded[0]]} is not"
-        )
-        known = " known to keep away from 0," if divides and 1 in unbounded else ""
-        raise RefusedError(f"a {what} of two activations,{known} {which} known to be bounded, has no finite constant")
+        which = "neither" if len(unbounded) == 2 else f"not the {('first', 'second')[unbounded[0]]}"
+        away = " (a divisor must keep away from 0)" if divides and 1 in unbounded else ""
+        raise RefusedError(f"a {what} of two activations, {which} known to be bounded{away}, has no known constant")
     placed = [broadcast(node, v) for v, _ in branches]
     scales = [multiply_up(factor, copies) for (_, factor), (copies, _) in zip(branches, placed, strict=True)]
     return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
@@ -258,9 +258,12 @@ def _slope_of_power(x: Interval, exponent: Any) -> float:
         raise RefusedError("a power of what may be negative")
     if exponent == 0:
         return 0.0
+    if x.high < 0:
+        x = -x
     if exponent < 1 and x.low <= 0:
-        raise RefusedError("a power below 1 has no finite Lipschitz constant, unless its argument keeps away from 0")
-    if exponent >= 1 and not math.isfinite(x.magnitude) and exponent > 1:
+        kind = "reciprocal" if exponent == -1 else "power below 1"
+        raise RefusedError(f"a {kind} has no finite Lipschitz constant, unless its argument keeps away from 0")
+    if exponent > 1 and not math.isfinite(x.magnitude):
         raise RefusedError("a power has no finite Lipschitz constant, unless its argument is bounded")
     base = x.magnitude if exponent >= 1 else x.low
     return abs(exponent) * math.pow(base, exponent - 1) * (1 + 1e-14)
@@ -284,7 +287,7 @@ _ON_RANGES: dict[str, Callable[[Interval, dict[str, Any]], float]] = {
     "square": lambda x, a: _slope_of_power(x, 2),
     "sqrt": lambda x, a: _slope_of_power(x, 0.5),
     "rsqrt": lambda x, a: _slope_of_power(x, -0.5),
-    "reciprocal": lambda x, a: _slope_of_power(x if x.low > 0 else -x, -1),
+    "reciprocal": lambda x, a: _slope_of_power(x, -1),
     "exp": lambda x, a: _slope_of_exponential(x),
     "expm1": lambda x, a: _slope_of_exponential(x),
     "exp2": lambda x, a: _slope_of_exponential(x, up(math.log(2))),
