@@ -32,7 +32,7 @@ from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
 from lightning_lip.graph.rules.written_out import written_out
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
+from lightning_lip.rigorous.rounding import sum_up
 
 __all__ = ["GraphNode", "NetworkBound"]
 
@@ -155,9 +155,7 @@ class NetworkBound:
     def log_bound_up(self, norms: Sequence[float]) -> float:
         """Return an upper bound of the logarithm of the bound for L norms, rounding included.
 
-        The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum
-        of all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded
-        up.
+        Its constants are rounded up.
 
         Raises:
             ValueError: If the bound is NaN.
@@ -172,12 +170,7 @@ class NetworkBound:
             )
         if not math.isfinite(value):
             return value
-        constants = [log_up(node.constant) for node in self._nodes]
-        uses = [op.multiplicity for op in self.operators]
-        n_roundings = sum(uses) + len(constants) + 16
-        factors = [*zip(logs, uses, strict=True), *((log, 1) for log in constants)]
-        largest = n_roundings + sum(abs(log) * count for log, count in factors if math.isfinite(log))
-        return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest])
+        return sum_up([value, self._program.rounding(logs)])
 
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""

@@ -51,7 +51,7 @@ _CONVOLUTIONS: dict[tuple[int, bool], type[Any]] = {
 }
 
 
-def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple[Hashable, LinearOperator]:
+def matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple[Hashable, LinearOperator]:
     """Return the operator of a matrix that multiplies a value, and the key of its identity."""
     if not isinstance(weight, Independent):
         raise RefusedError("a product of two activations has no finite Lipschitz constant")
@@ -111,8 +111,9 @@ def _apply(
     return builder.chain(node, value, operator=builder.operator(key, operator))
 
 
-@rule("linear", "addmm", "mm", "matmul")
-def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+@rule("linear", "addmm", "mm")
+def linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Return the product of a value and a matrix, on either side."""
     if "mat1" in a or "mat2" in a:
         left, right = a.get("mat1", a.get("self")), a["mat2"]
         factor = max(1.0, abs(float(a.get("alpha", 1)))) if "mat1" in a else 1.0
@@ -125,7 +126,7 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     else:
         left, right, factor = a["self"], a["other"], 1.0
     value, weight = (left, right) if isinstance(left, Dependent) else (right, left)
-    key, operator = _matrix_operator(builder, node, weight)
+    key, operator = matrix_operator(builder, node, weight)
     rank = len(value.shape)
     # x W contracts the last dimension of x, W x the one before it (the last of a vector, which holds the batch).
     contracted = rank - 1 if value is left else max(rank - 2, 0)
@@ -321,7 +322,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
         return diagonal(builder, node, value, scale, factor, constant=copies, axis=axis, kind=kind)
 
     def largest() -> float:
-        return float(_magnitudes(tensor, scale).max()) * (1 + 1e-15)
+        return float(magnitudes(tensor, scale).max()) * (1 + 1e-15)
 
     if not math.isfinite(largest()):
         raise RefusedError("its factor is not finite")
@@ -330,7 +331,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     return builder.chain(node, value, largest() * copies, axis=axis)
 
 
-def _magnitudes(source: Independent, compute: Callable[[], Tensor]) -> Tensor:
+def magnitudes(source: Independent, compute: Callable[[], Tensor]) -> Tensor:
     """Return upper bounds of the magnitudes of what is computed from `source`, but for a rounding in fp64."""
     # Read at each step of a training: a stored tensor is exact as it is.
     return compute().detach().abs() if source.owner is not None else evaluated(compute).magnitudes()
@@ -341,7 +342,7 @@ def _prelu(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependen
     value, weight = only_input(a), a["weight"]
 
     def slope() -> float:
-        return leaky_relu(_magnitudes(weight, weight.compute))
+        return leaky_relu(magnitudes(weight, weight.compute))
 
     if value.axis == 1 and math.prod(weight.shape) > 1:
         raise SampleAxisError("it takes the batch for channels")

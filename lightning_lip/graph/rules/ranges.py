@@ -41,6 +41,7 @@ BOUNDED = {
     "relu6": Interval(0.0, 6.0),
     "atan": Interval(-_QUARTER_TURN, _QUARTER_TURN),
     "arctan": Interval(-_QUARTER_TURN, _QUARTER_TURN),
+    "rnn_tanh_cell": _SIGNED,
     "softplus": Interval(0.0, math.inf),
     "log_sigmoid": Interval(-math.inf, 0.0),
     "log_softmax": Interval(-math.inf, 0.0),
@@ -85,6 +86,8 @@ def _read(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
     if node.op != "call_function":
         return EVERYTHING
     if schema is None:
+        if operation_name(node.args[0]) == "lstm_cell":
+            return _lstm_state(builder, node, depth)
         # A part of what an operation returns: of each the first is of its kind, and of those that split all are.
         is_part = node.target is operator.getitem and (node.args[1] == 0 or operation_name(node.args[0]) in MOVES)
         return range_of(builder, node.args[0], depth + 1) if is_part else EVERYTHING
@@ -105,6 +108,15 @@ def _read(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
     if name in PADS or name in ("im2col", "tril", "triu"):
         found.append(range_of(builder, a.get("value") or 0.0))
     return functools.reduce(operator.or_, found)
+
+
+def _lstm_state(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
+    """Return where h lies, or c, which a step moves by at most 1."""
+    source, index = node.args
+    if index == 0:
+        return _SIGNED
+    before = range_of(builder, arguments_of(source, lambda leaf: leaf)["hx"][1], depth + 1).magnitude
+    return (Interval(-before, before) + _SIGNED) if math.isfinite(before) else EVERYTHING
 
 
 _PAIRS = ("where", "maximum", "minimum", "max", "min")
@@ -204,6 +216,8 @@ _READ: dict[str, Callable[[Of, dict[str, Any]], Interval]] = {
     "square": lambda of, a: _power(of, {"exponent": 2}),
     "pow": _power,
     "exp": _exponential,
+    # A convex combination of the state and a tanh.
+    "gru_cell": lambda of, a: of("hx") | _SIGNED,
     "sqrt": _square_root,
 }
 """How each range follows from those of the arguments."""
