@@ -29,6 +29,7 @@ from lightning_lip.graph.builder import (
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
 from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
+from lightning_lip.graph.rules.fourier import has_complex_rule, is_complex
 from lightning_lip.graph.rules.written_out import written_out
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
 from lightning_lip.operators.base import LinearOperator
@@ -188,10 +189,17 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
             builder.values[node] = _placeholder(builder, node, number)
         elif node.op == "output":
             leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
-            returned = [builder.values[leaf] for leaf in leaves if leaf.name in traced.outputs]
+            returned = [_real(builder, leaf) for leaf in leaves if leaf.name in traced.outputs]
         elif node in builder.live_nodes:
             builder.values[node] = _evaluate(builder, node)
     return returned
+
+
+def _real(builder: Builder, node: torch.fx.Node) -> Any:
+    value = builder.values[node]
+    if isinstance(value, Dependent) and is_complex(node):
+        return builder.refuse(node, "a complex output: bounds are for real numbers, such as view_as_real returns")
+    return value
 
 
 def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -242,7 +250,7 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         part: Any = _independent(builder, node, {"0": source, "1": index})
         if isinstance(source, tuple):
             part = source[int(str(index))]
-        return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
+        return part if part is not None else builder.refuse(node, "an index jumps")
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
@@ -288,9 +296,20 @@ def _as_written(builder: Builder, node: torch.fx.Node, like: Dependent | None) -
 def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[str, Any]) -> Any:
     if name not in RULES:
         raise RefusedError(REASONS.get(name, UNKNOWN))
+    if has_complex_rule(name, node, builder.values):
+        known = {
+            key: [leaf for leaf in pytree.tree_leaves(argument, is_leaf=_is_value) if not _is_complex(leaf)]
+            for key, argument in arguments.items()
+        }
+        check_arguments(name, known)
+        return RULES[name](builder, node, arguments)
     check_arguments(name, arguments)
     check_real(node)
     return only_floating(node, RULES[name](builder, node, arguments))
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, Independent) and torch.as_tensor(leaf.compute()).is_complex()
 
 
 def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[Refused]) -> Refused:

@@ -260,6 +260,21 @@ class Builder:
         within = [self.program.combine(kind, members) for _, members in groups]
         return self.program.combine("norm" if kind == "sum" else "max", within)
 
+    def join(
+        self,
+        node: torch.fx.Node,
+        kind: Combination,
+        values: Sequence[Dependent],
+        scales: Sequence[float],
+        axes: Sequence[int],
+    ) -> Dependent:
+        """Return the value of an operation on several branches, whose samples lie along `axes` of its result."""
+        if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
+            raise SampleAxisError
+        self.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
+        inputs = frozenset().union(*(v.inputs for v in values))
+        return Dependent(shape_of(node), axes[0], self.combine(kind, values, scales), inputs)
+
 
 def _check_finite(*constants: float) -> None:
     """Refuse NaN, which no comparison finds, and infinity.

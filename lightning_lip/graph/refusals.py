@@ -14,6 +14,9 @@ REASONS = {
     "embedding": "an embedding is a look-up, not a Lipschitz map: start at its output",
     "embedding_bag": "an embedding is a look-up, not a Lipschitz map: start at its output",
     "hardshrink": "it is discontinuous",
+    "var": "a variance has no finite Lipschitz constant: it grows with the square",
+    "index_put": "writing at indices has no rule: use scatter_add, torch.where or cat",
+    "scatter": "writing at indices has no rule: use scatter_add, torch.where or cat",
     "item": "a value of the activations becomes a number",
 }
 

@@ -65,7 +65,7 @@ def _matmul(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if isinstance(left, Dependent) and isinstance(right, Dependent):
         raise RefusedError(TWO_ACTIVATIONS)
     value, weight = (left, right) if isinstance(left, Dependent) else (right, left)
-    if len(weight.shape) == 2 and "batch1" not in a:
+    if len(weight.shape) == 2 and "batch1" not in a and not weight.compute().is_complex():
         return linear(builder, node, {"self": left, "other": right})
     # Matrices of rows r, columns c; what is contracted is k. The others are broadcast from the last one on.
     n_left, n_right = len(left.shape), len(right.shape)
@@ -162,7 +162,19 @@ def _operator(
 ) -> tuple[Hashable, LinearOperator]:
     """Return the operator of the weight's blocks, and the key of its identity."""
     n_blocks, m, n = (layout.size(dims) for dims in (layout.blocks, layout.rows, layout.columns))
-    if not layout.blocks and not layout.summed and len(layout.rows) == len(layout.columns) == 1:
+    is_complex = weight.compute().is_complex()
+    matrices = layout.matrices
+    if is_complex and not bool(torch.view_as_real(weight.compute().resolve_conj()).isfinite().all()):
+        raise RefusedError("its weight is not finite")
+    if is_complex:
+        # As maps of pairs of real numbers.
+        m, n = 2 * m, 2 * n
+
+        def matrices(values: Tensor) -> Tensor:
+            real, imaginary = layout.matrices(values).real, layout.matrices(values).imag
+            return torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
+
+    if not is_complex and not layout.blocks and not layout.summed and len(layout.rows) == len(layout.columns) == 1:
         return matrix_operator(builder, node, weight)
     name, module = builder.module_of(node)
     if weight.owner is not None:
@@ -171,15 +183,13 @@ def _operator(
     arrangement = (tuple(layout.blocks), tuple(layout.rows), tuple(layout.columns))
     identity = ("blocks", weight.identity, arrangement)
     if n_blocks == 1:
-        return identity, ComputedMatrixOperator(
-            name, module, lambda: layout.matrices(weight.compute())[0], weight.parameters
-        )
+        return identity, ComputedMatrixOperator(name, module, lambda: matrices(weight.compute())[0], weight.parameters)
     if m == n == 1:
-        return identity, DiagonalOperator(name, module, lambda: layout.matrices(weight.compute()), weight.parameters)
+        return identity, DiagonalOperator(name, module, lambda: matrices(weight.compute()), weight.parameters)
     # Blocks along a diagonal: a convolution of one place with groups.
     blocks = nn.Conv1d(n_blocks * n, n_blocks * m, 1, groups=n_blocks, bias=False, device="meta")
 
     def kernel() -> Tensor:
-        return layout.matrices(weight.compute()).reshape(n_blocks * m, n, 1)
+        return matrices(weight.compute()).reshape(n_blocks * m, n, 1)
 
     return identity, TracedConvolutionOperator(name, blocks, (n_blocks * n, 1), kernel, weight.parameters)

@@ -24,10 +24,11 @@ from lightning_lip.graph.builder import (
     shape_of,
     size_along,
 )
+from lightning_lip.graph.rules.fourier import real_of
 from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
 from lightning_lip.graph.rules.ranges import range_of, reciprocal_range
 from lightning_lip.graph.tracing import operation_name
-from lightning_lip.rigorous.intervals import Interval
+from lightning_lip.rigorous.intervals import Interval, exactly
 from lightning_lip.rigorous.rounding import divide_up, exp_up, multiply_up, sqrt_up, up
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -119,23 +120,7 @@ def _add(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     scales = [f * copies for (_, f), (copies, _) in zip(branches, placed, strict=True)]
     if len(branches) == 1:
         return builder.chain(node, branches[0][0], scales[0], axis=placed[0][1])
-    return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
-
-
-def _joined(
-    builder: Builder,
-    node: torch.fx.Node,
-    kind: Any,
-    values: list[Dependent],
-    scales: list[float],
-    axes: list[int],
-) -> Dependent:
-    shape = shape_of(node)
-    if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
-        raise SampleAxisError
-    builder.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
-    inputs = frozenset().union(*(v.inputs for v in values))
-    return Dependent(shape, axes[0], builder.combine(kind, values, scales), inputs)
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
 
 
 @rule("maximum", "minimum", "where", "masked_fill")
@@ -149,7 +134,7 @@ def _select(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     scales = [copies for copies, _ in placed]
     if len(branches) == 1:
         return builder.chain(node, branches[0], scales[0], axis=placed[0][1])
-    return _joined(builder, node, "norm", branches, scales, [axis for _, axis in placed])
+    return builder.join(node, "norm", branches, scales, [axis for _, axis in placed])
 
 
 @rule("cat", "concat", "concatenate", "stack")
@@ -161,7 +146,7 @@ def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     axes = [v.axis + (1 if stacked and dim <= v.axis else 0) for v in branches]
     if not stacked and dim in axes:
         raise SampleAxisError
-    return _joined(builder, node, "norm", branches, [1.0] * len(branches), axes)
+    return builder.join(node, "norm", branches, [1.0] * len(branches), axes)
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "linalg_vector_norm", "norm", "frobenius_norm")
@@ -200,7 +185,7 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if any(v.axis != 0 for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")
     shape = shape_of(node)
-    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), [0])
+    joined = values[0] if len(values) == 1 else builder.join(node, "norm", values, [1.0] * len(values), [0])
     try:
         constants.lipschitz_constant(module)
     except UnsupportedLayerError as error:
@@ -216,7 +201,7 @@ def _product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     divides = "div" in str(node.target)
     if isinstance(a["other"], Dependent) and (divides or isinstance(a["self"], Dependent)):
         return _bounded_product(builder, node, a, divides)
-    return scale(builder, node, a)
+    return scale(builder, node, {**a, "self": real_of(builder, a["self"]), "other": real_of(builder, a["other"])})
 
 
 def _bounded_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any], divides: bool) -> Dependent:
@@ -249,7 +234,7 @@ def _bounded_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any], d
         raise RefusedError(f"a {what} of two activations, {which} known to be bounded{away}, has no known constant")
     placed = [broadcast(node, v) for v, _ in branches]
     scales = [multiply_up(factor, copies) for (_, factor), (copies, _) in zip(branches, placed, strict=True)]
-    return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
 
 
 def _slope_of_power(x: Interval, exponent: Any) -> float:
@@ -305,3 +290,81 @@ def _on_range(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depen
     name = operation_name(node)
     found = range_of(builder, arguments_of(node, lambda leaf: leaf)["self"])
     return builder.chain(node, value, _ON_RANGES[name](found, a))
+
+
+@rule("addcmul")
+def _add_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``self + value tensor1 tensor2``, where one factor does not depend on the input."""
+    first, factors = a["self"], (a["tensor1"], a["tensor2"])
+    if all(isinstance(factor, Dependent) for factor in factors):
+        raise RefusedError("a product of two activations has no known constant: write it as a product and a sum")
+    size = abs(float(a["value"]))
+    branches, scales = [], []
+    if isinstance(first, Dependent):
+        branches, scales = [first], [1.0]
+    if any(isinstance(factor, Dependent) for factor in factors):
+        branches.append(scale(builder, node, {"self": factors[0], "other": factors[1]}))
+        scales.append(size)
+    placed = [broadcast(node, v) for v in branches]
+    scales = [multiply_up(s, copies) for s, (copies, _) in zip(scales, placed, strict=True)]
+    return builder.join(node, "sum", branches, scales, [axis for _, axis in placed])
+
+
+@rule("lerp")
+def _interpolate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``(1 - w) self + w end``: each branch times the largest factor."""
+    weight = a["weight"]
+    if isinstance(weight, Dependent):
+        raise RefusedError("its weight depends on the network's input")
+    if isinstance(weight, Independent) and weight.live:
+        raise RefusedError("its weight can change: write it as a sum of products")
+    w = range_of(builder, arguments_of(node, lambda leaf: leaf)["weight"])
+    sizes = ((exactly(1.0) - w).magnitude, w.magnitude)
+    branches = [(v, size) for v, size in zip((a["self"], a["end"]), sizes, strict=True) if isinstance(v, Dependent)]
+    placed = [broadcast(node, v) for v, _ in branches]
+    scales = [multiply_up(size, copies) for (_, size), (copies, _) in zip(branches, placed, strict=True)]
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
+
+
+@rule("std")
+def _deviation(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``||x - mean x|| / sqrt(n - c)``, *exact*: 1 / sqrt(n - c), as the projection has norm 1."""
+    value = only_input(a)
+    dims = dimensions(value, a.get("dim"))
+    correction = a.get("correction")
+    correction = float(a.get("unbiased", True)) if correction is None else float(correction)
+    left = size_along(value, dims) - correction
+    if not left > 0:
+        raise RefusedError(f"with a correction of {correction:g} its divisor is not positive")
+    keep = bool(a.get("keepdim", False))
+    axis = value.axis if keep else value.axis - sum(1 for d in dims if d < value.axis)
+    return builder.chain(node, value, divide_up(1.0, math.nextafter(math.sqrt(left), 0.0)), axis=axis)
+
+
+@rule("cdist")
+def _distances(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """All distances ``|x_i - y_j|_p``: each is Lipschitz in x_i and in y_j, which stand in as many as the other has.
+
+    The gradient of a p-norm has q-norm 1, 1 / p + 1 / q = 1: its Euclidean norm is at most 1 for p >= 2, and at most
+    n^(1/p - 1/2) for p < 2 in n dimensions.
+    """
+    p, n_features = float(a["p"]), a["x1"].shape[-1]
+    if not p >= 1:
+        raise RefusedError(f"the distance of order {p:g} has no rule")
+    slope = 1.0 if p >= 2 else math.pow(n_features, 1 / p - 0.5) * (1 + 1e-14)
+    shape = shape_of(node)
+    values, scales, axes = [], [], []
+    for at, value in enumerate((a["x1"], a["x2"])):
+        if not isinstance(value, Dependent):
+            continue
+        rank = len(value.shape)
+        if value.axis == rank - 1:
+            raise SampleAxisError
+        # The points of the second are along the last dimension.
+        axis = len(shape) - 1 if at and value.axis == rank - 2 else value.axis + len(shape) - rank
+        if shape[axis] != value.shape[value.axis]:
+            raise SampleAxisError
+        values.append(value)
+        scales.append(multiply_up(slope, sqrt_up(math.prod(shape) / max(1, math.prod(value.shape[:-1])))))
+        axes.append(axis)
+    return builder.join(node, "sum", values, scales, axes)

@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.builder import Builder, Independent, arguments_of
+from lightning_lip.graph.rules.fourier import is_complex
 from lightning_lip.graph.rules.shape import MOVES, PADS, SAME
 from lightning_lip.graph.tracing import operation_name
 from lightning_lip.rigorous.evaluation import evaluated
@@ -74,6 +75,8 @@ def range_of(builder: Builder, node: object, depth: int = 0) -> Interval:
     if isinstance(node, (bool, int, float)):
         return EVERYTHING if math.isnan(node) else exactly(node)
     if not isinstance(node, torch.fx.Node) or depth > DEPTH:
+        return EVERYTHING
+    if is_complex(node):
         return EVERYTHING
     if node not in builder.ranges:
         value = builder.values.get(node)

@@ -73,7 +73,8 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
     found = []
     for source in seen:
         value = builder.values.get(source)
-        if isinstance(value, Dependent) and value.shape == shape and value.pending is None:
+        is_real = source.meta["val"].is_floating_point() if isinstance(value, Dependent) else False
+        if isinstance(value, Dependent) and is_real and value.shape == shape and value.pending is None:
             found.append(source)
     return sorted(found, key=order.__getitem__, reverse=True)
 

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -157,7 +158,7 @@ def test_certificates(kind):
     model = Lambda(lambda m, x: m.head(m.layer(x)[0][:, -1]), layer=layer, head=nn.Linear(4, 2))
     certificate = certify(model, torch.randn(2, 20, 3), data=torch.randn(8, 20, 3))
     assert isinstance(certificate, Certificate)
-    bound = NetworkBound.trace(model, torch.randn(2, 20, 3))
+    bound = NetworkBound.trace(copy.deepcopy(model).double(), torch.randn(2, 20, 3).double())
     with torch.no_grad():
         value = bound.log_bound(operator_norms(bound.operators).log()).exp().item()
     assert value <= certificate.upper <= value * (1 + 1e-5)
