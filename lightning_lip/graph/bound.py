@@ -25,6 +25,7 @@ from lightning_lip.graph.builder import (
     RefusedError,
     SampleAxisError,
     arguments_of,
+    shape_of,
 )
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
@@ -364,7 +365,10 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
-    stand_in = torch.empty(node.args[0].meta["val"].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+    # A refused argument has a shape as well.
+    stand_in = torch.empty(
+        shape_of(node.all_input_nodes[0]), dtype=node.meta["val"].dtype, device=node.meta["val"].device
+    )
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
     shape = tuple(int(n) for n in node.meta["val"].shape)
