@@ -320,19 +320,21 @@ def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[
 
     def stand_in(leaf: Any) -> Any:
         value = _value(builder, leaf)
-        return value.stand_in(leaf.meta.get("val")) if isinstance(value, Refused) else value
+        if not isinstance(value, Refused):
+            return value
+        known = value.stand_in(leaf.meta.get("val"))
+        if known is None:
+            # Where the samples lie behind a refused operation is a guess: what rests on it is not told.
+            raise SampleAxisError
+        return known
 
-    known = arguments_of(node, stand_in)
-    stand_ins = [leaf for leaf in pytree.tree_leaves(known, is_leaf=_is_value) if isinstance(leaf, Dependent)]
-    if len(stand_ins) >= len(refused):
-        # Where the samples lie behind a refused operation is a guess, so that what rests on it is not told.
-        with contextlib.suppress(SampleAxisError, *UNREADABLE):
-            try:
-                _by_rule(builder.scratch(), node, name, known)
-            except (RefusedError, UnsupportedLayerError) as error:
-                if isinstance(error, SampleAxisError):
-                    raise
-                refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
+    with contextlib.suppress(SampleAxisError, *UNREADABLE):
+        try:
+            _by_rule(builder.scratch(), node, name, arguments_of(node, stand_in))
+        except SampleAxisError:
+            raise
+        except (RefusedError, UnsupportedLayerError) as error:
+            refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
     return Refused(tuple(refusals), like)
 
 

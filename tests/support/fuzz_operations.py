@@ -138,10 +138,12 @@ POINTWISE = (
     "{x} / (1 + torch.exp(-{x}))", "1 / (1 + torch.exp({1|-2} * {x}))", "torch.exp(-{x}.{square|abs}() {+|-} {x})",
     "{x} * torch.exp(-{x}.square())", "torch.exp(-{x}.square() / {2|0.1} + 1)", "{x} * torch.rsqrt(1 + {x}.square())",
     "1 / (1 + {2|0.5} * {x}.{square|abs}())", "torch.sqrt({x} * {x} + {0.1|0})", "{x} + torch.sin({2|0.5} * {x}) ** 2",
+    "torch.log2({x}.abs() + {1|0.2})",
     "{x} * {x}.sign()", "{x} * torch.sign({x} - 1)", "{x}.tanh() * {y}.{sigmoid|sin|relu}()",
     "{x}.clamp(max={1.0|0.1}).{exp|exp2|expm1}()", "torch.{log|log2|log10|log1p|sqrt|rsqrt}({x}.abs() + {0.3|0})",
     "({x}.relu() + {0.5|0}).reciprocal()", "{x}.clamp(-1, {1|2}).{square()|pow(3)|pow(2.5)}",
-    "({x}.relu() + {0.5|0}) ** {-1.5|-2|1.5|0.5}", "{x}.tanh() / ({y}.sigmoid() + {1|0})", "{2.0|{buffer}} / (1 + {x}.abs())",
+    "({x}.relu() + {0.5|0}) ** {-1.5|-2|1.5|0.5}", "{x}.tanh() / ({y}.sigmoid() + {1|0})",
+    "{2.0|{buffer}} / (1 + {x}.abs())",
     "{x}.softmax({d}) * {x}.cos()", "({x}.tanh() * {buffer}).sigmoid() * {y}.sin()",
 )  # fmt: skip
 
@@ -193,7 +195,8 @@ SHAPE = (
     "'{sum|amax|amin|mean|prod}', include_self={True|False})",
     "torch.slice_scatter({x}, {y}[..., 1:], -1, 1)", "torch.select_scatter({x}, {y}.select({d}, 0), {d}, -1)",
     "torch.diagonal_scatter({x}, {y}.diagonal(0, -2, -1), 0, -2, -1)", "aten.copy({x}, {y}[:, :1])",
-    "F.fold({x}.flatten(1).unsqueeze(2).expand(-1, -1, 4), (2, 2), 1)", "torch.zeros_like({x}).copy_({y})", "torch.channel_shuffle({x}, {2|{channels}})",
+    "F.fold({x}.flatten(1).unsqueeze(2).expand(-1, -1, 4), (2, 2), 1)", "torch.zeros_like({x}).copy_({y})",
+    "torch.channel_shuffle({x}, {2|{channels}})",
     "aten.native_channel_shuffle({x}, 2)", "torch.cat([{x}, {x}[:, :1]], 1).contiguous()",
 )  # fmt: skip
 
@@ -331,7 +334,8 @@ PRODUCTS = (
     "torch.addcmul({x}, {y}, {buffer}, value={-2|0.5})", "torch.addcmul({x}, {x}, {y})",
     "torch.cdist({x}, {y}, p={2.0|1.0|3.0|0.5})", "nn.Buffer(torch.randn(3, {last})) -> torch.cdist({x}, {m})",
     "{x} * ({x}.norm(dim=-1, keepdim=True) / ({x}.norm(dim=-1, keepdim=True).mean(1, keepdim=True) + 1e-3))",
-    "(lambda g: {x} * (g / (g.mean(1, keepdim=True) + {1e-3|0.0})))({x}.norm(dim=-1, keepdim=True))", "{x} * torch.arange({last}).to({x})",
+    "{out} = {x}.norm(dim=-1, keepdim=True) ;; {x} * ({out} / ({out}.mean(1, keepdim=True) + {1e-3|0.0}))",
+    "{x} * torch.arange({last}).to({x})",
 )  # fmt: skip
 
 
@@ -351,6 +355,8 @@ SPECTRA = (
     "aten.view_as_complex(torch.stack([{x}, {x}], -1)).resolve_conj().imag",
     "aten.resolve_neg(torch.fft.fft({x})).real",
     "aten._conj(torch.fft.fft({x})).real",
+    "aten.conj(torch.fft.fft({x})).real",
+    "torch.fft.ifft2(torch.fft.fft2({x}, dim=(1, -1)), dim=(1, -1)).real",
     "aten._neg_view({x})",
     "torch.fft.fft({x}).conj().imag",
 )
