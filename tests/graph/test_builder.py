@@ -68,3 +68,16 @@ def test_a_list_of_refusals_is_short():
     assert len(several) == 11
     assert several[0] == "(the model itself) (Block), op0: no"
     assert several[-1] == "  - and 4 more"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.repeat_interleave(x, torch.tensor(2), -2) * 2 + torch.repeat_interleave(x, torch.tensor(2), -2),
+        lambda x: x[x > 0].exp() * 2,
+        lambda x: x.nonzero().sum() * x,
+    ],
+)
+def test_what_has_a_size_that_depends_on_values_is_refused(function):
+    with pytest.raises(UnsupportedLayerError):
+        NetworkBound.trace(Lambda(lambda m, x: function(x)), torch.randn(2, 3, 3))

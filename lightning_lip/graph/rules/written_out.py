@@ -23,6 +23,8 @@ from lightning_lip.graph.builder import (
     RefusedError,
     arguments_of,
     dimensions,
+    is_real,
+    is_sized,
     shape_of,
     size_along,
 )
@@ -42,8 +44,7 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
     Raises:
         RefusedError: If it is read, and is discontinuous; the message is the reason.
     """
-    example = node.meta.get("val")
-    if _name(node) not in _READ or not isinstance(example, torch.Tensor) or not example.is_floating_point():
+    if _name(node) not in _READ or not is_real(node.meta.get("val")):
         return None
     reason = None
     for base in _bases(builder, node):
@@ -128,8 +129,8 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
     found = []
     for source in seen:
         value = builder.values.get(source)
-        is_real = source.meta["val"].is_floating_point() if isinstance(value, Dependent) else False
-        if isinstance(value, Dependent) and is_real and value.shape == shape and value.pending is None:
+        is_one = isinstance(value, Dependent) and value.shape == shape and value.pending is None
+        if is_one and is_real(source.meta["val"]):
             found.append(source)
     return sorted(found, key=order.__getitem__, reverse=True)
 
@@ -157,9 +158,11 @@ class _Reader:
 
     def _read(self, node: torch.fx.Node) -> fn.Polynomial:
         name = _name(node)
-        if name not in _READ or shape_of(node) != self._shape or len(self._known) > N_OPERATIONS:
+        if name not in _READ or len(self._known) > N_OPERATIONS:
             raise fn.UnknownFunctionError
-        if not node.meta["val"].is_floating_point() and _READ[name] is not _comparison:
+        if not is_real(node.meta["val"]) and _READ[name] is not _comparison:
+            raise fn.UnknownFunctionError
+        if not is_sized(node.meta["val"]) or shape_of(node) != self._shape:
             raise fn.UnknownFunctionError
         return _READ[name](self.polynomial, arguments_of(node, lambda leaf: leaf), node)
 
