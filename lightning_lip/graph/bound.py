@@ -303,7 +303,8 @@ def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[s
             for key, argument in arguments.items()
         }
         check_arguments(name, known)
-        return RULES[name](builder, node, arguments)
+        result = RULES[name](builder, node, arguments)
+        return result if is_complex(node) else only_floating(node, result)
     check_arguments(name, arguments)
     check_real(node)
     return only_floating(node, RULES[name](builder, node, arguments))

@@ -43,7 +43,6 @@ BOUNDED = {
     "atan": Interval(-_QUARTER_TURN, _QUARTER_TURN),
     "arctan": Interval(-_QUARTER_TURN, _QUARTER_TURN),
     "rnn_tanh_cell": _SIGNED,
-    "softplus": Interval(0.0, math.inf),
     "log_sigmoid": Interval(-math.inf, 0.0),
     "log_softmax": Interval(-math.inf, 0.0),
     "_log_softmax": Interval(-math.inf, 0.0),
@@ -221,6 +220,8 @@ _READ: dict[str, Callable[[Of, dict[str, Any]], Interval]] = {
     "square": lambda of, a: _power(of, {"exponent": 2}),
     "pow": _power,
     "exp": _exponential,
+    # log(1 + e^(beta x)) / beta.
+    "softplus": lambda of, a: Interval(0.0, math.inf) if a["beta"] > 0 else Interval(-math.inf, 0.0),
     # A convex combination of the state and a tanh.
     "gru_cell": lambda of, a: of("hx") | _SIGNED,
     "sqrt": _square_root,

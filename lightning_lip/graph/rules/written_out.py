@@ -124,7 +124,6 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
                 seen[source] = None
                 if _name(source) in _READ:
                     waiting.append(source)
-    order = {other: i for i, other in enumerate(node.graph.nodes)}
     shape = shape_of(node)
     found = []
     for source in seen:
@@ -132,7 +131,10 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
         is_one = isinstance(value, Dependent) and value.shape == shape and value.pending is None
         if is_one and is_real(source.meta["val"]):
             found.append(source)
-    return sorted(found, key=order.__getitem__, reverse=True)
+    if len(found) > 1:
+        order = {other: i for i, other in enumerate(node.graph.nodes)}
+        found.sort(key=order.__getitem__, reverse=True)
+    return found
 
 
 class _Reader:
