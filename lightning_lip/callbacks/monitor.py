@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -119,6 +119,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         name: Tells several monitors in one Trainer apart; it enters the logged names, ``lipschitz/<name>/product``. A
             named monitor takes the layers of the :class:`LipschitzPenalty` of the same name, if there is one; one
             without a name those of every penalty that no other monitor is named after.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
@@ -139,8 +140,9 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         figures_every_n_epochs: int = 1,
         certified: CertifiedValidation | None = None,
         name: str | None = None,
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):

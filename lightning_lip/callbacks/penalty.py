@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -57,6 +57,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             ``example_input_array``; without either, the bound is the product over the selected layers.
         name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
             the logged names, ``lipschitz/<name>/penalty``.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
@@ -87,8 +88,9 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         seed: int = 0,
         example_input: Any = None,
         name: str | None = None,
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target)
         check_integers(1, every_n_steps=every_n_steps)

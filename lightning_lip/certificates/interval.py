@@ -18,6 +18,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.models.modules import parametrizations_uncached, state_kept
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -141,6 +142,7 @@ def certify(
     example_input: object,
     data: Tensor | Iterable[Any] | None = None,
     *,
+    batch_dim: BatchDim = 0,
     max_inputs: int = 256,
     jacobian_dtype: torch.dtype = torch.float64,
     max_chain_flops: float = 1e12,
@@ -162,6 +164,8 @@ def certify(
             each tensor's first dimension.
         data: Inputs to measure the lower bound on: a tensor (N, *features) or an iterable of batches, each a tensor,
             an (inputs, target) pair, or of the structure of `example_input`.
+        batch_dim: None says that there is no batch: the whole input is one sample, as the nodes of a graph are, and so
+            is each batch of `data`. The norms are then over all elements of each tensor.
         max_inputs: Only the first so many inputs of `data` are used.
         jacobian_dtype: What the network is evaluated in for the lower bound; fp32 for one that does not run in fp64.
         max_chain_flops: The bounds for chains are left out where they need more floating-point operations.
@@ -185,6 +189,7 @@ def certify(
     """
     check_model(model, "certify")
     check_integers(1, max_inputs=max_inputs)
+    check_batch_dim(batch_dim)
     if not (isinstance(max_chain_flops, float) and max_chain_flops == math.inf):
         max_chain_flops = check_number("max_chain_flops", max_chain_flops)
     check_floating("jacobian_dtype", jacobian_dtype)
@@ -195,9 +200,9 @@ def certify(
     )
     lower = None
     if data is not None:
-        lower = largest_jacobian_norm(model, data, example_input, max_inputs=max_inputs, dtype=jacobian_dtype)
+        lower = largest_jacobian_norm(model, data, example_input, batch_dim=batch_dim, max_inputs=max_inputs, dtype=jacobian_dtype)
     try:
-        network = NetworkBound.trace(model, example_input)
+        network = NetworkBound.trace(model, example_input, batch_dim)
     except UnsupportedLayerError as error:
         with state_kept(model):
             parts = _parts_without_graph(model)

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64
@@ -30,6 +31,7 @@ def largest_jacobian_norm(
     data: Tensor | Iterable[Any],
     example_input: object = None,
     *,
+    batch_dim: BatchDim = 0,
     max_inputs: int = 256,
     dtype: torch.dtype = torch.float64,
 ) -> float:
@@ -45,6 +47,7 @@ def largest_jacobian_norm(
         data: A tensor (N, *features), or an iterable of batches such as a DataLoader: each a tensor, an (inputs,
             target) pair, or, for a network of several inputs, of the structure of `example_input`.
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments; tells how to call the network.
+        batch_dim: None says that each batch of `data` is one sample as a whole, and a tensor `data` too.
         max_inputs: Only the first so many inputs are used.
         dtype: What the network is evaluated in; fp32 for one that does not run in fp64.
 
@@ -74,7 +77,7 @@ def largest_jacobian_norm(
         kept[1],
     ):
         state = {name: _cast(tensor, device, dtype) for name, tensor in _named_tensors(model)}
-        for names, tensors in _chunks(data, example_input, max_inputs):
+        for names, tensors in _chunks(data, example_input, batch_dim, max_inputs):
             inputs = [_cast(tensor, device, dtype) for tensor in tensors]
             for tensor in inputs:
                 if not tensor.is_floating_point():
@@ -94,7 +97,7 @@ def largest_jacobian_norm(
                     outputs = torch.func.functional_call(model, state, arguments, keywords)
                 if not isinstance(outputs, Tensor):
                     raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
-                norms = _jacobian_norms(inputs, outputs, generator)
+                norms = _jacobian_norms(inputs, outputs, batch_dim, generator)
             except RuntimeError as error:
                 raise ValueError(
                     f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other "
@@ -137,19 +140,23 @@ def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(
-    data: Tensor | Iterable[Any], example_input: object, max_inputs: int
+    data: Tensor | Iterable[Any], example_input: object, batch_dim: BatchDim, max_inputs: int
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
-    """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
+    """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs, or of one whole."""
     check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
     if isinstance(data, Tensor):
         check_tensor("data", data)
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)
-        n_inputs = tensors[0].shape[0] if tensors[0].dim() else 0
-        for start in range(0, min(n_inputs, left), CHUNK):
-            stop = min(start + CHUNK, left)
-            yield names, [tensor[start:stop] for tensor in tensors]
+        if batch_dim is None:
+            n_inputs = 1
+            yield names, tensors
+        else:
+            n_inputs = tensors[0].shape[0] if tensors[0].dim() else 0
+            for start in range(0, min(n_inputs, left), CHUNK):
+                stop = min(start + CHUNK, left)
+                yield names, [tensor[start:stop] for tensor in tensors]
         left -= n_inputs
         if left <= 0:
             return
@@ -175,9 +182,13 @@ def _arguments(batch: object, example_input: object) -> tuple[list[str] | None, 
     )
 
 
-def _jacobian_norms(inputs: Sequence[Tensor], outputs: Tensor, generator: torch.Generator) -> Tensor:
+def _jacobian_norms(
+    inputs: Sequence[Tensor], outputs: Tensor, batch_dim: BatchDim, generator: torch.Generator
+) -> Tensor:
     """Return the spectral norm of each sample's Jacobian, shape (B,)."""
-    n_samples = inputs[0].shape[0]
+    n_samples = 1 if batch_dim is None else inputs[0].shape[0]
+    if batch_dim is None:
+        outputs = outputs.unsqueeze(0)
     if outputs.dim() == 0 or outputs.shape[0] != n_samples:
         raise TypeError(
             f"Expected an output of shape (B, *outputs) for a batch of {n_samples}, got {tuple(outputs.shape)}."

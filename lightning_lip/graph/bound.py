@@ -27,6 +27,7 @@ from lightning_lip.graph.builder import (
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
 
@@ -63,6 +64,7 @@ REASONS = {
 UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
 
 _SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_SHAPED_BY_OTHER = {"expand_as", "view_as", "reshape_as"}
 
 
 class NetworkBound:
@@ -98,7 +100,7 @@ class NetworkBound:
         self._nodes = list(nodes)
 
     @classmethod
-    def trace(cls, model: nn.Module, example_input: object) -> NetworkBound:
+    def trace(cls, model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> NetworkBound:
         """Trace a model and build its bound.
 
         Mode, buffers and random number generators are left as they were. Batch normalisation uses its running
@@ -109,6 +111,8 @@ class NetworkBound:
             model: The model; its ``forward`` is traced.
             example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, each tensor with
                 the batch along its first dimension.
+            batch_dim: None says that there is no batch: the whole input is one sample, as a graph's nodes are, and the
+                norms are over all elements of each tensor.
 
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
@@ -116,7 +120,7 @@ class NetworkBound:
             ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
                 it.
         """
-        traced = trace(model, example_input)
+        traced = trace(model, example_input, batch_dim)
         builder = Builder(traced)
         outputs = _walk_graph(builder, traced)
         refusals: dict[Refusal, None] = {}
@@ -260,7 +264,7 @@ def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> A
         return example
     if not example.is_floating_point():
         return Refused((Refusal("", type(traced.model).__name__, node.name, f"an input of {example.dtype}"),))
-    return Dependent(tuple(int(n) for n in example.shape), 0, builder.program.result, frozenset({number}))
+    return Dependent(tuple(int(n) for n in example.shape), traced.batch_dim, builder.program.result, frozenset({number}))
 
 
 def _value(builder: Builder, leaf: Any) -> Any:
@@ -299,6 +303,10 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
     if name in _SHAPES_ONLY:
         return _filled(builder, node, arguments)
+    if name in _SHAPED_BY_OTHER and isinstance(arguments["self"], Independent):
+        # Only its shape matters, by which a tensor of no values is told apart.
+        shaped_by = torch.empty(arguments["other"].shape, device="meta")
+        return _independent(builder, node, arguments | {"other": shaped_by})
     if not any(isinstance(leaf, Dependent) for leaf in leaves):
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return builder.refuse(node, "its value is random")

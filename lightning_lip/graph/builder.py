@@ -24,7 +24,8 @@ class Dependent:
 
     Attributes:
         shape: Its shape, with the batch of two.
-        axis: The dimension that holds the samples, one after the other; its size is a multiple of two.
+        axis: The dimension that holds the samples, one after the other; its size is a multiple of two. None where the
+            whole input is one sample: then nothing can mix samples.
         term: The logarithm of its Lipschitz constant with respect to the network's input: Euclidean norms over all
             elements of a sample, of all inputs together.
         inputs: Indices of the network's inputs that it depends on.
@@ -32,10 +33,19 @@ class Dependent:
     """
 
     shape: tuple[int, ...]
-    axis: int
+    axis: int | None
     term: Term
     inputs: frozenset[int]
     pending: tuple[Hashable, LinearOperator] | None = None
+
+    @property
+    def has_batch_first(self) -> bool:
+        """Whether the samples, if there are several, lie along the first dimension."""
+        return self.axis in (0, None)
+
+    def axis_after(self, places: int) -> int | None:
+        """Return the dimension of the samples once it has moved by so many places."""
+        return None if self.axis is None else self.axis + places
 
 
 @dataclass(frozen=True)
@@ -219,7 +229,9 @@ class Builder:
         )
         new_shape = shape_of(node) if shape is None else tuple(shape)
         new_axis = value.axis if axis is None else axis
-        if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
+        if value.axis is None:
+            new_axis = None
+        elif new_axis is None or new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
             raise RefusedError("it mixes the samples of a batch")
         return Dependent(new_shape, new_axis, term, value.inputs)
 
@@ -296,11 +308,11 @@ def only_input(arguments: dict[str, Any], *allowed: str) -> Dependent:
     return first
 
 
-def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
+def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int | None]:
     """Return the constant and the sample axis of `value` once it is broadcast to the shape of `node`."""
     shape = shape_of(node)
-    axis = value.axis + len(shape) - len(value.shape)
-    if shape[axis] != value.shape[value.axis]:
+    axis = value.axis_after(len(shape) - len(value.shape))
+    if axis is not None and value.axis is not None and shape[axis] != value.shape[value.axis]:
         raise RefusedError("it mixes the samples of a batch")
     copies = math.prod(shape) // max(1, math.prod(value.shape))
     return (sqrt_up(copies) if copies > 1 else 1.0), axis

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.product import ProductBound
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Selected, Selection, find_operators, select
 
@@ -17,7 +18,11 @@ Bound = ProductBound | NetworkBound
 
 
 def bound_of(
-    model: nn.Module, example_input: object, layers: Selection | None = None, exclude: Selection | None = None
+    model: nn.Module,
+    example_input: object,
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    batch_dim: BatchDim = 0,
 ) -> Bound:
     """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
@@ -30,16 +35,18 @@ def bound_of(
         example_input: A tensor, a tuple of arguments, a dict of keyword arguments, or None.
         layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
         exclude: What to leave out.
+        batch_dim: None takes the whole example input as one sample, as :meth:`NetworkBound.trace` does.
 
     Raises:
         ValueError: If a selection matches nothing, or names layers that do not act on the output.
         UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between
             `example_input` and the output has no known finite constant.
     """
+    check_batch_dim(batch_dim)
     given = getattr(model, "example_input_array", None) if example_input is None else example_input
     if given is not None:
         try:
-            network = NetworkBound.trace(model, given)
+            network = NetworkBound.trace(model, given, batch_dim)
             selected = select(model, layers, exclude)
             network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
             return network

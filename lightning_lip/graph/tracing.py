@@ -21,7 +21,14 @@ from torch.utils import _pytree as pytree
 from lightning_lip.checks import check_model
 from lightning_lip.constants.modules import registered_rule
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.inputs import batch_of_two, call_arguments, check_example, floating_dtype
+from lightning_lip.models.inputs import (
+    BatchDim,
+    call_arguments,
+    check_batch_dim,
+    check_example,
+    floating_dtype,
+    traced_example,
+)
 from lightning_lip.models.modules import (
     eval_mode,
     is_wrapper,
@@ -97,6 +104,7 @@ class TracedModel:
         written: For the name of a placeholder that the forward pass gives another value: the buffer's name.
         modules: The calls of modules traced as one node, by index.
         names: The modules' names by id, as :func:`lightning_lip.operators.selection.find_operators` gives them.
+        batch_dim: 0 where the inputs are a batch of two along their first dimensions, None where they are one sample.
     """
 
     model: nn.Module
@@ -108,6 +116,7 @@ class TracedModel:
     written: dict[str, str]
     modules: list[WholeModule]
     names: dict[int, str]
+    batch_dim: BatchDim
 
     def tensor(self, argument: object) -> Tensor | None:
         """Return the live parameter, buffer or constant that an argument of an operation is; None for anything else."""
@@ -115,7 +124,7 @@ class TracedModel:
         return None if read is None else read()
 
 
-def trace(model: nn.Module, example_input: object) -> TracedModel:
+def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> TracedModel:
     """Trace one forward pass in eval mode; the model and the generators of random numbers are left as they were.
 
     Args:
@@ -123,6 +132,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments. All tensors in it have
             the batch along the first dimension; a batch of one is repeated, a larger one cut to two. A factor that
             the forward pass computes from the size of the batch is taken at two.
+        batch_dim: None takes the whole input as one sample, as it is.
 
     Raises:
         TypeError: If the model is no module.
@@ -131,12 +141,13 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
             say.
     """
     check_model(model, "A bound over the traced graph")
+    check_batch_dim(batch_dim)
     while is_wrapper(model):
         model = next(iter(model.children()))
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
-    args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
+    args, kwargs = call_arguments(traced_example(example_input, floating_dtype(model), batch_dim))
     modules: list[WholeModule] = []
     with as_traced(model), _traced_whole(model, modules):
         try:
@@ -147,7 +158,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         except UnsupportedLayerError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-            check_example(model, args, kwargs)
+            check_example(model, args, kwargs, batch_dim)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
                 "is not known (control flow that depends on the input's values has none in general). Trace the part "
@@ -164,7 +175,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     changed = {*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()}
     read = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     written = {placeholder: name for placeholder, name in read.items() if name in changed}
-    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names)
+    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names, batch_dim)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from lightning_lip.checks import (
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -64,6 +65,7 @@ class LipschitzRegularizer:
             the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
             LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
             weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
 
@@ -99,6 +101,7 @@ class LipschitzRegularizer:
         n_iterations: int = 1,
         seed: int = 0,
         example_input: Any = None,
+        batch_dim: BatchDim = 0,
         backend: kernels.Backend | None = None,
     ) -> None:
         check_model(model, "LipschitzRegularizer")
@@ -106,7 +109,7 @@ class LipschitzRegularizer:
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)
-        self._bound = bound_of(model, example_input, layers, exclude)
+        self._bound = bound_of(model, example_input, layers, exclude, batch_dim)
         self.operators: list[LinearOperator] = self._bound.operators
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._multiplicities = [op.multiplicity for op in self.operators]

@@ -141,7 +141,9 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     value = only_input(a)
     weight = a["weight"]
     rank = len(weight.shape) - 2
-    if value.axis != 0 or len(value.shape) != rank + 2:
+    # Without a batch its inputs may be of shape (channels, ...), and a first dimension before that is no matter.
+    is_unbatched = value.axis is None and len(value.shape) == rank + 1
+    if not value.has_batch_first or not (is_unbatched or len(value.shape) == rank + 2):
         raise RefusedError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
     transposed = bool(a.get("transposed", "transpose" in str(node.target)))
     padding = a["padding"] if isinstance(a["padding"], str) else per_dimension(a["padding"], rank)
@@ -173,7 +175,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     elif own:
         own = module.padding == padding
     convolution = module if own else _shell(kind, geometry, weight, module, key)
-    domain = value.shape[1:]
+    domain = value.shape if is_unbatched else value.shape[1:]
     full = name if key == "weight" else f"{name}.{key}"
     operator = ConvolutionOperator(full, convolution, domain)
     identity: Hashable = id(module._parameters.get(key))
@@ -183,7 +185,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     # A kernel of size 1 is one operator at all sizes of its input.
     padded = (str(convolution.padding), convolution.padding_mode)
     details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
-    return _apply(builder, node, value, details, operator, channels_at_one=True)
+    return _apply(builder, node, value, details, operator, channels_at_one=not is_unbatched)
 
 
 def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Dependent | None:
@@ -197,7 +199,7 @@ def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Depen
     if mode != module.padding_mode or amounts != [n for pair in reversed(pairs) for n in pair]:
         return None
     value = builder.values.get(source) if isinstance(source, torch.fx.Node) else None
-    if not isinstance(value, Dependent) or value.axis != 0:
+    if not isinstance(value, Dependent) or not value.has_batch_first:
         return None
     builder.report.pop(before, None)
     return value

@@ -95,7 +95,7 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         eps = constants.rms_eps(eps, node.meta["val"].dtype) if eps is None else eps
     elif "use_input_stats" in a and not a["use_input_stats"]:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
-    elif value.axis != 0:
+    elif not value.has_batch_first:
         raise RefusedError("it takes the batch for channels")
     elif "HxW" in a and (a["N"], a["C"], a["HxW"]) != (*value.shape[:2], math.prod(value.shape[2:])):
         raise RefusedError("it takes the samples of a batch for one")
@@ -139,10 +139,10 @@ def _joined(
     kind: Any,
     values: list[Dependent],
     scales: list[float],
-    axes: list[int],
+    axes: list[int | None],
 ) -> Dependent:
     shape = shape_of(node)
-    if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
+    if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values if v.axis is not None}) > 1:
         raise RefusedError("it mixes the samples of a batch")
     builder.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
     inputs = frozenset().union(*(v.inputs for v in values))
@@ -169,7 +169,7 @@ def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     dim = a["dim"] % len(shape)
     branches = [v for v in a["tensors"] if isinstance(v, Dependent)]
     stacked = "stack" in str(node.target)
-    axes = [v.axis + (1 if stacked and dim <= v.axis else 0) for v in branches]
+    axes = [v.axis_after(1 if stacked and v.axis is not None and dim <= v.axis else 0) for v in branches]
     if not stacked and dim in axes:
         raise RefusedError("it mixes the samples of a batch")
     return _joined(builder, node, "norm", branches, [1.0] * len(branches), axes)
@@ -190,7 +190,8 @@ def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     if "norm" in name and order == 1:
         constant = sqrt_up(size)
     keep = bool(a.get("keepdim", False))
-    axis = value.axis if keep else value.axis - sum(1 for d in dims if d < value.axis)
+    before = [d for d in dims if value.axis is not None and d < value.axis]
+    axis = value.axis if keep else value.axis_after(-len(before))
     shape = [1 if d in dims else n for d, n in enumerate(value.shape)] if keep else None
     shape = shape or [n for d, n in enumerate(value.shape) if d not in dims]
     result = builder.chain(node, value, constant, shape=shape, axis=axis)
@@ -208,10 +209,10 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if len(own) != len(given) or any(x is not y for x, y in zip(own, given, strict=True)):
         raise RefusedError(f"{name}: it is called with other parameters or buffers than its own")
     values = [v for v in a["inputs"] if isinstance(v, Dependent)]
-    if any(v.axis != 0 for v in values):
+    if not all(v.has_batch_first for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")
     shape = shape_of(node)
-    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), [0])
+    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), [v.axis for v in values])
     try:
         constants.lipschitz_constant(module)
     except UnsupportedLayerError as error:

@@ -80,10 +80,11 @@ def _moved(builder: Builder, node: torch.fx.Node, value: Dependent, numbers: Ten
     flat = numbers.long() - 1
     counts = torch.bincount(flat.flatten().clamp(min=-1) + 1, minlength=2)[1:]
     copies = int(counts.max())
-    inner = torch.Size(value.shape[value.axis + 1 :]).numel()
-    size = value.shape[value.axis]
-    sample = torch.where(flat < 0, -1, (flat // inner) % size // (size // BATCH))
-    axis = _sample_axis(sample)
+    axis = None
+    if value.axis is not None:
+        inner = torch.Size(value.shape[value.axis + 1 :]).numel()
+        size = value.shape[value.axis]
+        axis = _sample_axis(torch.where(flat < 0, -1, (flat // inner) % size // (size // BATCH)))
     return builder.chain(
         node, value, sqrt_up(copies) if copies > 1 else 1.0, how="moves elements", shape=numbers.shape, axis=axis
     )
@@ -107,7 +108,7 @@ def _sample_axis(sample: Tensor) -> int:
 
 def _spatial(value: Dependent, rank: int) -> tuple[int, ...]:
     """Return the last `rank` sizes, none of which may hold the batch."""
-    if value.axis >= len(value.shape) - rank:
+    if value.axis is not None and value.axis >= len(value.shape) - rank:
         raise RefusedError("it mixes the samples of a batch")
     return value.shape[len(value.shape) - rank :]
 
