@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_lip.checks import check_finite, check_tensor, check_type
@@ -93,16 +94,27 @@ def largest_jacobian_norm(
             keywords = {} if names is None else dict(zip(names, copies, strict=True))
             own_dtype = next((p.dtype for p in parameters if p.is_floating_point()), tensors[0].dtype)
             try:
-                with _OwnEps(rms_eps(None, own_dtype)):
+                # The fused attention kernels have no second derivative.
+                with _OwnEps(rms_eps(None, own_dtype)), sdpa_kernel(SDPBackend.MATH):
                     outputs = torch.func.functional_call(model, state, arguments, keywords)
-                if not isinstance(outputs, Tensor):
-                    raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
-                norms = _jacobian_norms(inputs, outputs, batch_dim, generator)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other "
-                    f"data, another jacobian_dtype, or none. The reason: {error}"
-                ) from error
+            # The user's forward pass may raise anything.
+            except Exception as error:
+                raise _not_measured(model, dtype, error) from error
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
+            if batch_dim is None:
+                outputs = outputs.unsqueeze(0)
+            n_samples = 1 if batch_dim is None else inputs[0].shape[0]
+            if outputs.dim() == 0 or outputs.shape[0] != n_samples:
+                raise TypeError(
+                    f"Expected an output of shape (B, *outputs) for a batch of {n_samples}, got "
+                    f"{tuple(outputs.shape)}. Where there is no batch, say batch_dim=None."
+                )
+            try:
+                norms = _jacobian_norms(inputs, outputs, generator)
+            # And so may its backward pass, where it has one of its own.
+            except Exception as error:
+                raise _not_measured(model, dtype, error) from error
             if not norms.isfinite().all():
                 raise ValueError("A Jacobian of the network is not finite: NaN or infinity in the data or the weights.")
             largest = max(largest, norms.max().item())
@@ -110,6 +122,13 @@ def largest_jacobian_norm(
     if seen == 0:
         raise ValueError("No data to measure the lower bound on: expected at least one input.")
     return largest
+
+
+def _not_measured(model: nn.Module, dtype: torch.dtype, error: Exception) -> ValueError:
+    return ValueError(
+        f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other data, another "
+        f"jacobian_dtype, or none. The reason: {type(error).__name__}: {error}"
+    )
 
 
 class _OwnEps(TorchFunctionMode):
@@ -135,8 +154,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a leaf of its own, floating point in `dtype`."""
-    return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    """Return a leaf of its own, floating point in `dtype`, complex in its complex counterpart."""
+    own = dtype.to_complex() if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device, own, copy=True)
 
 
 def _chunks(
@@ -149,6 +169,8 @@ def _chunks(
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)
+        for tensor in tensors:
+            check_tensor("data", tensor)
         if batch_dim is None:
             n_inputs = 1
             yield names, tensors
@@ -182,18 +204,12 @@ def _arguments(batch: object, example_input: object) -> tuple[list[str] | None, 
     )
 
 
-def _jacobian_norms(
-    inputs: Sequence[Tensor], outputs: Tensor, batch_dim: BatchDim, generator: torch.Generator
-) -> Tensor:
-    """Return the spectral norm of each sample's Jacobian, shape (B,)."""
-    n_samples = 1 if batch_dim is None else inputs[0].shape[0]
-    if batch_dim is None:
-        outputs = outputs.unsqueeze(0)
-    if outputs.dim() == 0 or outputs.shape[0] != n_samples:
-        raise TypeError(
-            f"Expected an output of shape (B, *outputs) for a batch of {n_samples}, got {tuple(outputs.shape)}."
-        )
+def _jacobian_norms(inputs: Sequence[Tensor], outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the spectral norm of each sample's Jacobian, shape (B,), for outputs of shape (B, ...)."""
+    n_samples = len(outputs)
     if not outputs.requires_grad:
+        return outputs.new_zeros(n_samples)
+    if outputs.numel() == 0 or all(x.numel() == 0 for x in inputs):
         return outputs.new_zeros(n_samples)
     flat = outputs.reshape(n_samples, -1)
 

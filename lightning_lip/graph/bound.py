@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,6 +60,10 @@ REASONS = {
     "log": "it has no finite Lipschitz constant",
     "sqrt": "its slope is unbounded at 0",
     "item": "a value of the activations becomes a number",
+    **dict.fromkeys(
+        ("nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
+        "the size of its result depends on the values of the activations",
+    ),
 }
 
 UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
@@ -264,7 +269,7 @@ def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> A
         return example
     if not example.is_floating_point():
         return Refused((Refusal("", type(traced.model).__name__, node.name, f"an input of {example.dtype}"),))
-    return Dependent(tuple(int(n) for n in example.shape), traced.batch_dim, builder.program.result, frozenset({number}))
+    return Dependent(tuple(example.shape), traced.batch_dim, builder.program.result, frozenset({number}))
 
 
 def _value(builder: Builder, leaf: Any) -> Any:
@@ -272,6 +277,19 @@ def _value(builder: Builder, leaf: Any) -> Any:
 
 
 def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
+    try:
+        return _evaluated(builder, node)
+    except (RefusedError, UnsupportedLayerError) as error:
+        return builder.refuse(node, str(error))
+
+
+def _evaluated(builder: Builder, node: torch.fx.Node) -> Any:
+    """Return the value of an operation.
+
+    Raises:
+        RefusedError: If it has no known constant.
+        UnsupportedLayerError: If a module in it has none.
+    """
     if node.target is operator.getitem:
         source, index = _value(builder, node.args[0]), node.args[1]
         if isinstance(source, Refused):
@@ -316,11 +334,15 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     try:
         check_arguments(name, arguments)
         check_real(node)
-        return only_floating(node, RULES[name](builder, node, arguments))
-    except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error))
+        builder.resolve_sizes(node)
+        result = only_floating(node, RULES[name](builder, node, arguments))
+    except UnsupportedLayerError:
+        raise
     except UNREADABLE as error:
         return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
+    if isinstance(result, Dependent):
+        builder.learn_sizes(node.meta["val"], result.shape)
+    return result
 
 
 def _is_value(leaf: Any) -> bool:
@@ -343,10 +365,14 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 
     parameters = tuple({id(p): p for v in sources for p in v.parameters}.values())
     example = node.meta["val"]
-    shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
     described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
     identity = builder.identity((str(target), str(spec), described))
-    return Independent(shape, operation, identity, sources, parameters, any(v.live for v in sources))
+    value = Independent((), operation, identity, sources, parameters, any(v.live for v in sources))
+    if not isinstance(example, Tensor):
+        return value
+    if builder.sizes(example) is None:
+        builder.learn_sizes(example, value.compute().shape)
+    return replace(value, shape=builder.known_sizes(example))
 
 
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
@@ -355,5 +381,4 @@ def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) ->
     stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
-    shape = tuple(int(n) for n in node.meta["val"].shape)
-    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))
+    return Independent(builder.known_sizes(node.meta["val"]), lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.tracing import TracedModel, module_path
@@ -161,10 +162,39 @@ class Builder:
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
+        self._sizes: dict[Any, int] = {}
+        """Sizes that values of stored tensors decide (how many of a mask are true), by their symbols."""
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
         return self._identities.setdefault(what, len(self._identities))
+
+    def learn_sizes(self, example: Tensor, shape: Sequence[int]) -> None:
+        """Take over the sizes of a tensor of symbolic shape that is known."""
+        for size, known in zip(example.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                self._sizes[size.node.expr] = int(known)
+
+    def sizes(self, example: Tensor) -> tuple[int, ...] | None:
+        """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
+        shape = [n.node.expr.subs(self._sizes) if isinstance(n, torch.SymInt) else n for n in example.shape]
+        return tuple(int(n) for n in shape) if all(isinstance(n, int) or n.is_Integer for n in shape) else None
+
+    def known_sizes(self, example: Tensor) -> tuple[int, ...]:
+        """Return the shape of a traced tensor.
+
+        Raises:
+            RefusedError: If it is not known.
+        """
+        shape = self.sizes(example)
+        if shape is None:
+            raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+        return shape
+
+    def resolve_sizes(self, node: torch.fx.Node) -> None:
+        """Note the shape of a node's first tensor, for :func:`shape_of`."""
+        first = next((v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)), None)
+        node.meta["sizes"] = None if first is None else self.sizes(first)
 
     def operator(self, key: Hashable, operator: LinearOperator) -> int:
         """Return the operator's index; a weight that is used again counts one more time."""
@@ -266,9 +296,15 @@ def _check_finite(*constants: float) -> None:
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor, or of the first of its tensors."""
-    value = node.meta["val"]
-    return tuple(int(n) for n in (value if isinstance(value, Tensor) else value[0]).shape)
+    """Return the shape of a node's tensor, or of the first of its tensors.
+
+    Raises:
+        RefusedError: If it is not known.
+    """
+    shape: tuple[int, ...] | None = node.meta["sizes"]
+    if shape is None:
+        raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+    return shape
 
 
 def dimensions(value: Dependent, dims: Any) -> list[int]:

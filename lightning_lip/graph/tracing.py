@@ -147,6 +147,12 @@ def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> T
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise UnsupportedLayerError(
+            f"{', '.join(name or '(the model itself)' for name in scripted[:5])}: compiled by torch.jit, whose operations "
+            "cannot be traced. Use the module that it was made from."
+        )
     args, kwargs = call_arguments(traced_example(example_input, floating_dtype(model), batch_dim))
     modules: list[WholeModule] = []
     with as_traced(model), _traced_whole(model, modules):
@@ -157,7 +163,8 @@ def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> T
                 program = program.run_decompositions({})
         except UnsupportedLayerError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        # The user's forward pass may raise anything, and so may torch.export on what it does not know.
+        except Exception as error:
             check_example(model, args, kwargs, batch_dim)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
