@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_lip.audit.checkpoints import load_network, read_tensors
@@ -20,6 +21,7 @@ from lightning_lip.models.inputs import BatchDim, call_arguments
 from lightning_lip.models.modules import eval_mode
 from lightning_lip.reporting.console import make_console
 from lightning_lip.reporting.documents import versions
+from lightning_lip.reporting.progress import named_progress
 
 SCHEMA = 1
 PACKAGES = ("lightning-lip", "lightning")
@@ -79,7 +81,9 @@ def audit(
         inputs = None if data is None else load_inputs(Path(data), example, batch_dim)
         given = None if inputs is None else [inputs.arguments]
         try:
-            result = certify(model, example, given, batch_dim=batch_dim, max_inputs=MAX_INPUTS)
+            # On standard error: a program may read what the other one gets.
+            with named_progress(Console(stderr=True), "certifying") as show:
+                result = certify(model, example, given, batch_dim=batch_dim, max_inputs=MAX_INPUTS, on_layer=show)
         except (TypeError, ValueError, RuntimeError) as error:
             raise AuditError(f"The audit of {target} failed: {error}") from error
     # The user's code may end the process, and with status 0 that would pass for an audit.
@@ -187,8 +191,9 @@ def example_input(model: nn.Module, input_shape: str | None = None, batch_dim: B
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example))
         raise AuditError(
-            f"The forward pass of {type(model).__name__} fails on a batch of shape {shapes}, so that there is no "
-            f"network to audit ({type(error).__name__}: {error}). Give the shape of one input as --input-shape."
+            f"The forward pass of {type(model).__name__} fails on an input of shape {shapes}, so that there is no "
+            f"network to audit ({type(error).__name__}: {error}). Give the shape of one input as --input-shape, "
+            "all of it with --no-batch."
         ) from error
     return example
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -146,6 +146,7 @@ def certify(
     max_inputs: int = 256,
     jacobian_dtype: torch.dtype = torch.float64,
     max_chain_flops: float = 1e12,
+    on_layer: Callable[[str, int], None] | None = None,
 ) -> Certificate | Uncertified:
     """Return a certified interval of a network's Lipschitz constant, or what cannot be certified.
 
@@ -169,6 +170,8 @@ def certify(
         max_inputs: Only the first so many inputs of `data` are used.
         jacobian_dtype: What the network is evaluated in for the lower bound; fp32 for one that does not run in fp64.
         max_chain_flops: The bounds for chains are left out where they need more floating-point operations.
+        on_layer: Called with a layer's name and the number of all layers before the layer's norm is certified, which
+            is where the time goes.
 
     Returns:
         A :class:`Certificate`, or an :class:`Uncertified` with the reasons; ``.certified`` tells them apart.
@@ -205,11 +208,11 @@ def certify(
         network = NetworkBound.trace(model, example_input, batch_dim)
     except UnsupportedLayerError as error:
         with state_kept(model):
-            parts = _parts_without_graph(model)
+            parts = _parts_without_graph(model, on_layer)
         return Uncertified(lower, None, parts, (), _reasons(error))
     graph = tuple(network.explain())
     sigmas = _estimates(network.operators)
-    certified, refused = _certified_norms(network.operators)
+    certified, refused = _certified_norms(network.operators, on_layer)
     log_estimate = float(network.log_bound(_logs(sigmas)))
     estimate = None if math.isnan(log_estimate) else _exp(log_estimate)
     constants = [max((n.constant for n in graph if n.operator == op.name), default=1.0) for op in network.operators]
@@ -241,7 +244,7 @@ def _reasons(error: UnsupportedLayerError) -> tuple[str, ...]:
     return tuple(line.removeprefix("  - ") for line in lines if line.startswith("  - ")) or (str(error),)
 
 
-def _parts_without_graph(model: nn.Module) -> tuple[Part, ...]:
+def _parts_without_graph(model: nn.Module, on_layer: Callable[[str, int], None] | None) -> tuple[Part, ...]:
     """Return the layers whose operators are known without a graph, for the audit of a refused network."""
     operators = []
     for name, module in model.named_modules():
@@ -249,7 +252,7 @@ def _parts_without_graph(model: nn.Module) -> tuple[Part, ...]:
             operators.append(operator_of(module, name))
         except UnsupportedLayerError:
             continue
-    norms, _ = _certified_norms(operators)
+    norms, _ = _certified_norms(operators, on_layer)
     return tuple(map(_part, operators, _estimates(operators), norms))
 
 
@@ -268,11 +271,15 @@ def _with_fixed_scale(operator: LinearOperator) -> LinearOperator:
     return ScaledOperator(operator.base, operator.name, lambda: scale, operator.scale_parameters)
 
 
-def _certified_norms(operators: Sequence[LinearOperator]) -> tuple[list[float | None], tuple[str, ...]]:
+def _certified_norms(
+    operators: Sequence[LinearOperator], on_layer: Callable[[str, int], None] | None
+) -> tuple[list[float | None], tuple[str, ...]]:
     """Return the certified norms, None where there is none, and the reasons."""
     norms: list[float | None] = []
     refused = []
     for operator in operators:
+        if on_layer is not None:
+            on_layer(operator.name, len(operators))
         try:
             norms.append(certified_norm(operator))
         except ValueError as error:
