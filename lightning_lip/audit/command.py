@@ -190,8 +190,9 @@ def example_input(model: nn.Module, input_shape: str | None = None, batch_dim: B
     # The user's forward pass may raise anything.
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example))
+        what = "an input" if batch_dim is None else "a batch"
         raise AuditError(
-            f"The forward pass of {type(model).__name__} fails on an input of shape {shapes}, so that there is no "
+            f"The forward pass of {type(model).__name__} fails on {what} of shape {shapes}, so that there is no "
             f"network to audit ({type(error).__name__}: {error}). Give the shape of one input as --input-shape, "
             "all of it with --no-batch."
         ) from error

@@ -203,7 +203,9 @@ def certify(
     )
     lower = None
     if data is not None:
-        lower = largest_jacobian_norm(model, data, example_input, batch_dim=batch_dim, max_inputs=max_inputs, dtype=jacobian_dtype)
+        lower = largest_jacobian_norm(
+            model, data, example_input, batch_dim=batch_dim, max_inputs=max_inputs, dtype=jacobian_dtype
+        )
     try:
         network = NetworkBound.trace(model, example_input, batch_dim)
     except UnsupportedLayerError as error:

@@ -381,4 +381,5 @@ def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) ->
     stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
-    return Independent(builder.known_sizes(node.meta["val"]), lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))
+    shape = builder.known_sizes(node.meta["val"])
+    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))

@@ -149,9 +149,9 @@ def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> T
     )
     scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
     if scripted:
+        names_of = ", ".join(name or "(the model itself)" for name in scripted[:5])
         raise UnsupportedLayerError(
-            f"{', '.join(name or '(the model itself)' for name in scripted[:5])}: compiled by torch.jit, whose operations "
-            "cannot be traced. Use the module that it was made from."
+            f"{names_of}: compiled by torch.jit, whose operations cannot be traced. Use the module it was made from."
         )
     args, kwargs = call_arguments(traced_example(example_input, floating_dtype(model), batch_dim))
     modules: list[WholeModule] = []

@@ -44,7 +44,7 @@ def check_example(
             f"{inspect.signature(model.forward)}: a tensor, a tuple of positional arguments or a dict of keyword "
             f"arguments. The forward pass fails on what was given, taken as ({', '.join(given)}) "
             f"{f'with a batch of {BATCH}' if batch_dim == 0 else 'as one sample'}: {type(error).__name__}: {error}"
-            + ("\nWhere there is no batch, as for the nodes of a graph, say batch_dim=None." if batch_dim == 0 else "")
+            + ("\nWhere there is no batch, as for a graph's nodes, say batch_dim=None." if batch_dim == 0 else "")
         ) from error
 
 
@@ -102,7 +102,7 @@ def traced_example(example_input: object, dtype: torch.dtype | None = None, batc
     ):
         raise ValueError(
             "Expected every tensor in `example_input` to have the batch along its first dimension, all of one size of "
-            f"at least 1, got shapes {shapes}. Where there is no batch, as for the nodes of a graph, say batch_dim=None."
+            f"at least 1, got shapes {shapes}. Where there is no batch, as for a graph's nodes, say batch_dim=None."
         )
 
     def fit(leaf: object) -> object:

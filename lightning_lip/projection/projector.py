@@ -24,8 +24,8 @@ from lightning_lip.checks import (
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_modes
-from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.models.inputs import BatchDim
+from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Selection
 from lightning_lip.projection.allocation import Allocation, Method, logarithms

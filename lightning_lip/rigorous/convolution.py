@@ -281,7 +281,8 @@ def _correlations(taps: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tens
     weights = torch.tensor([math.prod(spans[dim + 1 :].tolist()) for dim in range(len(spans))], device="cpu")
     differences = exponents[:, None] - exponents
     numbers = (differences * weights).sum(-1)
-    known, places = torch.where(numbers >= 0, numbers, 0).unique(return_inverse=True)
+    known = sorted({number for number in numbers.flatten().tolist() if number >= 0})
+    places = torch.bucketize(numbers, torch.tensor(known, device="cpu"))
     lags = differences.new_zeros(len(known), exponents.shape[1])
     correlations = taps.new_zeros(len(known), groups, rows, rows)
     for tap in range(n_taps):

@@ -1,6 +1,8 @@
 """No raw exception: whatever a forward pass does, certify returns a result or says in words what is wrong."""
 
 import dataclasses
+import random
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lip import LipschitzPenalty, UnsupportedLayerError, certify
+from lightning_lip import LipschitzPenalty, certify
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 
@@ -114,7 +116,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "generator": (lambda: Odd(lambda m, x: (y for y in (x,))), "cannot be traced"),
     "complex": (lambda: Odd(lambda m, x: torch.view_as_complex(m.layer(x).view(2, 2, 2)).angle()), "complex"),
     "random": (lambda: Odd(lambda m, x: m.layer(x) + torch.rand_like(x)), "rand_like"),
-    "own random": (lambda: Odd(lambda m, x: m.layer(x) * float(np.random.rand())), "other values"),
+    "own random": (lambda: Odd(lambda m, x: m.layer(x) * random.random()), "other values"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.ReLU()), "^0: compiled by torch.jit"),
     "jit traced": (lambda: nn.Sequential(torch.jit.trace(nn.Linear(4, 4), X), nn.ReLU()), "^0: compiled by torch.jit"),
     "copied": (lambda: Odd(lambda m, x: __import__("copy").deepcopy(m.layer)(x)), "cannot be traced"),
@@ -134,11 +136,7 @@ def test_an_odd_model_is_refused_in_words(name: str) -> None:
     build, words = REFUSED[name]
     result = certify(build(), X)
     assert not result.certified
-    pytest.raises(UnsupportedLayerError, lambda: _raise(result.refused[0])).match(words)
-
-
-def _raise(message: str) -> None:
-    raise UnsupportedLayerError(message)
+    assert re.search(words, result.refused[0]), result.refused
 
 
 ERRORS = (ZeroDivisionError("x"), KeyError("x"), AssertionError("x"), StopIteration(), NotImplementedError("x"))

@@ -6,7 +6,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lip import CertifiedValidation, LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer, certify, project
+from lightning_lip import (
+    CertifiedValidation,
+    LipschitzMonitor,
+    LipschitzPenalty,
+    LipschitzRegularizer,
+    certify,
+    project,
+)
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.selected import bound_of
 
@@ -73,7 +80,8 @@ def test_a_graph_network_is_refused_with_a_batch_and_bounded_without() -> None:
     with pytest.raises(ValueError, match="batch_dim=None"):
         certify(model, x)
     result = certify(model, x, data=[x, 2 * x], batch_dim=None)
-    assert result.certified and result.lower is not None
+    assert result.certified
+    assert result.lower is not None
     assert jacobian_norm(model, x) <= result.lower * (1 + 1e-9) <= result.upper
 
 
@@ -141,7 +149,8 @@ def test_a_contradiction_is_found_without_a_batch_too() -> None:
             return x if self.calls % 2 else 2 * x
 
     result = certify(Halved(), torch.ones(3), batch_dim=None)
-    assert not result.certified and "other values than its traced graph" in result.refused[0]
+    assert not result.certified
+    assert "other values than its traced graph" in result.refused[0]
 
 
 @pytest.mark.parametrize("wrong", [1, -1, True, "0", 0.5])
@@ -167,7 +176,8 @@ def test_regulariser_and_projector_take_the_whole_input() -> None:
     model, x = Pooled(normalised_adjacency()), torch.randn(N, 4)
     regularizer = LipschitzRegularizer(model, 1.0, penalty="log", example_input=x, batch_dim=None)
     regularizer.add_grad_()
-    assert regularizer.bound_kind == "bound" and model.first.weight.grad is not None
+    assert regularizer.bound_kind == "bound"
+    assert model.first.weight.grad is not None
     assert project(model, 0.01, example_input=x, batch_dim=None).bound <= 0.01
     assert certify(model, x, batch_dim=None).upper <= 0.01
     assert bound_of(model, x, batch_dim=None).kind == "bound"
@@ -229,6 +239,6 @@ def test_the_worst_error_over_all_nodes_shares_one_perturbation() -> None:
     )  # fmt: skip
     (metrics,) = trainer.validate(model, data, verbose=False)
     # The outputs of all nodes move by 0.5 L together in norm, so that their mean moves by 0.5 L / sqrt(6) at most.
-    mae = float((model(x) - y).abs().mean())
+    mae = (model(x) - y).abs().mean().item()
     expected = mae + 0.5 * certify(model, x, batch_dim=None).upper / N**0.5
     assert metrics["val/certified_worst_case_mae/eps=0.5"] == pytest.approx(expected, rel=1e-4)

@@ -212,7 +212,8 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if not all(v.has_batch_first for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")
     shape = shape_of(node)
-    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), [v.axis for v in values])
+    axes = [v.axis for v in values]
+    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), axes)
     try:
         constants.lipschitz_constant(module)
     except UnsupportedLayerError as error:
