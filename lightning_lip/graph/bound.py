@@ -298,6 +298,9 @@ def _evaluated(builder: Builder, node: torch.fx.Node) -> Any:
         if isinstance(source, tuple):
             part = source[int(str(index))]
         return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        number = builder.number(node.meta["val"])
+        return builder.refuse(node, "it is a size that depends on values") if number is None else number
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")

@@ -175,10 +175,18 @@ class Builder:
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                 self._sizes[size.node.expr] = int(known)
 
+    def number(self, size: int | torch.SymInt) -> int | None:
+        """Return a size, or what is computed from sizes; None if it depends on the values of an unknown tensor."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        known = size.node.expr.subs(self._sizes)
+        return int(known) if known.is_Integer else None
+
     def sizes(self, example: Tensor) -> tuple[int, ...] | None:
         """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
-        shape = [n.node.expr.subs(self._sizes) if isinstance(n, torch.SymInt) else n for n in example.shape]
-        return tuple(int(n) for n in shape) if all(isinstance(n, int) or n.is_Integer for n in shape) else None
+        shape = [self.number(n) for n in example.shape]
+        known = tuple(n for n in shape if n is not None)
+        return known if len(known) == len(shape) else None
 
     def known_sizes(self, example: Tensor) -> tuple[int, ...]:
         """Return the shape of a traced tensor.
