@@ -108,7 +108,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "control flow": (lambda: Odd(lambda m, x: m.layer(x) if x.sum() > 0 else x), "cannot be traced"),
     "a number": (lambda: Odd(lambda m, x: m.layer(x)[: int(x.max().item()) + 1]), "cannot be traced"),
     "NumPy": (lambda: Odd(lambda m, x: m.layer(torch.from_numpy(np.tanh(x.numpy())))), "cannot be traced"),
-    "nonzero": (lambda: Odd(lambda m, x: m.layer(x)[x[:, 0].nonzero()[:, 0]]), r"aten.nonzero.default: the size of"),
+    "nonzero": (lambda: Odd(lambda m, x: m.layer(x)[x[:, 0].nonzero()[:, 0]]), r"aten.nonzero.default: an index jumps"),
     "masked_select": (lambda: Odd(lambda m, x: torch.masked_select(m.layer(x), x > 0)), r"\(the model itself\)"),
     "unique": (lambda: Odd(lambda m, x: m.layer(x) + torch.unique(x).sum()), "the size of its result"),
     "repeat": (lambda: Odd(lambda m, x: m.layer(x).repeat_interleave((x[:, 0] > 0) + 1, dim=0)), "aten"),

@@ -128,14 +128,14 @@ def rules(monkeypatch):
 
 
 class Gate(nn.Module):
-    """x times a clipped gate: a product of two activations, of known constant only to who wrote it."""
+    """x times a gate: a product of two activations, of known constant only to who knows that x is bounded."""
 
     def __init__(self):
         super().__init__()
         self.limit = 2.0
 
     def forward(self, x, y=None):
-        return torch.sin(x) * torch.cos(x if y is None else y)
+        return x * torch.cos(x if y is None else y)
 
 
 @pytest.mark.usefixtures("rules")
