@@ -189,7 +189,7 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
     numbers = itertools.count()
     returned: list[Any] = []
     for node in traced.graph.nodes:
-        builder.resolve_sizes(node)
+        builder.sizes.note(node)
         if node.op == "placeholder":
             number = None if node.name in traced.stored else next(numbers)
             builder.values[node] = _placeholder(builder, node, number)
@@ -197,9 +197,12 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
             leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
             returned = [_real(builder, leaf) for leaf in leaves if leaf.name in traced.outputs]
         elif node in builder.live_nodes:
-            builder.values[node] = _evaluate(builder, node)
+            try:
+                builder.values[node] = _evaluate(builder, node)
+            except RefusedError as error:
+                builder.values[node] = builder.refuse(node, str(error))
             # A size that a stored tensor's values decide is known only now.
-            builder.resolve_sizes(node)
+            builder.sizes.note(node)
     return returned
 
 
@@ -251,19 +254,6 @@ def _value(builder: Builder, leaf: Any) -> Any:
 
 
 def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
-    try:
-        return _evaluated(builder, node)
-    except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error))
-
-
-def _evaluated(builder: Builder, node: torch.fx.Node) -> Any:
-    """Return the value of an operation.
-
-    Raises:
-        RefusedError: If it has no known constant.
-        UnsupportedLayerError: If a module in it has none.
-    """
     if node.target is operator.getitem:
         source, index = _value(builder, node.args[0]), node.args[1]
         if isinstance(source, Refused):
@@ -273,7 +263,7 @@ def _evaluated(builder: Builder, node: torch.fx.Node) -> Any:
             part = source[int(str(index))]
         return part if part is not None else builder.refuse(node, "an index jumps")
     if isinstance(node.meta.get("val"), torch.SymInt):
-        number = builder.number(node.meta["val"])
+        number = builder.sizes.number(node.meta["val"])
         return builder.refuse(node, "it is a size that depends on values") if number is None else number
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
@@ -335,7 +325,7 @@ def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[s
     check_real(node)
     result = only_floating(node, RULES[name](builder, node, arguments))
     if isinstance(result, Dependent):
-        builder.learn_sizes(node.meta["val"], result.shape)
+        builder.sizes.learn(node.meta["val"], result.shape)
     return result
 
 
@@ -391,15 +381,15 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
     value = Independent((), operation, identity, sources, parameters, any(v.live for v in sources))
     if not isinstance(example, Tensor):
         return value
-    if builder.sizes(example) is None:
-        builder.learn_sizes(example, value.compute().shape)
+    if builder.sizes.of(example) is None:
+        builder.sizes.learn(example, value.compute().shape)
     return replace(value, shape=builder.known_sizes(example))
 
 
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
-    given, made = node.args[0].meta["val"], node.meta["val"]
+    given, made = node.all_input_nodes[0].meta["val"], node.meta["val"]
     stand_in = torch.empty(builder.known_sizes(given), dtype=made.dtype, device=made.device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}

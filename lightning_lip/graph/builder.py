@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.refusals import Refusal
-from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, module_path
+from lightning_lip.graph.tracing import WHOLE_MODULE, Sizes, TracedModel, module_path
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.intervals import Interval
@@ -176,38 +176,18 @@ class Builder:
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
-        self._sizes: dict[Any, int] = {}
-        """Sizes that values of stored tensors decide (how many of a mask are true), by their symbols."""
+        self.sizes = Sizes()
 
     def scratch(self) -> Builder:
         """Return a builder of the same values, whose operators and audit do not count."""
         other = Builder(self.traced)
         other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
-        other._sizes = self._sizes
+        other.sizes = self.sizes
         return other
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
         return self._identities.setdefault(what, len(self._identities))
-
-    def learn_sizes(self, example: Tensor, shape: Sequence[int]) -> None:
-        """Take over the sizes of a tensor of symbolic shape that is known."""
-        for size, known in zip(example.shape, shape, strict=True):
-            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
-                self._sizes[size.node.expr] = int(known)
-
-    def number(self, size: int | torch.SymInt) -> int | None:
-        """Return a size, or what is computed from sizes; None if it depends on the values of an unknown tensor."""
-        if not isinstance(size, torch.SymInt):
-            return int(size)
-        known = size.node.expr.subs(self._sizes)
-        return int(known) if known.is_Integer else None
-
-    def sizes(self, example: Tensor) -> tuple[int, ...] | None:
-        """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
-        shape = [self.number(n) for n in example.shape]
-        known = tuple(n for n in shape if n is not None)
-        return known if len(known) == len(shape) else None
 
     def known_sizes(self, example: Tensor) -> tuple[int, ...]:
         """Return the shape of a traced tensor.
@@ -215,15 +195,10 @@ class Builder:
         Raises:
             RefusedError: If it is not known.
         """
-        shape = self.sizes(example)
+        shape = self.sizes.of(example)
         if shape is None:
             raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
         return shape
-
-    def resolve_sizes(self, node: torch.fx.Node) -> None:
-        """Note the shape of a node's first tensor, for :func:`shape_of`."""
-        first = next((v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), None)
-        node.meta["sizes"] = None if first is None else self.sizes(first)
 
     def operator(self, key: Hashable, operator: LinearOperator) -> int:
         """Return the operator's index; a weight that is used again counts one more time."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,3 +346,33 @@ def module_paths(node: torch.fx.Node) -> list[str]:
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose forward holds the operation; empty for the model itself."""
     return next(reversed(module_paths(node)), "")
+
+
+class Sizes:
+    """Sizes of traced tensors that the values of stored ones decide: how many elements of a mask are true, say."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, int] = {}
+
+    def learn(self, example: Tensor, shape: Sequence[int]) -> None:
+        """Take over the sizes of a traced tensor, which are known now."""
+        for size, known in zip(example.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                self._known[size.node.expr] = int(known)
+
+    def number(self, size: int | torch.SymInt) -> int | None:
+        """Return a size, or what is computed from sizes; None if it depends on the values of an unknown tensor."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        known = size.node.expr.subs(self._known)
+        return int(known) if known.is_Integer else None
+
+    def of(self, example: Tensor) -> tuple[int, ...] | None:
+        """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
+        known = tuple(n for n in map(self.number, example.shape) if n is not None)
+        return known if len(known) == example.dim() else None
+
+    def note(self, node: torch.fx.Node) -> None:
+        """Write the shape of a node's first tensor to ``node.meta["sizes"]``; None where it is not known."""
+        first = next((v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), None)
+        node.meta["sizes"] = None if first is None else self.of(first)

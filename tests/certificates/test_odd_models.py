@@ -114,7 +114,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "repeat": (lambda: Odd(lambda m, x: m.layer(x).repeat_interleave((x[:, 0] > 0) + 1, dim=0)), "aten"),
     "dataclass": (lambda: Odd(lambda m, x: Output(m.layer(x))), "cannot be traced"),
     "generator": (lambda: Odd(lambda m, x: (y for y in (x,))), "cannot be traced"),
-    "complex": (lambda: Odd(lambda m, x: torch.view_as_complex(m.layer(x).view(2, 2, 2)).angle()), "complex"),
+    "complex": (lambda: Odd(lambda m, x: torch.view_as_complex(m.layer(x).view(2, 2, 2)).angle()), "angle"),
     "random": (lambda: Odd(lambda m, x: m.layer(x) + torch.rand_like(x)), "rand_like"),
     "own random": (lambda: Odd(lambda m, x: m.layer(x) * random.random()), "other values"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.ReLU()), "^0: compiled by torch.jit"),
