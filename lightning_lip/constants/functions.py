@@ -15,6 +15,7 @@ from typing import Any
 from lightning_lip.constants import slopes
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.rigorous.intervals import Interval, exactly
+from lightning_lip.rigorous.rounding import exp_up, up
 
 Atom = tuple[Any, ...]
 """The variable, ``("x",)``; or a function of a polynomial: its name, the polynomial, and what else it depends on."""
@@ -247,7 +248,7 @@ def _function_slopes(atom: Atom, inner: Polynomial, at: Fraction, side: int) -> 
             # It grows to one side: on the other one its slope is largest where that ends.
             if not side or (linear > 0) != (side < 0):
                 return None
-            return exactly(linear) * Interval(0.0, slopes.exp_up(slopes.up(float(linear * at + shift))))
+            return exactly(linear) * Interval(0.0, exp_up(up(float(linear * at + shift))))
         if _MAGNITUDE in inner:
             return slopes.of_laplace(*_coefficients(inner, _MAGNITUDE))
         return slopes.of_exponential(*_coefficients(inner, _SQUARE, _LINE))
@@ -281,7 +282,7 @@ def _product_slopes(atom: Atom, inner: Polynomial) -> Interval | None:
     return slopes.of_product(name, _linear(inner)[1])
 
 
-_AT_ZERO = {"exp": 1, "tanh": 0, "erf": 0, "sin": 0, "atan": 0, "cos": 1, "sigmoid": Fraction(1, 2)}
+_AT_ZERO = {"exp": 1.0, "tanh": 0.0, "erf": 0.0, "sin": 0.0, "atan": 0.0, "cos": 1.0, "sigmoid": 0.5}
 """The values of functions at 0 that are rational numbers."""
 
 
@@ -297,7 +298,8 @@ def _value_at(p: Polynomial, x: Fraction) -> Fraction:
 
 
 def _atom_at(atom: Atom, x: Fraction) -> Fraction:
-    name, value = atom[0], _value_at(dict(atom[1]), x)
+    name = str(atom[0])
+    value: Fraction = _value_at(dict(atom[1]), x)
     if name == "abs":
         return abs(value)
     if name == "clamp":

@@ -26,6 +26,7 @@ from lightning_lip.graph.builder import (
     RefusedError,
     SampleAxisError,
     arguments_of,
+    shape_of,
 )
 from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
@@ -263,8 +264,8 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
             part = source[int(str(index))]
         return part if part is not None else builder.refuse(node, "an index jumps")
     if isinstance(node.meta.get("val"), torch.SymInt):
-        number = builder.sizes.number(node.meta["val"])
-        return builder.refuse(node, "it is a size that depends on values") if number is None else number
+        size = builder.sizes.number(node.meta["val"])
+        return builder.refuse(node, "it is a size that depends on values") if size is None else size
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
@@ -340,19 +341,21 @@ def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[
 
     def stand_in(leaf: Any) -> Any:
         value = _value(builder, leaf)
-        return value.stand_in(leaf.meta.get("val")) if isinstance(value, Refused) else value
+        if not isinstance(value, Refused):
+            return value
+        known = value.stand_in(leaf.meta.get("val"))
+        if known is None:
+            # Where the samples lie behind a refused operation is a guess: what rests on it is not told.
+            raise SampleAxisError
+        return known
 
-    known = arguments_of(node, stand_in)
-    stand_ins = [leaf for leaf in pytree.tree_leaves(known, is_leaf=_is_value) if isinstance(leaf, Dependent)]
-    if len(stand_ins) >= len(refused):
-        # Where the samples lie behind a refused operation is a guess, so that what rests on it is not told.
-        with contextlib.suppress(SampleAxisError, *UNREADABLE):
-            try:
-                _by_rule(builder.scratch(), node, name, known)
-            except (RefusedError, UnsupportedLayerError) as error:
-                if isinstance(error, SampleAxisError):
-                    raise
-                refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
+    with contextlib.suppress(SampleAxisError, *UNREADABLE):
+        try:
+            _by_rule(builder.scratch(), node, name, arguments_of(node, stand_in))
+        except SampleAxisError:
+            raise
+        except (RefusedError, UnsupportedLayerError) as error:
+            refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
     return Refused(tuple(refusals), like)
 
 
@@ -389,9 +392,9 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
-    given, made = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    stand_in = torch.empty(builder.known_sizes(given), dtype=made.dtype, device=made.device)
+    # A refused argument has a shape as well.
+    given, made = node.all_input_nodes[0], node.meta["val"]
+    stand_in = torch.empty(shape_of(given), dtype=made.dtype, device=made.device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
-    shape = builder.known_sizes(made)
-    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))
+    return Independent(shape_of(node), lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))

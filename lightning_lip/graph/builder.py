@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -100,14 +100,12 @@ class Refused:
 
     def stand_in(self, example: object) -> Dependent | None:
         """Return what stands for this value of an example's shape where later operations are looked at, if known."""
-        if self.like is None or not isinstance(example, Tensor) or not example.is_floating_point():
+        if self.like is None or not is_real(example):
             return None
-        shape, axis = example.shape, self.like.axis
-        if any(isinstance(n, torch.SymInt) for n in shape):
-            return None
+        shape, axis = tuple(example.shape), self.like.axis
         if axis is not None and (axis >= len(shape) or shape[axis] != self.like.shape[axis]):
             return None
-        return Dependent(tuple(shape), axis, self.like.term, self.like.inputs)
+        return Dependent(shape, axis, self.like.term, self.like.inputs)
 
 
 Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
@@ -327,6 +325,16 @@ def arguments_of(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, 
         else:
             arguments[argument.name] = pytree.tree_map(value, given)
     return arguments
+
+
+def is_real(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor of floating-point numbers whose shape does not depend on values."""
+    return is_sized(example) and example.is_floating_point()
+
+
+def is_sized(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor whose shape does not depend on values."""
+    return isinstance(example, Tensor) and all(isinstance(n, int) for n in example.shape)
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:

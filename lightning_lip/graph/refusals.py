@@ -64,5 +64,5 @@ def listed(refusals: Sequence[Refusal]) -> str:
         more = f" and {len(paths) - N_PATHS} more" if len(paths) > N_PATHS else ""
         path = ", ".join(p or "(the model itself)" for p in paths[:N_PATHS]) + more
         lines.append(str(Refusal(path, module, operation, reason)))
-    more = [f"and {len(lines) - N_REFUSALS} more"] if len(lines) > N_REFUSALS else []
-    return "\n  - ".join([*lines[:N_REFUSALS], *more])
+    left_out = [f"and {len(lines) - N_REFUSALS} more"] if len(lines) > N_REFUSALS else []
+    return "\n  - ".join([*lines[:N_REFUSALS], *left_out])

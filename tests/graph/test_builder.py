@@ -41,7 +41,7 @@ def test_what_is_refused_behind_a_refused_operation_is_told_as_well():
 def test_what_is_known_behind_a_refused_operation_is_not_told():
     lines = refusal_of(lambda m, x: m.a(x.exp().relu().flatten(1).softmax(1)).argmax(1), 2, 4, a=nn.Linear(8, 3))
     assert [line.partition(", ")[2] for line in lines] == [
-        "aten.exp.default: it has no finite Lipschitz constant",
+        "aten.exp.default: it has no finite Lipschitz constant, unless its argument is bounded from above",
         "aten.argmax.default: an index jumps",
     ]
     # Behind a transposed matrix nobody knows where the samples lie: that they are mixed is not told.
@@ -68,3 +68,16 @@ def test_a_list_of_refusals_is_short():
     assert len(several) == 11
     assert several[0] == "(the model itself) (Block), op0: no"
     assert several[-1] == "  - and 4 more"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.repeat_interleave(x, torch.tensor(2), -2) * 2 + torch.repeat_interleave(x, torch.tensor(2), -2),
+        lambda x: x[x > 0].exp() * 2,
+        lambda x: x.nonzero().sum() * x,
+    ],
+)
+def test_what_has_a_size_that_depends_on_values_is_refused(function):
+    with pytest.raises(UnsupportedLayerError):
+        NetworkBound.trace(Lambda(lambda m, x: function(x)), torch.randn(2, 3, 3))

@@ -66,7 +66,8 @@ def _matmul(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
         raise RefusedError(TWO_ACTIVATIONS)
     value, weight = (left, right) if isinstance(left, Dependent) else (right, left)
     if len(weight.shape) == 2 and "batch1" not in a and not weight.compute().is_complex():
-        return linear(builder, node, {"self": left, "other": right})
+        result: Dependent = linear(builder, node, {"self": left, "other": right})
+        return result
     # Matrices of rows r, columns c; what is contracted is k. The others are broadcast from the last one on.
     n_left, n_right = len(left.shape), len(right.shape)
     lefts = [*range(2 - n_left, 0), "r", "k"] if n_left > 1 else ["k"]
@@ -163,16 +164,18 @@ def _operator(
     """Return the operator of the weight's blocks, and the key of its identity."""
     n_blocks, m, n = (layout.size(dims) for dims in (layout.blocks, layout.rows, layout.columns))
     is_complex = weight.compute().is_complex()
-    matrices = layout.matrices
     if is_complex and not bool(torch.view_as_real(weight.compute().resolve_conj()).isfinite().all()):
         raise RefusedError("its weight is not finite")
     if is_complex:
         # As maps of pairs of real numbers.
         m, n = 2 * m, 2 * n
 
-        def matrices(values: Tensor) -> Tensor:
-            real, imaginary = layout.matrices(values).real, layout.matrices(values).imag
-            return torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
+    def matrices(values: Tensor) -> Tensor:
+        blocks = layout.matrices(values)
+        if not is_complex:
+            return blocks
+        real, imaginary = blocks.real, blocks.imag
+        return torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
 
     if not is_complex and not layout.blocks and not layout.summed and len(layout.rows) == len(layout.columns) == 1:
         return matrix_operator(builder, node, weight)

@@ -67,7 +67,8 @@ def real_of(builder: Builder, tensor: Any) -> Any:
         raise RefusedError("a complex factor is not finite")
 
     def magnitudes(values: Tensor) -> Tensor:
-        return torch.view_as_real(values.resolve_conj()).norm(dim=-1)
+        sizes: Tensor = torch.linalg.vector_norm(torch.view_as_real(values.resolve_conj()), dim=-1)
+        return sizes
 
     identity = builder.identity(("magnitudes", tensor.identity))
     return Independent(tensor.shape, magnitudes, identity, (tensor,), tensor.parameters, tensor.live)

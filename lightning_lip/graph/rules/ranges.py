@@ -89,11 +89,14 @@ def _read(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
     if node.op != "call_function":
         return EVERYTHING
     if schema is None:
-        if operation_name(node.args[0]) == "lstm_cell":
-            return _lstm_state(builder, node, depth)
+        whole, index = node.args[:2]
+        if not isinstance(whole, torch.fx.Node):
+            return EVERYTHING
+        if operation_name(whole) == "lstm_cell":
+            return _lstm_state(builder, whole, index, depth)
         # A part of what an operation returns: of each the first is of its kind, and of those that split all are.
-        is_part = node.target is operator.getitem and (node.args[1] == 0 or operation_name(node.args[0]) in MOVES)
-        return range_of(builder, node.args[0], depth + 1) if is_part else EVERYTHING
+        is_part = node.target is operator.getitem and (index == 0 or operation_name(whole) in MOVES)
+        return range_of(builder, whole, depth + 1) if is_part else EVERYTHING
     name = str(schema.name).removeprefix("aten::")
     a = arguments_of(node, lambda leaf: leaf)
     if name in _READ:
@@ -113,9 +116,8 @@ def _read(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
     return functools.reduce(operator.or_, found)
 
 
-def _lstm_state(builder: Builder, node: torch.fx.Node, depth: int) -> Interval:
+def _lstm_state(builder: Builder, source: torch.fx.Node, index: object, depth: int) -> Interval:
     """Return where h lies, or c, which a step moves by at most 1."""
-    source, index = node.args
     if index == 0:
         return _SIGNED
     before = range_of(builder, arguments_of(source, lambda leaf: leaf)["hx"][1], depth + 1).magnitude

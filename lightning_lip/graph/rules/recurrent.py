@@ -230,8 +230,9 @@ def _run(
 def _lstm_cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     arguments = arguments_of(node, lambda leaf: leaf)
     h, c = a["hx"]
+    no_states: tuple[Independent, ...] = ()
     # A cell state that can change, or is not known to be bounded, has none.
-    size, states = range_of(builder, arguments["hx"][1]).magnitude, ()
+    size, states = range_of(builder, arguments["hx"][1]).magnitude, no_states
     if isinstance(c, Independent):
         size, states = 0.0, (c,)
     elif not math.isfinite(size):
@@ -245,10 +246,11 @@ def _lstm_cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
 def _simple_cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     arguments = arguments_of(node, lambda leaf: leaf)
     h = a["hx"]
+    no_states: tuple[Independent, ...] = ()
     w, u = _operators(builder, node, a["w_ih"], a["w_hh"])
     step = _simple(builder, w, u)
     if "gru" in str(node.target):
-        size, states = range_of(builder, arguments["hx"]).magnitude, ()
+        size, states = range_of(builder, arguments["hx"]).magnitude, no_states
         if isinstance(h, Independent):
             size, states = 1.0, (h,)
         elif not math.isfinite(size):
@@ -276,7 +278,9 @@ def _cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any], step: Step, 
     parts = [value] if isinstance(value, torch.Tensor) else list(value)
     builder.note(node, "a step of a recurrence")
     shaped = [
-        None if new is None else dataclasses.replace(new, shape=tuple(int(n) for n in part.shape), axis=known[0].axis)
+        None
+        if new is None or part is None
+        else dataclasses.replace(new, shape=tuple(map(int, part.shape)), axis=known[0].axis)
         for new, part in zip((new_h, new_c), [*parts, None], strict=False)
     ]
     return shaped[0], shaped[1] if len(shaped) > 1 else None

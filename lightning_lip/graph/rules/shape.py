@@ -220,7 +220,7 @@ def _scattered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depe
     For sums of c elements and fewer, *exact*: the matrix A has one 1 in each column and c in a row, so that A A^T is
     diagonal: sqrt(c). A maximum or a mean of elements, itself among them, moves by no more than all of them together.
     """
-    index, source = a["index"], a.get("src", a.get("source"))
+    index, source = a["index"], a["src"] if "src" in a else a["source"]
     if not isinstance(index, Independent):
         raise RefusedError("its index depends on the network's input")
     how, size = a.get("reduce", "sum"), abs(float(a.get("alpha", 1)))

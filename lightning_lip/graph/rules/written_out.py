@@ -16,8 +16,20 @@ import torch
 from lightning_lip.constants import functions as fn
 from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.builder import Builder, Dependent, Independent, RefusedError, arguments_of, shape_of
+from lightning_lip.graph.builder import (
+    Builder,
+    Dependent,
+    Independent,
+    RefusedError,
+    arguments_of,
+    dimensions,
+    is_real,
+    is_sized,
+    shape_of,
+    size_along,
+)
 from lightning_lip.rigorous.evaluation import evaluated
+from lightning_lip.rigorous.rounding import multiply_up, sqrt_up, sum_up
 
 N_OPERATIONS = 40
 """How far back an operation is read."""
@@ -32,8 +44,7 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
     Raises:
         RefusedError: If it is read, and is discontinuous; the message is the reason.
     """
-    example = node.meta.get("val")
-    if _name(node) not in _READ or not isinstance(example, torch.Tensor) or not example.is_floating_point():
+    if _name(node) not in _READ or not is_real(node.meta.get("val")):
         return None
     reason = None
     for base in _bases(builder, node):
@@ -49,7 +60,52 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
         return builder.chain(node, value, constant, how="a function of one variable, written out")
     if reason is not None:
         raise reason
+    return _response_normalised(builder, node)
+
+
+def _response_normalised(builder: Builder, node: torch.fx.Node) -> Dependent | None:
+    """Return the value of ConvNeXt V2's response normalisation, ``x_c |x_c| / (M + eps)``, M the mean of the |x_c|.
+
+    |x_c| is the norm of a channel, of C. With n_c = |x_c| / (M + eps), of sum at most C,
+    ``|df_c| <= 2 n_c |dx_c| + n_c^2 |dM|`` and ``|dM| <= ||dx|| / sqrt(C)``, so that ``||df|| <= (2 max n_c +
+    sqrt(sum n_c^4 / C)) ||dx||``: an *upper bound* ``2 C + C^(3/2)``, which an input of one channel comes near.
+    (Woo and others, ConvNeXt V2, 2023, define the layer.)
+    """
+    if _name(node) not in ("mul", "multiply"):
+        return None
+    for base, quotient in (node.args[:2], node.args[1::-1]):
+        value = builder.values.get(base) if isinstance(base, torch.fx.Node) else None
+        channels = _response_channels(base, quotient, value) if isinstance(value, Dependent) else None
+        if channels is not None:
+            constant = sum_up([2.0 * channels, multiply_up(float(channels), sqrt_up(channels))])
+            return builder.chain(node, value, constant, how="a response normalisation")  # type: ignore[arg-type]
     return None
+
+
+def _response_channels(base: Any, quotient: Any, value: Dependent) -> int | None:
+    """Return the number of channels if a quotient is that of a response normalisation of a value."""
+    norm, divisor = _arguments(quotient, "div", "divide", "true_divide", keys=("self", "other"))
+    mean, eps = _arguments(divisor, "add", keys=("self", "other"))
+    averaged, channels, keeps = _arguments(mean, "mean", keys=("self", "dim", "keepdim"))
+    source, order, places, keep = _arguments(
+        norm, "linalg_vector_norm", "norm", keys=("self", "ord|p", "dim", "keepdim")
+    )
+    if source is not base or averaged is not norm or not keep or not keeps or order not in (2, None) or not places:
+        return None
+    if not isinstance(eps, (int, float)) or not eps > 0 or not channels:
+        return None
+    over, along = dimensions(value, channels), dimensions(value, places)
+    return None if set(over) & set(along) else size_along(value, over)
+
+
+def _arguments(node: Any, *names: str, keys: tuple[str, ...]) -> list[Any]:
+    """Return some arguments of an operation of one of these names; None for each of any other one."""
+    if not isinstance(node, torch.fx.Node) or _name(node) not in names:
+        return [None] * len(keys)
+    a = arguments_of(node, lambda leaf: leaf)
+    if a.get("alpha", 1) != 1 or a.get("rounding_mode") is not None:
+        return [None] * len(keys)
+    return [next((a[k] for k in key.split("|") if k in a), None) for key in keys]
 
 
 def _name(node: Any) -> str:
@@ -73,8 +129,8 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
     found = []
     for source in seen:
         value = builder.values.get(source)
-        is_real = source.meta["val"].is_floating_point() if isinstance(value, Dependent) else False
-        if isinstance(value, Dependent) and is_real and value.shape == shape and value.pending is None:
+        is_one = isinstance(value, Dependent) and value.shape == shape and value.pending is None
+        if is_one and is_real(source.meta["val"]):
             found.append(source)
     return sorted(found, key=order.__getitem__, reverse=True)
 
@@ -102,9 +158,11 @@ class _Reader:
 
     def _read(self, node: torch.fx.Node) -> fn.Polynomial:
         name = _name(node)
-        if name not in _READ or shape_of(node) != self._shape or len(self._known) > N_OPERATIONS:
+        if name not in _READ or len(self._known) > N_OPERATIONS:
             raise fn.UnknownFunctionError
-        if not node.meta["val"].is_floating_point() and _READ[name] is not _comparison:
+        if not is_real(node.meta["val"]) and _READ[name] is not _comparison:
+            raise fn.UnknownFunctionError
+        if not is_sized(node.meta["val"]) or shape_of(node) != self._shape:
             raise fn.UnknownFunctionError
         return _READ[name](self.polynomial, arguments_of(node, lambda leaf: leaf), node)
 
