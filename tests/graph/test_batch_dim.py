@@ -104,7 +104,25 @@ UNBATCHED = {
     "one normalised vector": (lambda: nn.LayerNorm(4, eps=0.1), (4,)),
     "flip of the first axis": (lambda: Flip(), (4, 3)),
     "side by side along the first axis": (lambda: Doubled(), (4, 3)),
+    "sorted nodes": (lambda: Of(lambda x: x.sort(0)[0]), (5, 3)),
+    "summed nodes": (lambda: Of(lambda x: x.cumsum(0)), (5, 3)),
+    "products with nodes": (lambda: Of(lambda x: torch.einsum("nf,nk->fk", x, WEIGHT.to(x))), (5, 3)),
+    "distances between nodes": (lambda: Of(lambda x: torch.cdist(x, ANCHORS.to(x))), (5, 3)),
+    "transform along the nodes": (lambda: Of(lambda x: torch.view_as_real(torch.fft.rfft(x, dim=0))), (5, 3)),
+    "recurrence": (lambda: Of(nn.RNN(3, 2, batch_first=True), lambda y: y[0]), (2, 4, 3)),
 }
+WEIGHT, ANCHORS = torch.linspace(-1, 1, 20).view(5, 4), torch.linspace(5, 7, 6).view(2, 3)
+
+
+class Of(nn.Module):
+    """A function, or a module and what is taken of its output."""
+
+    def __init__(self, function, taken=lambda y: y) -> None:
+        super().__init__()
+        self.function, self.taken = function, taken
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.taken(self.function(x))
 
 
 class Flip(nn.Module):
