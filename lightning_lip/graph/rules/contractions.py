@@ -154,7 +154,7 @@ class _Layout:
         if self.summed:
             # In place of the sum, which would renumber the dimensions.
             weight = weight.sum(self.summed, keepdim=True)
-        ordered = weight.permute(*self.blocks, *self.rows, *self.columns, *self.summed)
+        ordered = weight.permute([*self.blocks, *self.rows, *self.columns, *self.summed])
         return ordered.reshape(self.size(self.blocks), self.size(self.rows), self.size(self.columns))
 
 
