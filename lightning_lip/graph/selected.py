@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.product import ProductBound
+from lightning_lip.graph.program import ProductBound
 from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage, share_of

@@ -20,7 +20,7 @@ from lightning_lip.checks import (
     check_state,
     check_vectors,
 )
-from lightning_lip.graph.product import repeated
+from lightning_lip.graph.program import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.inputs import BatchDim
