@@ -3,7 +3,7 @@ import math
 import random
 from fractions import Fraction
 
-from lightning_lip.rigorous.intervals import EVERYTHING, Interval, exactly
+from lightning_lip.rigorous.rounding import EVERYTHING, Interval, exactly
 
 
 def test_operations_hold_every_result():
