@@ -1,7 +1,7 @@
 """Arithmetic rounded upwards, intervals rounded outwards, and the error bounds of sums and products in floating point.
 
-Every function of numbers returns a float that is at least the exact result in real arithmetic of the floats it is given,
-for results of at least 0. Assumed: IEEE 754 double precision, rounding to nearest. Source of the error bounds:
+Every function of numbers returns a float that is at least the exact result in real arithmetic of the floats that it is
+given, for results of at least 0. Assumed: IEEE 754 double precision, rounding to nearest. Source of the error bounds:
 N. Higham, "Accuracy and Stability of Numerical Algorithms" (2nd ed., 2002), chapter 3.
 """
 
