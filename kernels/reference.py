@@ -46,6 +46,10 @@ class PowerStep(NamedTuple):
     right: list[Tensor]
     vectors: list[Tensor]
 
+    def copied(self) -> PowerStep:
+        """Return a copy of the triplets, which the next iteration leaves alone, without the blocks."""
+        return PowerStep(self.sigma.clone(), [u.clone() for u in self.left], [v.clone() for v in self.right], [])
+
 
 def rayleigh_ritz(images: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate a block's images onto the Ritz vectors.

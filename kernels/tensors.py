@@ -38,3 +38,8 @@ def is_sharded(tensor: Tensor) -> bool:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of vectors and sums for weights of `dtype`: fp64 for fp64, fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def in_double(numbers: Tensor) -> Tensor:
+    """Return numbers in fp64, where the device has it: for L norms it costs nothing, and their product keeps digits."""
+    return numbers if numbers.device.type == "mps" else numbers.double()

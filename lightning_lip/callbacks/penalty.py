@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,25 @@ from lightning_lip.callbacks.lightning.trainer import (
 from lightning_lip.checks import check_integers, check_number, check_state, check_type
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+
+
+@dataclass
+class _Turn:
+    """An optimiser's part in the penalty.
+
+    Attributes:
+        optimizer: The optimiser.
+        index: Its place among the trainer's; -1 for one that the trainer does not know.
+        size: The number of its parameters when it was looked at.
+        holds_all: Whether all of the selected layers' parameters were among them.
+        batch: The training batch in which it last stepped.
+    """
+
+    optimizer: weakref.ref[Optimizer]
+    index: int
+    size: int
+    holds_all: bool
+    batch: int | None = None
 
 
 class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
@@ -99,15 +119,12 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
-        self._holds_all: dict[int, tuple[weakref.ref[Optimizer], int]] = {}
-        """Optimisers that hold all of the layers' parameters, with the number of parameters that they hold."""
+        self._turns: dict[int, _Turn] = {}
         self._stepped_batch: int | None = None
         self._iterated_by: Optimizer | None = None
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        self._batch_of: dict[int, int] = {}
-        """The training batch that each optimiser last stepped in, by index."""
         skip_hooks(self, LipschitzPenalty, "on_train_batch_start", "on_before_zero_grad", "on_before_backward")
 
     @property
@@ -167,15 +184,14 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if self._is_selected:
             return self.regularizer
         regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self._arguments)
-        if not any(p.requires_grad for op in regularizer.operators for p in regularizer.penalised(op)):
+        if not any(p.requires_grad for p in regularizer.penalised_parameters()):
             raise ValueError(
                 f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
                 "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
             )
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
-        self._is_selected, self._batch_of, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
-        self._holds_all = {}
+        self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
 
     @override
@@ -189,7 +205,9 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        parameters = self._parameters_of(optimizer)
+        # Tens of microseconds in all: every look-up here shows in the step of a small network.
+        turn = self._turn_of(trainer, optimizer)
+        parameters = None if turn.holds_all else self._parameters_of(optimizer)
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
             return
         self._epoch_had_penalty = True
@@ -198,9 +216,9 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             self._stepped_batch, self._iterated_by = batch, None
             self._n_steps += 1
         # Each optimiser by itself: one that steps every other batch would else always meet those that are left out.
-        index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), -1)
-        if self._batch_of.get(index) != batch:
-            self._batch_of[index] = batch
+        index = turn.index
+        if turn.batch != batch:
+            turn.batch = batch
             self._n_steps_of[index] = self._n_steps_of.get(index, 0) + 1
         if (self._n_steps_of[index] - 1) % self.every_n_steps:
             return
@@ -254,23 +272,26 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
 
-    def _parameters_of(self, optimizer: Optimizer) -> list[Tensor] | None:
-        """Return the selected layers' parameters that an optimiser moves; None for all of them.
+    def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
+        """Return an optimiser's part, which is found at its first step and when the number of its parameters changes.
 
-        Looked up at each step, unless the optimiser holds all of them: a parameter may be replaced at any time, in the
-        model and in the optimiser.
+        An optimiser that holds all of the layers' parameters is not looked at again: it moves each of them, or what
+        replaced it in the model, or nothing.
         """
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        holder, held = self._holds_all.get(id(optimizer), (None, 0))
-        if holder is not None and holder() is optimizer and held == size:
-            return None
+        groups = optimizer.param_groups
+        size = len(groups[0]["params"]) if len(groups) == 1 else sum([len(group["params"]) for group in groups])
+        turn = self._turns.get(id(optimizer))
+        if turn is None or turn.size != size or turn.optimizer() is not optimizer:
+            index = next((i for i, other in enumerate(trainer.optimizers) if other is optimizer), -1)
+            batch = turn.batch if turn is not None and turn.optimizer() is optimizer else None
+            holds_all = len(self._parameters_of(optimizer)) == len(self.regularizer.penalised_parameters())
+            turn = self._turns[id(optimizer)] = _Turn(weakref.ref(optimizer), index, size, holds_all, batch)
+        return turn
+
+    def _parameters_of(self, optimizer: Optimizer) -> list[Tensor]:
+        """Return the selected layers' parameters that an optimiser moves."""
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        own: list[Tensor] = [p for op in self.regularizer.operators for p in self.regularizer.penalised(op)]
-        moved = [p for p in own if id(p) in ids]
-        if len(moved) < len(own):
-            return moved
-        self._holds_all[id(optimizer)] = weakref.ref(optimizer), size
-        return None
+        return [p for p in self.regularizer.penalised_parameters() if id(p) in ids]
 
     def _has_gradient(self, pl_module: LightningModule, optimizer: Optimizer) -> bool:
         """Whether a backward pass ran: after ``training_step`` returned None the penalty alone must not move weights.
@@ -281,7 +302,11 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             ran, self._backward_ran = self._backward_ran, False
             if not ran:
                 return False
-        return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    return True
+        return False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -307,7 +332,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._keep_until_training(state_dict["regularizer"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_is_selected": False, "_batch_of": {}, "_holds_all": {}, "_iterated_by": None}
+        return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
 
 
 def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:

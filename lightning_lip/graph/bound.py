@@ -96,6 +96,9 @@ class NetworkBound:
         self.selected_ids = {id(p) for op in self.operators for p in op.parameters}
         self._program = program
         self._nodes = list(nodes)
+        owners = [(module._parameters, key) for module, _, key in traced.owners.values()]
+        self._slots = [(slots, key, slots[key]) for slots, key in owners if slots.get(key) is not None]
+        """Where the model keeps its parameters, and those that it kept there at the last look."""
 
     @classmethod
     def trace(cls, model: nn.Module, example_input: object) -> NetworkBound:
@@ -140,6 +143,19 @@ class NetworkBound:
     def selected(self, op: LinearOperator) -> list[nn.Parameter]:
         """Return the parameters of an operator that belong to selected layers."""
         return [p for p in op.parameters if id(p) in self.selected_ids]
+
+    def follow_replaced(self) -> None:
+        """Take the parameters that the model holds now, which ``load_state_dict(assign=True)`` exchanges, for one."""
+        replaced: dict[int, nn.Parameter] = {}
+        for index, (slots, key, known) in enumerate(self._slots):
+            now = slots.get(key)
+            if now is not known and now is not None:
+                replaced[id(known)] = now
+                self._slots[index] = slots, key, now
+        if replaced:
+            self.selected_ids = {id(replaced[i]) if i in replaced else i for i in self.selected_ids}
+            for op in self.operators:
+                op.replace_parameters(replaced)
 
     def log_bound(self, log_sigma: Tensor) -> Tensor:
         """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.

@@ -34,6 +34,9 @@ class ProductBound:
         """Return the parameters of an operator that belong to selected layers: all of them."""
         return list(op.parameters)
 
+    def follow_replaced(self) -> None:
+        """Do nothing: the operators look their parameters up in the model."""
+
     def log_bound(self, log_sigma: Tensor) -> Tensor:
         """Return the logarithm of the product, shape (), differentiable in `log_sigma`, shape (L,)."""
         return repeated(log_sigma, self.multiplicities).sum()

@@ -154,7 +154,7 @@ class SpectralNorms:
                 self._loaded = self.state_dict()
             self._keys = [_key(op, weight) for op, weight in zip(self.operators, weights, strict=True)]
             self._start(weights)
-            self._served = served
+            self._served, self._addresses = served, []
         return weights
 
     @without_modes()

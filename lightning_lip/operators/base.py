@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class LinearOperator(ABC):
     is_matrix = False
     """Whether :meth:`weight` is the operator's matrix (m, n), which the compiled kernels can serve."""
 
+    _parameters: tuple[nn.Parameter, ...] = ()
+    """What a weight is computed from, where :attr:`parameters` does not look it up in the module."""
+
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
         self.module = module
@@ -44,6 +47,10 @@ class LinearOperator(ABC):
     @abstractmethod
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters that the weight is, or is computed from."""
+
+    def replace_parameters(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Take new parameters for old ones, given by the ids of the old ones."""
+        self._parameters = tuple(replaced.get(id(p), p) for p in self._parameters)
 
     @abstractmethod
     def weight(self) -> Tensor:

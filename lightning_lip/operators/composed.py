@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,11 @@ class ScaledOperator(LinearOperator):
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """The base's and the normalisation's."""
         return (*self.base.parameters, *self._parameters)
+
+    def replace_parameters(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Take new parameters for old ones, the base's included."""
+        super().replace_parameters(replaced)
+        self.base.replace_parameters(replaced)
 
     @property
     def scale_parameters(self) -> tuple[nn.Parameter, ...]:

@@ -22,7 +22,7 @@ from lightning_lip.checks import (
 )
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -136,18 +136,20 @@ class LipschitzRegularizer:
         advance = torch.is_grad_enabled() and self._model.training
         if torch.compiler.is_compiling():
             parameters = self.parameters()
-            penalised = {id(p) for op in self.operators for p in self.penalised(op)}
+            penalised = {id(p) for p in self.penalised_parameters()}
             trainable = [i for i, p in enumerate(parameters) if p.requires_grad and id(p) in penalised]
             return compiled.penalty(parameters, trainable, self._handle, advance)
         return self.eager_value(advance)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the operators' weights are computed from, each once."""
+        self._bound.follow_replaced()
         return list(dict.fromkeys(p for op in self.operators for p in op.parameters))
 
     @without_autocast()
     def eager_value(self, advance: bool) -> Tensor:
         """Return :meth:`value`, as Python runs it; `advance` says whether the vectors may advance."""
+        self._bound.follow_replaced()
         if not self._is_whole:
             instead = "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards."
             refuse_sharded(self._model, "LipschitzRegularizer.value(), and LipschitzMixin with it,", instead)
@@ -156,10 +158,10 @@ class LipschitzRegularizer:
         step = self._step if version == self._step_version else None
         if step is None and advance:
             # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
-            step = _copied(self._norms.step())
+            step = self._norms.step().copied()
             self._step, self._step_version = step, version
         elif step is None:
-            step = _copied(self._norms.current())
+            step = self._norms.current().copied()
         norms = [self._norm(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
         sigma = torch.stack([norm.to(step.sigma) for norm in norms])
         # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
@@ -202,6 +204,7 @@ class LipschitzRegularizer:
     def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:
         """Do what :meth:`add_grad_` does; the next call may overwrite the tensor that is returned."""
         self._step_version = None
+        self._bound.follow_replaced()
         allowed = None if parameters is None else {id(p) for p in parameters}
         if self._code is not None and not isinstance(scale, Tensor):
             factor = self.coefficient * scale
@@ -215,7 +218,7 @@ class LipschitzRegularizer:
     def _add_grad_in_parts_(self, scale: float | Tensor, advance: bool, allowed: set[int] | None) -> Tensor:
         """Iterate, take the derivative in the L spectral norms, and add the gradients, one after the other."""
         step = self._norms.step() if advance else self._norms.current()
-        sigma = _double(step.sigma)
+        sigma = in_double(step.sigma)
         with torch.enable_grad():
             log_sigma = sigma.log().requires_grad_()
             value = self.penalty_of(log_sigma)
@@ -256,6 +259,11 @@ class LipschitzRegularizer:
         """Return those of an operator's parameters that belong to the selected layers."""
         return self._bound.selected(op)
 
+    def penalised_parameters(self) -> list[nn.Parameter]:
+        """Return the selected layers' parameters, as the model holds them now."""
+        self._bound.follow_replaced()
+        return [p for op in self.operators for p in self.penalised(op)]
+
     def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
         """Return the operator's norm, differentiable in its penalised parameters only."""
         penalised = self.penalised(op)
@@ -292,7 +300,7 @@ class LipschitzRegularizer:
 
     def log_sigma(self) -> Tensor:
         """Return the logarithms of :meth:`sigma`, shape (L,), fp64 where the device has it; -inf for a zero layer."""
-        return _double(self.sigma()).log()
+        return in_double(self.sigma()).log()
 
     def sigma_upper(self) -> Tensor:
         """Return upper bounds of the L spectral norms, shape (L,), true in exact arithmetic; no certificate.
@@ -320,7 +328,7 @@ class LipschitzRegularizer:
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
         with torch.inference_mode(False):
-            self._step, self._step_version = _copied(self._norms.step()), self._version()
+            self._step, self._step_version = self._norms.step().copied(), self._version()
 
     def bound(self) -> Tensor:
         """Return the bound with the present estimates, shape (), fp64 where the device has it.
@@ -383,13 +391,3 @@ class LipschitzRegularizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a handle of its own."""
         self.__dict__.update(state, _handle=compiled.register(self))
-
-
-def _copied(step: kernels.PowerStep) -> kernels.PowerStep:
-    left, right = [u.clone() for u in step.left], [v.clone() for v in step.right]
-    return kernels.PowerStep(step.sigma.clone(), left, right, [])
-
-
-def _double(sigma: Tensor) -> Tensor:
-    """Return sigma in fp64, where the device has it: L scalars cost nothing, and S keeps its digits."""
-    return sigma if sigma.device.type == "mps" else sigma.double()

@@ -102,6 +102,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         """A state that waits for training to start, and the model that was in training when it was loaded."""
         self._loaded_for: nn.Module | None = None
         self._is_watched = False
+        self._read_tags: tuple[str, ...] = ()
 
     @property
     @override
@@ -134,7 +135,8 @@ class SelectingCallback(BaseCallback, Generic[Core]):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_watched = is_watched_within_epochs(trainer, *self.watched_tags)
+        self._read_tags = tuple(self.watched_tags)
+        self._is_watched = is_watched_within_epochs(trainer, *self._read_tags)
         refuse_replaced(pl_module, self.watched_operators, self.key)
 
     @override
@@ -178,7 +180,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
 
     def _is_read(self, trainer: Trainer) -> bool:
         """Whether anyone reads what this callback would log at the end of this training batch."""
-        return is_read(trainer, self._is_watched, *self.watched_tags)
+        return is_read(trainer, self._is_watched, *self._read_tags)
 
     def _vectors(self) -> dict[str, Any] | None:
         """Return the state of the core; before training what was loaded."""
