@@ -203,7 +203,12 @@ def normalised(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
 
 
 def channel_after(
-    name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], channel: int, result: Tensor
+    name: str,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    channel: int,
+    result: Tensor,
 ) -> int | None:
     """Return the dimension of the channels after a view of a tensor whose dimension `channel` they were; None if none.
 

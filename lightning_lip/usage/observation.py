@@ -1,0 +1,74 @@
+"""What one forward pass showed of a model: its layers' operators, and the normalisations in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.usage.normalisation import Placed, place_normalisations
+from lightning_lip.usage.observer import Observer, Use
+from lightning_lip.usage.operators import operator_in_use
+from lightning_lip.usage.values import Stored
+
+
+class Observation:
+    """What an :class:`~lightning_lip.usage.observer.Observer` saw of a model.
+
+    Args:
+        model: The model.
+        observer: It, after one forward pass.
+    """
+
+    def __init__(self, model: nn.Module, observer: Observer) -> None:
+        self._model = model
+        self._uses = observer.uses
+        self._normalisations = observer.normalisations
+        self._normalising = {id(call.module) for call in observer.normalisations}
+        self._by_layer: dict[int, list[Use]] = {}
+        for use in observer.uses.values():
+            self._by_layer.setdefault(id(use.weight.owner.layer), []).append(use)
+        self._made: dict[int, Use] = {}
+        """The uses of the operators that were made here, by their ids."""
+
+    def operators_of(self, module: nn.Module, name: str) -> Sequence[LinearOperator]:
+        """Return the operators of the weights that a module owns; none for a normalisation, or a table of a head.
+
+        Args:
+            module: The module.
+            name: Its name in the model.
+
+        Raises:
+            UnsupportedLayerError: If its parameters multiplied nothing, or cannot be worked with.
+        """
+        operators = []
+        for use in self._by_layer.get(id(module), []):
+            operator = operator_in_use(use)
+            self._made[id(operator)] = use
+            operators.append(operator)
+        if not operators and not self._is_counted_elsewhere(module):
+            raise UnsupportedLayerError("the first forward pass multiplied nothing by its parameters")
+        return operators
+
+    def _is_counted_elsewhere(self, module: nn.Module) -> bool:
+        """Whether a module is a normalisation, or holds parameters only that multiply in other modules."""
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        used = {id(p) for use in self._uses.values() for p in use.weight.parameters}
+        return id(module) in self._normalising or (bool(own) and own <= used)
+
+    def use_of(self, operator: LinearOperator) -> Use | None:
+        """Return how an operator's weight was used; None if that was not seen."""
+        if id(operator) in self._made:
+            return self._made[id(operator)]
+        parameters = {id(p) for p in operator.parameters}
+        for use in self._uses.values():
+            if isinstance(use.weight, Stored) or use.weight.owner.layer is operator.module:
+                if {id(p) for p in use.weight.parameters} == parameters:
+                    return use
+        return None
+
+    def place(self, operators: Sequence[LinearOperator], chosen: Collection[int], leave_out: bool) -> Placed:
+        """Return the operators with the selected normalisations; see :func:`.place_normalisations`."""
+        return place_normalisations(self._model, operators, self.use_of, self._normalisations, chosen, leave_out)
