@@ -151,7 +151,7 @@ _REGISTERED: set[type[nn.Module]] = set()
 
 
 def register_matrix(module_type: type[nn.Module], function: Callable[[Any], Tensor]) -> None:
-    """Take what `function` returns for the matrix (m, n) of every module of a type, and of all that is in the module."""
+    """Take what `function` returns for the matrix (m, n) of every module of a type, with all that is in the module."""
 
     def operator(module: nn.Module, name: str) -> LinearOperator:
         def compute() -> Tensor:

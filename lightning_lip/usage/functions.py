@@ -203,18 +203,13 @@ def normalised(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
 
 
 def channel_after(
-    name: str,
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    channel: int,
-    result: Tensor,
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], channel: int, result: Tensor
 ) -> int | None:
-    """Return the dimension of the channels after a view of a tensor whose dimension `channel` they were; None if none.
+    """Return the dimension of the channels after a view of a tensor where they were dimension `channel`; None if none.
 
     A change of shape keeps them where the result has a dimension of their size with as many entries behind it.
     """
-    shape = tuple(args[0].shape)
+    shape, name = tuple(args[0].shape), name_of(function)
     if name in _RESHAPES:
         size, behind = shape[channel], math.prod(shape[channel + 1 :])
         fits = [d for d, n in enumerate(result.shape) if n == size and math.prod(result.shape[d + 1 :]) == behind]

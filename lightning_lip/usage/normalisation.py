@@ -1,9 +1,9 @@
-"""Normalisations in a product of norms: fused with the layer before them, or undoing its scale, or factors of their own.
+"""Normalisations in a product of norms: fused with the layer before them, undoing its scale, or factors of their own.
 
 A layer whose output only goes into a LayerNorm, RMSNorm, GroupNorm or InstanceNorm is scale-invariant: with c W for W
 the network is the same, so that its norm says nothing, and it is left out; the normalisation's gain enters as a factor,
 max |gamma|. A batch normalisation divides by its running statistics, which know nothing of a new scale: behind a layer
-both are one operator, diag(gamma / sqrt(var + eps)) W; elsewhere it is a factor of its own, max |gamma| / sqrt(var + eps).
+both are one operator, diag(gamma / sqrt(var + eps)) W; elsewhere it is a factor of its own, its largest scale.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_lip.constants.modules import batch_norm_scale
 from lightning_lip.models.modules import walk
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
-from lightning_lip.usage.observer import Normalisation, Use
+from lightning_lip.usage.records import Normalisation, Use
 
 
 @dataclass(frozen=True)

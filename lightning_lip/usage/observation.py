@@ -9,8 +9,9 @@ from torch import nn
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.usage.normalisation import Placed, place_normalisations
-from lightning_lip.usage.observer import Observer, Use
+from lightning_lip.usage.observer import Observer
 from lightning_lip.usage.operators import operator_in_use
+from lightning_lip.usage.records import Use
 from lightning_lip.usage.values import Stored
 
 
@@ -64,9 +65,9 @@ class Observation:
             return self._made[id(operator)]
         parameters = {id(p) for p in operator.parameters}
         for use in self._uses.values():
-            if isinstance(use.weight, Stored) or use.weight.owner.layer is operator.module:
-                if {id(p) for p in use.weight.parameters} == parameters:
-                    return use
+            is_own = isinstance(use.weight, Stored) or use.weight.owner.layer is operator.module
+            if is_own and {id(p) for p in use.weight.parameters} == parameters:
+                return use
         return None
 
     def place(self, operators: Sequence[LinearOperator], chosen: Collection[int], leave_out: bool) -> Placed:

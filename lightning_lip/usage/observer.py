@@ -6,7 +6,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,67 +15,24 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lightning_lip.usage import functions
-from lightning_lip.usage.values import Computed, Stored, Value, derived, stored_tensors
+from lightning_lip.usage.records import Normalisation, Output, Use
+from lightning_lip.usage.values import (
+    Arranged,
+    Computed,
+    Item,
+    Stored,
+    Value,
+    derived,
+    is_value,
+    stored_tensors,
+    whole_matrix,
+)
 from lightning_lip.usage.written_out import candidates, is_scale_invariant
-
-
-@dataclass(eq=False)
-class Normalisation:
-    """One call of a normalisation.
-
-    Attributes:
-        module: The module that holds its tensors; None if it has none.
-        gain: gamma, or None.
-        variance: Its running variance; None if it divides by the size of its own input.
-        eps: What is added to the variance.
-        output: The output of a layer that it normalises, or None.
-        fits: Whether its channels are the layer's outputs, one by one, so that both are one operator.
-    """
-
-    module: nn.Module | None
-    gain: Value | None
-    variance: Value | None
-    eps: float
-    output: Output | None = None
-    fits: bool = False
-
-    @property
-    def identity(self) -> Hashable:
-        """The same for every call of one normalisation."""
-        value = self.variance or self.gain
-        return None if value is None else value.identity
-
-
-@dataclass(eq=False)
-class Output:
-    """What one call of a layer returned, and all that was done with it: normalisations, and None for anything else."""
-
-    use: Use
-    consumers: list[Normalisation | None] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Use:
-    """A weight that multiplied activations.
-
-    Attributes:
-        weight: Its value: a whole parameter, where slices of that multiply; else what is computed from parameters.
-        layouts: How it multiplied.
-        outputs: What its calls returned.
-        is_seen: Whether each call's output was seen, so that its consumers are all there are.
-        convolution: For a kernel: the function's name and settings, and the shape of one input.
-    """
-
-    weight: Value
-    layouts: set[functions.Layout] = field(default_factory=set)
-    outputs: list[Output] = field(default_factory=list)
-    is_seen: bool = True
-    convolution: tuple[str, dict[str, Any], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
 class _Followed:
-    """A tensor that is a layer's output but for views: whose, where the channels are, and whether it is that exactly."""
+    """A layer's output but for views, and where its channels are; None if they moved, or more than views was done."""
 
     output: Output
     channel: int | None
@@ -194,7 +151,7 @@ class Observer(TorchFunctionMode):
         if isinstance(result, Tensor) and (name in functions.CASTS or name == "data") and result.is_floating_point():
             self._remember(result, own[0])
             return
-        described = (repr(func), str(spec), *(v.identity if _is_value(v) else repr(v) for v in own))
+        described = (repr(func), str(spec), *(v.identity if is_value(v) else repr(v) for v in own))
         identity = self._numbers.setdefault(described, len(self._numbers))
         shape = tuple(result.shape) if isinstance(result, Tensor) else ()
         value = Computed(func, tuple(own), spec, identity, shape)
@@ -203,7 +160,7 @@ class Observer(TorchFunctionMode):
             return
         for index, tensor in enumerate(results):
             if isinstance(tensor, Tensor):
-                self._remember(tensor, derived(_Item(index), value, tensor.shape, ("item", index)))
+                self._remember(tensor, derived(Item(index), value, tensor.shape, ("item", index)))
 
     def _multiply(
         self,
@@ -221,7 +178,7 @@ class Observer(TorchFunctionMode):
         for product in functions.multiplied(func, args, kwargs):
             for tensor in product.weights:
                 weight = values.get(id(tensor)) if isinstance(tensor, Tensor) else None
-                if not _is_value(weight) or not tensor.is_floating_point() or not weight.parameters:
+                if not is_value(weight) or not tensor.is_floating_point() or not weight.parameters:
                     continue
                 layout: functions.Layout = product.layout
                 if layout == "convolution":
@@ -231,7 +188,7 @@ class Observer(TorchFunctionMode):
                         settings = functions.convolution_geometry(name, args, kwargs)
                         use.convolution = name, settings, tuple(product.value.shape[-rank:])
                 elif len(weight.shape) == 2:
-                    whole, is_transposed = _whole(weight)
+                    whole, is_transposed = whole_matrix(weight)
                     if is_transposed:
                         layout = "columns" if layout == "rows" else "rows"
                     use = self._use(whole, layout)
@@ -254,18 +211,18 @@ class Observer(TorchFunctionMode):
             operands = list(operands[0])
         for index, tensor in enumerate(operands):
             weight = values.get(id(tensor)) if isinstance(tensor, Tensor) else None
-            parts = functions.contraction(equation, len(operands), index) if _is_value(weight) else None
+            parts = functions.contraction(equation, len(operands), index) if is_value(weight) else None
             if parts is None:
                 continue
             sizes = [[weight.shape[d] for d in dims] for dims in (parts.blocks, parts.rows, parts.columns)]
             if not parts.blocks and len(weight.shape) == 2 and len(parts.rows) == 1:
-                whole, _ = _whole(weight)
+                whole, _ = whole_matrix(weight)
                 self._use(whole, "columns").is_seen = False
                 continue
             blocks, rows, columns = (int(torch.Size(size).numel()) for size in sizes)
             shape = (blocks, rows, columns) if parts.blocks else (rows, columns)
             order = (*parts.blocks, *parts.rows, *parts.columns)
-            matrix = derived(_Arranged(order, shape), weight, shape, (order, shape))
+            matrix = derived(Arranged(order, shape), weight, shape, (order, shape))
             self._use(matrix, "blocks" if parts.blocks else "columns").is_seen = False
         return []
 
@@ -294,7 +251,7 @@ class Observer(TorchFunctionMode):
         if found is None or not isinstance(found.value, Tensor):
             return None
         gain, variance = (values.get(id(t)) if isinstance(t, Tensor) else None for t in (found.gain, found.variance))
-        gain, variance = (value if _is_value(value) else None for value in (gain, variance))
+        gain, variance = (value if is_value(value) else None for value in (gain, variance))
         owner = gain.owner if variance is None and gain is not None else None if variance is None else variance.owner
         event = Normalisation(None if owner is None else owner.layer, gain, variance, found.eps)
         followed = values.get(id(found.value))
@@ -308,7 +265,7 @@ class Observer(TorchFunctionMode):
         """Take the gain of a written-out normalisation: what multiplies in it."""
         event = self._inside[-1][0] if self._inside else None
         if event is not None and event.gain is None and name in functions.PRODUCTS:
-            gains = [values[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor) and _is_value(values[id(leaf)])]
+            gains = [values[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor) and is_value(values[id(leaf)])]
             event.gain = next((gain for gain in gains if gain.parameters), None)
 
     def _follow(
@@ -323,7 +280,7 @@ class Observer(TorchFunctionMode):
             channel = None
         elif name in functions.VIEWS:
             if channel is not None and result is not args[0]:
-                channel = functions.channel_after(name, func, args, kwargs, channel, result)
+                channel = functions.channel_after(func, args, kwargs, channel, result)
         else:
             return False
         self._remember(result, _Followed(followed.output, channel))
@@ -376,54 +333,13 @@ class Observer(TorchFunctionMode):
         self._known[id(tensor)] = weakref.ref(tensor), value
 
 
-@dataclass(frozen=True)
-class _Item:
-    """Takes one of several results."""
-
-    index: int
-
-    def __call__(self, results: Any) -> Any:
-        return results[self.index]
-
-
-@dataclass(frozen=True)
-class _Arranged:
-    """Brings a weight's dimensions into the order of a matrix, or of blocks of matrices."""
-
-    order: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        return weight.permute(self.order).reshape(self.shape)
-
-
-def _is_value(value: Any) -> bool:
-    return isinstance(value, (Stored, Computed))
-
-
 def _has_tensor(result: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
 
 
-def _whole(weight: Value) -> tuple[Value, bool]:
-    """Return the matrix that a weight is a slice or the transpose of, if any, and whether it is transposed."""
-    value, is_transposed = weight, False
-    while isinstance(value, Computed) and len(value.sources) == 1:
-        function = value.function
-        name = "getitem" if isinstance(function, _Item) else functions.name_of(function)
-        if name in functions.TRANSPOSITIONS:
-            is_transposed = not is_transposed
-        elif name not in functions.SLICES:
-            break
-        value = value.sources[0]
-    if isinstance(value, Stored) and len(value.shape) == 2:
-        return value, is_transposed
-    return weight, False
-
-
 @contextlib.contextmanager
 def _eagerly() -> Iterator[None]:
-    """Run what is compiled as it was written, for the time of the context: compiled code calls no functions of torch."""
+    """Run what is compiled as it was written, inside the context: compiled code calls no functions of torch."""
     if "torch._dynamo" not in sys.modules:
         yield
         return

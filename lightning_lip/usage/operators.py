@@ -15,7 +15,7 @@ from lightning_lip.operators.base import LinearOperator, MatrixOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
 from lightning_lip.operators.known import check_weight
-from lightning_lip.usage.observer import Use
+from lightning_lip.usage.records import Use
 from lightning_lip.usage.values import Stored
 
 

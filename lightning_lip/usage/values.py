@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from lightning_lip.models.modules import is_lora, walk
+from lightning_lip.usage.functions import SLICES, TRANSPOSITIONS, name_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,3 +173,47 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[Tensor, Stored]]:
                 if present is None or isinstance(present[1].layer, (nn.Embedding, nn.EmbeddingBag)):
                     found[id(tensor)] = tensor, Stored(holder, key, tuple(tensor.shape), f.module, f.name, full)
     yield from found.values()
+
+
+@dataclass(frozen=True)
+class Item:
+    """Takes one of several results."""
+
+    index: int
+
+    def __call__(self, results: Any) -> Any:
+        """Return it."""
+        return results[self.index]
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Brings a weight's dimensions into the order of a matrix, or of blocks of matrices."""
+
+    order: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return the matrix, or the blocks."""
+        return weight.permute(self.order).reshape(self.shape)
+
+
+def is_value(value: object) -> bool:
+    """Whether an object is a value of this module."""
+    return isinstance(value, (Stored, Computed))
+
+
+def whole_matrix(weight: Value) -> tuple[Value, bool]:
+    """Return the matrix that a weight is a slice or the transpose of, if any, and whether it is transposed."""
+    value, is_transposed = weight, False
+    while isinstance(value, Computed) and len(value.sources) == 1:
+        function = value.function
+        name = "getitem" if isinstance(function, Item) else name_of(function)
+        if name in TRANSPOSITIONS:
+            is_transposed = not is_transposed
+        elif name not in SLICES:
+            break
+        value = value.sources[0]
+    if isinstance(value, Stored) and len(value.shape) == 2:
+        return value, is_transposed
+    return weight, False
