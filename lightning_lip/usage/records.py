@@ -12,7 +12,7 @@ from lightning_lip.usage.functions import Layout
 from lightning_lip.usage.values import Value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Normalisation:
     """One call of a normalisation.
 
@@ -39,7 +39,7 @@ class Normalisation:
         return None if value is None else value.identity
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Output:
     """What one call of a layer returned, and all that was done with it: normalisations, and None for anything else."""
 
@@ -47,7 +47,7 @@ class Output:
     consumers: list[Normalisation | None] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Use:
     """A weight that multiplied activations.
 
