@@ -27,7 +27,7 @@ def bench(
     turn in one run; then the penalty on networks of growing depth and width. Prints a table for each model: the time of
     a step, the memory added, the error of the norms, and what they guarantee; then what peers add over what the penalty
     adds. Leaves steps.csv, growth.csv, bench.json and the plots as PNG under --out. Needs
-    pip install "lightning-lip[bench]". An interrupted run goes on where it was when it is started again.
+    pip install -e ".[bench]" in a checkout. An interrupted run goes on where it was when it is started again.
 
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.

@@ -201,6 +201,31 @@ def check_numbers(name: str, values: object) -> tuple[float, ...]:
         ) from None
 
 
+def check_scale(name: str, value: object) -> None:
+    """Check that an argument is a number or a floating-point tensor of shape ().
+
+    Raises:
+        TypeError: If it is neither a number nor a tensor.
+        ValueError: If it is another tensor.
+    """
+    if not isinstance(value, Tensor):
+        check_numbers(name, [value])
+    elif value.shape != () or not value.is_floating_point() or value.is_meta:
+        raise ValueError(f"Expected `{name}` to be a number or a tensor of shape (), got {shown(value)}.")
+
+
+def check_parameters(name: str, values: object) -> list[nn.Parameter]:
+    """Return a sequence of parameters as a list.
+
+    Raises:
+        TypeError: If it is no sequence, or holds anything else.
+    """
+    parameters = check_items(name, values, "a sequence of tensors")
+    if not all(isinstance(p, nn.Parameter) for p in parameters):
+        raise TypeError(f"Expected `{name}` to hold parameters of the model, got {shown(parameters)}.")
+    return parameters
+
+
 def check_levels(name: str, values: object, distinct: bool = True) -> tuple[float, ...]:
     """Return a sequence of noise levels or of sizes of a perturbation as floats.
 

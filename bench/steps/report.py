@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_lip.bench.steps.growth import Point
 from lightning_lip.bench.steps.measure import PLAIN, Result, Row
 from lightning_lip.reporting.console import make_table, print_line
+from lightning_lip.reporting.extras import install_command
 
 SECTIONS = {"none": None, "true": "the true operators", "reshaped": "kernels as matrices (c_out, -1)"}
 
@@ -44,7 +45,7 @@ def print_result(console: Console, result: Result) -> None:
         grid.add_row(*_cells(row))
     console.print(grid)
     for title, module in result.missing.items():
-        print_line(console, f'  {title}: not installed ({module}): pip install "lightning-lip[bench]"')
+        print_line(console, f"  {title}: not installed ({module}): {install_command('bench')}")
     for line in findings(result):
         print_line(console, "  " + line)
 

@@ -21,6 +21,7 @@ from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.tables import predicted_traffic
 from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
+from lightning_lip.reporting.extras import install_command
 from lightning_lip.reporting.finished import Finished
 
 Shapes = list[tuple[int, int]]
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         plot(options.output / "kernels.png", table, about)
     except ImportError:
-        print("No figure: matplotlib is not installed (pip install 'lightning-lip[paper]').")
+        print(f"No figure: matplotlib is not installed ({install_command('paper')}).")
 
 
 if __name__ == "__main__":

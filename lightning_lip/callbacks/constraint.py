@@ -51,14 +51,16 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         target: M, positive.
         method: ``"joint"``, ``"log_clip"``, ``"per_layer"`` or ``"scaling"``.
         metric: ``"relative"`` or ``"euclidean"``, of the method ``"joint"``.
-        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
         every_n_steps: Project after every n-th optimiser step only; the weights are within the budget then, and in
             every checkpoint, not between.
         initial_target: M at the start, from which it goes to `target` geometrically; None starts with `target`.
         tighten_steps: The optimiser steps that this takes; at least 1 with an `initial_target`.
-        example_input: An input of the model: its graph is traced, and the bound is that of the whole network. None
-            takes the module's ``example_input_array``; without either it is the product over the selected layers.
+        example_input: An input of the model: its graph is traced, and the bound is that of the whole network.
+            ``"batch"`` or ``"batch:<key>"`` takes it from the first training batch, as in :class:`LipschitzPenalty`;
+            training then starts at that batch. None takes the module's ``example_input_array``; without any it is the
+            product over the selected layers.
         block_size: Singular vectors a layer to start with.
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
@@ -87,8 +89,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         target: float,
         method: Method = "joint",
         metric: Metric = "relative",
-        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
-        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        layers: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
+        exclude: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
         every_n_steps: int = 1,
         initial_target: float | None = None,
         tighten_steps: int = 0,
@@ -147,10 +149,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
             )
 
     @override
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
-        # on_fit_start.
-        projector = LipschitzProjector(pl_module, self.target, **self._arguments)
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        projector = LipschitzProjector(pl_module, self.target, **self.arguments(batch))
         if trainer.world_size > 1 and projector.bound_kind == "bound":
             refuse_statistics_of_one_rank(pl_module, "the product of the layers, without an example input")
         if not self._start(projector, pl_module):
@@ -205,7 +205,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.project()
+        if not self._awaits_batch:  # an epoch without a batch
+            self.project()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

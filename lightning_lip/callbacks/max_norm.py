@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,10 +12,13 @@ from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.base import BaseCallback
 from lightning_lip.callbacks.lightning.trainer import refuse_strategy
-from lightning_lip.checks import check_number
+from lightning_lip.checks import check_choice, check_number
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.operators.selection import check_selection, find_operators
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.known import operator_of
+from lightning_lip.operators.selection import Unknown, check_selection, cover
+from lightning_lip.reporting.messages import tell
 
 
 class MaxNorm(BaseCallback):
@@ -27,24 +30,29 @@ class MaxNorm(BaseCallback):
 
     Args:
         max_value: Largest norm of a unit's incoming weights; positive.
-        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
+        unknown: ``"skip"`` leaves out the layers that are no plain matrix (convolutions, embeddings, parametrised
+            weights) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them by name.
 
     Raises:
         ValueError: If `max_value` is not a positive finite number. At the start of training: if a selection matches
-            nothing, or a selected weight is parametrised.
-        UnsupportedLayerError: At the start of training, if a selected layer with weights is not a matrix.
+            nothing.
+        UnsupportedLayerError: At the start of training, if a layer is refused, or none is a plain matrix.
     """
 
     def __init__(
         self,
         max_value: float,
-        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
-        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        layers: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
+        exclude: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
+        unknown: Unknown = "skip",
     ) -> None:
         self.max_value = check_number("max_value", max_value, positive=True)
         check_selection(layers, exclude)
         self._layers, self._exclude = layers, exclude
+        check_choice("unknown", unknown, get_args(Unknown))
+        self._unknown = unknown
         self._weights: list[nn.Parameter] = []
         self._n_clipped: Tensor | None = None
 
@@ -61,19 +69,11 @@ class MaxNorm(BaseCallback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_sharded(pl_module, "MaxNorm", "Use DDP or a single device, or remove the callback.")
-        self._weights = []
-        for op in find_operators(pl_module, self._layers, self._exclude):
-            weight = op.direct_parameter
-            if not op.is_matrix:
-                raise UnsupportedLayerError(
-                    f"MaxNorm takes linear layers only, not {op.name!r} ({type(op.module).__name__}): leave it out "
-                    "with `exclude`."
-                )
-            if weight is None:
-                raise ValueError(
-                    f"MaxNorm cannot rescale the parametrised weight of layer {op.name!r}: leave it out with `exclude`."
-                )
-            self._weights.append(weight)
+        problem = "MaxNorm takes layers whose weight is a matrix of its own, and these selected ones have none"
+        coverage = cover(pl_module, self._layers, self._exclude, self._unknown, [_plain_matrix], problem)
+        if coverage.skipped:
+            tell(f'MaxNorm: {coverage}\nunknown="refuse" refuses what is left out.')
+        self._weights = [op.direct_parameter for op in coverage.operators if op.direct_parameter is not None]
 
     @override
     def on_train_batch_end(
@@ -83,6 +83,20 @@ class MaxNorm(BaseCallback):
             if weight.requires_grad:
                 clipped = clip_rows_(weight.detach(), self.max_value)
                 self._n_clipped = clipped if self._n_clipped is None else self._n_clipped + clipped.to(self._n_clipped)
+
+
+def _plain_matrix(module: nn.Module, name: str) -> list[LinearOperator]:
+    """Return the operator of a layer whose weight is a matrix that can be written.
+
+    Raises:
+        UnsupportedLayerError: If it is none.
+    """
+    operator = operator_of(module, name)
+    if not operator.is_matrix:
+        raise UnsupportedLayerError(f"a weight of type {type(module).__name__} is no matrix")
+    if operator.direct_parameter is None:
+        raise UnsupportedLayerError("its weight is parametrised")
+    return [operator]
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,14 +21,16 @@ from lightning_lip.callbacks.lightning.trainer import (
     logging_step,
     monitored_metrics,
     monitors_of,
+    refuse_other_kind,
     tensorboard_writers,
 )
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_integers, check_state, check_type
+from lightning_lip.checks import check_choice, check_integers, check_state, check_type
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 MAX_HISTORY = 512
@@ -107,31 +109,38 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     logging steps only.
 
     Args:
-        layers: Names, glob patterns or submodules to watch; None takes the penalty's, or every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to watch; None takes the penalty's, or every layer with a
+            weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer, r, of the monitor's own iteration.
         n_iterations: Iterations of its own a logging step.
         seed: Seed of the private generator that its own vectors start from.
-        example_input: An input of the model, whose graph is then traced; for the monitor's own iteration.
+        example_input: An input of the model, whose graph is then traced, or ``"batch"`` or ``"batch:<key>"`` for that
+            of the first training batch, as in :class:`LipschitzPenalty`; for the monitor's own iteration.
         figures_every_n_epochs: Draw figures and histograms at the end of every n-th epoch only; 0 draws none.
         certified: A :class:`CertifiedValidation` that this monitor runs at every validation: the certified bound, and
             the certified accuracy of a classifier or the certified worst-case MAE of a regression.
         name: Tells several monitors in one Trainer apart; it enters the logged names, ``lipschitz/<name>/product``. A
             named monitor takes the layers of the :class:`LipschitzPenalty` of the same name, if there is one; one
             without a name those of every penalty that no other monitor is named after.
+        unknown: What becomes of layers without a known norm in the monitor's own product: ``"skip"`` or ``"refuse"``,
+            as in :class:`LipschitzPenalty`.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
         TypeError: If `certified` or `name` is of another type.
-        UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
+        UnsupportedLayerError: At the start of training, if a layer without a known norm is refused, or the graph of
+            `example_input` has no known bound.
+        RuntimeError: At the start of training, if something monitors ``lipschitz/bound`` where it is
+            ``lipschitz/product``, or the reverse.
     """
 
     key = "LipschitzMonitor"
 
     def __init__(
         self,
-        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
-        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        layers: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
+        exclude: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
         block_size: int = 8,
         n_iterations: int = 3,
         seed: int = 0,
@@ -139,8 +148,11 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         figures_every_n_epochs: int = 1,
         certified: CertifiedValidation | None = None,
         name: str | None = None,
+        unknown: Unknown = "skip",
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        check_choice("unknown", unknown, get_args(Unknown))
+        self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):
@@ -191,11 +203,21 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._sources, self._core, self._last_logged = [], None, -1
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def takes_batch(self, trainer: Trainer) -> bool:
+        return super().takes_batch(trainer) or any(p.takes_batch(trainer) for p in self._lending(trainer))
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if not self._has_own_layers:
-            self._sources = self._lent_sources(trainer, pl_module)
+            self._sources = self._lent_sources(trainer, pl_module, batch)
         if not self._sources:
-            self._core = LipschitzRegularizer(pl_module, 0.0, **self._arguments)
+            self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch))
             self._sources = [Source(self.tag, self._core, None)]
+        for source in self._sources:
+            refuse_other_kind(trainer, source.tag, source.regularizer.bound_kind)
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
@@ -286,11 +308,15 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_loaded": self.state_dict() or None, "_sources": []}
 
-    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule) -> list[Source]:
+    def _lending(self, trainer: Any) -> list[LipschitzPenalty]:
+        """Return the trainer's penalties that lend this monitor their layers."""
+        return [penalty for penalty in _penalties(trainer) if self.reports(penalty, trainer)]
+
+    def _lent_sources(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> list[Source]:
         """Return the sources that the trainer's penalties lend or, without a penalty, the module's mixin."""
-        penalties = [c for c in trainer.callbacks if isinstance(c, LipschitzPenalty) and self.reports(c, trainer)]  # type: ignore[attr-defined]
+        penalties = self._lending(trainer)
         if penalties:
-            return [Source(p.tag, p.select_layers(pl_module), p.penalty_of) for p in penalties]
+            return [Source(p.tag, p.select_layers(pl_module, batch), p.penalty_of) for p in penalties]
         if isinstance(pl_module, LipschitzMixin):
             regularizer = pl_module.lipschitz_regularizer()
             return [Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -21,8 +21,10 @@ from lightning_lip.callbacks.lightning.trainer import (
     class_names,
     log_metrics,
     monitors_of,
+    refuse_other_kind,
 )
-from lightning_lip.checks import check_integers, check_number, check_state, check_type
+from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
+from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
@@ -63,8 +65,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         coefficient: lambda, the factor of the penalty; at least 0.
         penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``.
-        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
         n_iterations: Iterations a step.
@@ -73,17 +75,22 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         warmup_steps: Raise the coefficient linearly over this many optimiser steps; 0 starts with all of it.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
         example_input: An input of the model: its graph is traced, and the bound that is penalised is that of the whole
-            network, with activations, residuals and unselected layers. None takes the module's
-            ``example_input_array``; without either, the bound is the product over the selected layers.
+            network, with activations, residuals and unselected layers. ``"batch"`` takes it from the first training
+            batch (the batch, or the first entry of a tuple or list), ``"batch:<key>"`` takes ``batch[key]``. None takes
+            the module's ``example_input_array``; without any, the bound is the product over the selected layers.
         name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
             the logged names, ``lipschitz/<name>/penalty``.
+        unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
+            normalisations) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
             selected layer is trainable.
-        UnsupportedLayerError: At the start of training, if the operator of a selected layer is not known.
+        UnsupportedLayerError: At the start of training, if a layer without a known norm is refused, or the graph of
+            `example_input` has no known bound.
         RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, with an LBFGS that searches
-            along lines, or on several ranks with a traced bound that reads unsynchronised batch normalisation.
+            along lines, on several ranks with a traced bound that reads unsynchronised batch normalisation, or if
+            something monitors ``lipschitz/bound`` where it is ``lipschitz/product``, or the reverse.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -97,8 +104,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self,
         coefficient: float = 1e-3,
         penalty: PenaltyName | Penalty = "product",
-        layers: str | nn.Module | Sequence[str | nn.Module] | None = None,
-        exclude: str | nn.Module | Sequence[str | nn.Module] | None = None,
+        layers: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
+        exclude: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
         target: float = 1.0,
         block_size: int = 8,
         n_iterations: int = 1,
@@ -107,6 +114,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         seed: int = 0,
         example_input: Any = None,
         name: str | None = None,
+        unknown: Unknown = "skip",
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         self.coefficient = check_number("coefficient", coefficient)
@@ -115,7 +123,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         check_integers(0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
-        self._arguments |= {"penalty": penalty, "target": target}
+        check_choice("unknown", unknown, get_args(Unknown))
+        self._arguments |= {"penalty": penalty, "target": target, "unknown": unknown}
         self._is_selected = self._sizes_are_shared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
@@ -125,7 +134,9 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        skip_hooks(self, LipschitzPenalty, "on_train_batch_start", "on_before_zero_grad", "on_before_backward")
+        skip_hooks(self, LipschitzPenalty, "on_before_zero_grad", "on_before_backward")
+        if not isinstance(example_input, str):
+            skip_hooks(self, LipschitzPenalty, "on_train_batch_start")
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
@@ -158,8 +169,6 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
-        # on_fit_start.
         for optimizer in trainer.optimizers:
             if "LBFGS" in class_names(optimizer) and any(g["line_search_fn"] for g in optimizer.param_groups):
                 raise RuntimeError(
@@ -167,7 +176,13 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
                     "the penalty. Use LipschitzMixin and add self.lipschitz_penalty() to the loss, or "
                     "line_search_fn=None."
                 )
-        self.select_layers(pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    @override
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        self.select_layers(pl_module, batch)
+        if self._logs_bound(trainer):
+            refuse_other_kind(trainer, self.tag, self.regularizer.bound_kind)
         if trainer.world_size > 1 and self.regularizer.bound_kind == "bound":
             refuse_statistics_of_one_rank(
                 pl_module,
@@ -175,15 +190,15 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
                 "example input",
             )
 
-    def select_layers(self, pl_module: LightningModule) -> LipschitzRegularizer:
-        """Return the regulariser of this training run, which is made at the first call.
+    def select_layers(self, pl_module: LightningModule, batch: Any = None) -> LipschitzRegularizer:
+        """Return the regulariser of this training run, which is made at the first call, with the first batch at hand.
 
         Raises:
             ValueError: If no selected layer is trainable, or as :class:`LipschitzRegularizer` does.
         """
         if self._is_selected:
             return self.regularizer
-        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self._arguments)
+        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch))
         if not any(p.requires_grad for p in regularizer.penalised_parameters()):
             raise ValueError(
                 f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
@@ -240,16 +255,20 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     ) -> None:
         if self._n_steps == 0 or not self._is_read(trainer):
             return
-        monitors = monitors_of(trainer)
-        if any(monitor.reports(self, trainer) for monitor in monitors):
+        if any(monitor.reports(self, trainer) for monitor in monitors_of(trainer)):
             return
         log_sigma = self.regularizer.log_sigma()
         log_bound = self.regularizer.log_bound_of(log_sigma)
         bound, value = torch.stack([log_bound.exp(), self.penalty_of(log_sigma)]).tolist()
         metrics = {f"{self.tag}/penalty": value}
-        if all(monitor.tag != self.tag for monitor in monitors):  # one with layers of its own logs theirs there
+        if self._logs_bound(trainer):
             metrics[f"{self.tag}/{self.regularizer.bound_kind}"] = bound
         log_metrics(trainer, pl_module, metrics)
+
+    def _logs_bound(self, trainer: Trainer) -> bool:
+        """Whether the bound is this callback's to log: a monitor of the same tag logs its own there."""
+        monitors = monitors_of(trainer)
+        return all(monitor.tag != self.tag and not monitor.reports(self, trainer) for monitor in monitors)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -335,10 +354,12 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
 
 
-def _text(selection: str | nn.Module | Sequence[str | nn.Module] | None) -> str:
+def _text(selection: Selection | None) -> str:
     """Return a selection of layers as text: names and patterns as they are, a submodule by its type."""
     if selection is None or isinstance(selection, str):
         return selection or ""
+    if isinstance(selection, type):
+        return selection.__name__
     if isinstance(selection, nn.Module):
         return type(selection).__name__
     return ", ".join(_text(item) for item in selection)

@@ -11,14 +11,19 @@ from torch.nn.utils import parametrize
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.product import ProductBound
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.selection import Selected, Selection, find_operators, select
+from lightning_lip.operators.coverage import Coverage, share_of
+from lightning_lip.operators.selection import Selected, Selection, Unknown, cover, select
 
 Bound = ProductBound | NetworkBound
 
 
 def bound_of(
-    model: nn.Module, example_input: object, layers: Selection | None = None, exclude: Selection | None = None
-) -> Bound:
+    model: nn.Module,
+    example_input: object,
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    unknown: Unknown = "refuse",
+) -> tuple[Bound, Coverage]:
     """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
     In the graph every layer counts, and the selected ones' parameters are marked as such. A LightningModule's own
@@ -30,6 +35,11 @@ def bound_of(
         example_input: A tensor, a tuple of arguments, a dict of keyword arguments, or None.
         layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
         exclude: What to leave out.
+        unknown: What becomes of the layers without a known norm in the product, as in
+            :func:`~lightning_lip.operators.selection.cover`. In a graph they are always refused.
+
+    Returns:
+        The bound, and what the selection covers of the model.
 
     Raises:
         ValueError: If a selection matches nothing, or names layers that do not act on the output.
@@ -42,8 +52,10 @@ def bound_of(
             network = NetworkBound.trace(model, given)
             selected = select(model, layers, exclude)
             network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
-            return network
-        except ValueError as error:  # UnsupportedLayerError is one
+            layers_of = {s.found.name: type(s.found.module).__name__ for s in selected}
+            chosen = [op for op in network.operators if network.selected(op)]
+            return network, Coverage(network.operators, layers_of, (), share_of(model, chosen))
+        except (ValueError, TypeError, RuntimeError) as error:  # UnsupportedLayerError is a ValueError
             if example_input is not None:
                 raise
             warnings.warn(
@@ -51,7 +63,8 @@ def bound_of(
                 f"does instead. {error}",
                 stacklevel=3,
             )
-    return ProductBound(find_operators(model, layers, exclude))
+    coverage = cover(model, layers, exclude, unknown)
+    return ProductBound(coverage.operators), coverage
 
 
 def _parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:

@@ -35,7 +35,7 @@ def reproduce(
     several seeds; prints errors with and without input noise, spectral norms beside the paper's Table 1, paired
     tests over the seeds, and for each of the paper's four claims whether it holds in this run. Leaves results.json,
     the figures as PNG, a checkpoint for each regime and TensorBoard logs under --out. Needs
-    pip install "lightning-lip[paper]".
+    pip install -e ".[paper]" in a checkout.
 
     With --budget it trains other networks: the product of their spectral norms is certified to be at most M = 0.5 to
     16, by the joint projection, per-layer caps and other ways to share the budget between the layers, on Boston

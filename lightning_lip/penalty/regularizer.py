@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import (
+    check_choice,
     check_flag,
-    check_items,
     check_model,
     check_number,
-    check_numbers,
+    check_parameters,
+    check_scale,
     check_state,
     check_vectors,
-    shown,
 )
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import bound_of
@@ -28,10 +28,11 @@ from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator
-from lightning_lip.operators.selection import Selection
+from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty
+from lightning_lip.reporting.messages import tell
 
 
 class LipschitzRegularizer:
@@ -55,8 +56,8 @@ class LipschitzRegularizer:
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
             counts k times k times.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
-        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the vectors start from.
@@ -66,12 +67,17 @@ class LipschitzRegularizer:
             weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
+        unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
+            normalisations) and tells so once, but for one that `layers` names; ``"refuse"`` refuses them by name.
+
+    Attributes:
+        coverage: Which layers are covered, and which were left out and why; as text, a short table.
 
     Raises:
         TypeError: If the model is no module.
         ValueError: If an argument is out of range, a selection matches nothing, or no layer with a weight is left.
-        UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between the example
-            input and the output has no known finite Lipschitz constant.
+        UnsupportedLayerError: If a layer without a known norm is refused, or an operation between `example_input` and
+            the output has no known finite Lipschitz constant.
 
     Example:
         >>> import torch
@@ -100,13 +106,17 @@ class LipschitzRegularizer:
         seed: int = 0,
         example_input: Any = None,
         backend: kernels.Backend | None = None,
+        unknown: Unknown = "skip",
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
         self._penalty = get_penalty(penalty, target)
         self._model = model
         reshard(model)
-        self._bound = bound_of(model, example_input, layers, exclude)
+        check_choice("unknown", unknown, get_args(Unknown))
+        self._bound, self.coverage = bound_of(model, example_input, layers, exclude, unknown)
+        if self.coverage.skipped:
+            tell(f'Product of spectral norms: {self.coverage}\nunknown="refuse" refuses what is left out.')
         self.operators: list[LinearOperator] = self._bound.operators
         self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
         self._multiplicities = [op.multiplicity for op in self.operators]
@@ -190,15 +200,10 @@ class LipschitzRegularizer:
         Returns:
             scale * coefficient * penalty, shape (), detached.
         """
-        if not isinstance(scale, Tensor):
-            check_numbers("scale", [scale])
-        elif scale.shape != () or not scale.is_floating_point() or scale.is_meta:
-            raise ValueError(f"Expected `scale` to be a number or a tensor of shape (), got {shown(scale)}.")
+        check_scale("scale", scale)
         check_flag("advance", advance)
         if parameters is not None:
-            parameters = check_items("parameters", parameters, "a sequence of tensors")
-            if not all(isinstance(p, nn.Parameter) for p in parameters):
-                raise TypeError(f"Expected `parameters` to hold parameters of the model, got {shown(parameters)}.")
+            parameters = check_parameters("parameters", parameters)
         return self.accumulate_(scale, advance, parameters).clone()
 
     def accumulate_(self, scale: float | Tensor, advance: bool, parameters: Collection[Tensor] | None) -> Tensor:

@@ -158,7 +158,7 @@ class LipschitzProjector:
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
         refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
-        self._bound = bound_of(model, example_input, layers, exclude)
+        self._bound, _ = bound_of(model, example_input, layers, exclude)
         self.operators: list[LinearOperator] = self._bound.operators
         self._layers, self._reasons = projected_layers(
             self._bound, clip=method != "scaling", block_size=block_size, seed=seed

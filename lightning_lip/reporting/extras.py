@@ -5,6 +5,12 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+
+def install_command(name: str) -> str:
+    """Return the command that installs an extra, from a checkout: the package is on no index yet."""
+    return f'pip install -e ".[{name}]"'
+
+
 MODULES = ("matplotlib", "mlxtend", "scipy", "sklearn")
 
 
@@ -30,7 +36,7 @@ def extra(module: str, name: str = "paper") -> ModuleType:
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"This command needs {module.partition('.')[0]}, which is not installed ({error}). "
-            f'Install the extra: pip install "lightning-lip[{name}]"'
+            f"Install the extra, in a checkout of the repository: {install_command(name)}"
         ) from error
 
 

@@ -14,6 +14,7 @@ from lightning_lip.bench.contenders import peers
 from lightning_lip.bench.contenders.models import MODELS
 from lightning_lip.bench.steps import figures, growth, measure, report, run
 from lightning_lip.errors import UsageError
+from lightning_lip.reporting.extras import install_command
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_a_missing_extra_names_the_remedy(capsys, monkeypatch, tmp_path, module)
     monkeypatch.setitem(sys.modules, module, None)
     assert run_cli("bench", "--quick", "--out", str(tmp_path / "none")) == 2
     assert f"needs {module}" in (error := capsys.readouterr().err)
-    assert 'pip install "lightning-lip[bench]"' in error
+    assert install_command("bench") in error
     assert not (tmp_path / "none").exists()
 
 

@@ -9,7 +9,7 @@ from lightning_lip import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.product import ProductBound, repeated
 from lightning_lip.graph.selected import bound_of
-from lightning_lip.operators.selection import find_operators
+from lightning_lip.operators.selection import cover
 
 
 def shared():
@@ -18,7 +18,7 @@ def shared():
 
 
 def test_a_norm_is_a_factor_as_often_as_its_layer_counts():
-    bound = ProductBound(find_operators(shared()))
+    bound = ProductBound(cover(shared()).operators)
     assert (bound.kind, bound.multiplicities) == ("product", [2, 1])
     log_sigma = torch.tensor([0.5, -2.0], dtype=torch.float64, requires_grad=True)
     value = bound.log_bound(log_sigma)
@@ -31,7 +31,7 @@ def test_a_norm_is_a_factor_as_often_as_its_layer_counts():
 
 
 def test_the_logarithm_of_the_product_is_rounded_up():
-    bound = ProductBound(find_operators(shared()))
+    bound = ProductBound(cover(shared()).operators)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         norms = (20 * torch.randn(2, generator=generator, dtype=torch.float64)).exp().tolist()
@@ -44,7 +44,7 @@ def test_the_logarithm_of_the_product_is_rounded_up():
 
 def test_every_parameter_of_a_product_is_selected():
     model = nn.Sequential(nn.Linear(3, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
-    bound = ProductBound(find_operators(model))
+    bound = ProductBound(cover(model).operators)
     assert [bound.selected(op) for op in bound.operators] == [list(op.parameters) for op in bound.operators]
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     assert bound.selected(bound.operators[0])[0] is model[0].weight
@@ -64,16 +64,16 @@ class Squared(nn.Module):
 
 def test_an_input_decides_which_bound_it_is():
     model = shared()
-    assert isinstance(bound_of(model, None), ProductBound)
-    network = bound_of(model, torch.zeros(1, 3), layers="2")
+    assert isinstance(bound_of(model, None)[0], ProductBound)
+    network, _ = bound_of(model, torch.zeros(1, 3), layers="2")
     assert isinstance(network, NetworkBound)
     assert [network.selected(op) for op in network.operators] == [[], [model[2].weight]]
     model.example_input_array = torch.zeros(1, 3)
-    assert bound_of(model, None).kind == "bound"
+    assert bound_of(model, None)[0].kind == "bound"
 
 
 def test_a_modules_own_input_without_a_bound_leaves_the_product():
     with pytest.warns(UserWarning, match=r"(?s)the product of the layers does instead.*square"):
-        assert bound_of(Squared(), None).kind == "product"
+        assert bound_of(Squared(), None)[0].kind == "product"
     with pytest.raises(UnsupportedLayerError, match="square"):
         bound_of(Squared(), torch.zeros(1, 3))

@@ -13,13 +13,13 @@ from torch.nn.utils import parametrizations
 
 from lightning_lip.kernels.reference import PENALTY_CODES, power_step
 from lightning_lip.norms.spectral_norms import SpectralNorms
-from lightning_lip.operators.selection import find_operators
+from lightning_lip.operators.selection import cover
 
 net = partial(mlp, 20, 30, 30, 1)
 
 
 def norms_of(model, **kwargs):
-    return SpectralNorms(find_operators(model), **kwargs)
+    return SpectralNorms(cover(model).operators, **kwargs)
 
 
 def truth(model):
@@ -249,7 +249,7 @@ def test_ritz_values_of_a_convolution_a_zero_layer_and_nan():
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 5))
     nn.init.zeros_(model[2].weight)
     nn.init.constant_(model[3].weight, torch.nan)
-    operators = find_operators(model)
+    operators = cover(model).operators
     model(torch.zeros(1, 2, 4, 4).requires_grad_())  # a convolution takes its size from the first forward pass
     values = SpectralNorms(operators, block_size=32, n_iterations=3).ritz_values()
     singular = torch.linalg.svdvals(forward_matrix(model[0], (2, 4, 4)).detach())

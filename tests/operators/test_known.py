@@ -13,7 +13,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.modules import eval_mode
 from lightning_lip.operators.base import MatrixOperator, ParametrizedMatrixOperator
-from lightning_lip.operators.selection import find_operators
+from lightning_lip.operators.selection import cover
 
 
 class Net(nn.Module):
@@ -29,11 +29,11 @@ class Net(nn.Module):
 
 
 def names(model, layers=None, exclude=None):
-    return [op.name for op in find_operators(model, layers, exclude)]
+    return [op.name for op in cover(model, layers, exclude).operators]
 
 
 def counts(model, **kwargs):
-    return {op.name: op.multiplicity for op in find_operators(model, **kwargs)}
+    return {op.name: op.multiplicity for op in cover(model, **kwargs).operators}
 
 
 ALL = ["net.0", "net.2.0", "head"]
@@ -82,29 +82,29 @@ def test_patterns_are_case_sensitive():
 def test_a_pattern_that_matches_nothing_lists_what_exists(argument):
     listing = r"net\.0 \(Linear\), net\.2\.0 \(Linear\), head \(Linear\)"
     with pytest.raises(ValueError, match=rf"`{argument}`: 'bod\*' matches no module.*{listing}"):
-        find_operators(Net(), **{argument: ["head", "bod*"]})
+        cover(Net(), **{argument: ["head", "bod*"]})
     with pytest.raises(ValueError, match=rf"`{argument}`: Linear module matches no module.*{listing}"):
-        find_operators(Net(), **{argument: nn.Linear(1, 1)})
+        cover(Net(), **{argument: nn.Linear(1, 1)})
 
 
 def test_nothing_left_lists_what_exists():
     with pytest.raises(ValueError, match=r"No layer with a weight matches layers='net\.1'.*net\.0 \(Linear\)"):
-        find_operators(Net(), layers="net.1")
+        cover(Net(), layers="net.1")
     with pytest.raises(ValueError, match=r"No layer with a weight matches .*exclude='\*'"):
-        find_operators(Net(), exclude="*")
+        cover(Net(), exclude="*")
     with pytest.raises(ValueError, match=r"Layers with weights are: none\."):
-        find_operators(nn.ReLU())
+        cover(nn.ReLU())
 
 
 @pytest.mark.parametrize("argument", ["layers", "exclude"])
 def test_selection_of_wrong_type(argument):
     with pytest.raises(TypeError, match=f"`{argument}` to hold module names, glob patterns or modules, got 3"):
-        find_operators(Net(), **{argument: [3]})
+        cover(Net(), **{argument: [3]})
     for wrong in (3, nn.Linear, {"head": 1}, len):
         with pytest.raises(TypeError, match=rf"`{argument}` to be a module name, .*, got {re.escape(repr(wrong))}"):
-            find_operators(Net(), **{argument: wrong})
+            cover(Net(), **{argument: wrong})
     with pytest.raises(ValueError, match=f"`{argument}` is empty"):
-        find_operators(Net(), **{argument: []})
+        cover(Net(), **{argument: []})
 
 
 def test_an_alias_selects_and_excludes_like_the_first_name():
@@ -119,10 +119,10 @@ def test_an_alias_selects_and_excludes_like_the_first_name():
 
 
 def test_a_linear_layer_alone_is_a_model():
-    (op,) = find_operators(nn.Linear(3, 2))
+    (op,) = cover(nn.Linear(3, 2)).operators
     assert op.name == ""
     with pytest.raises(ValueError, match=r"Layers with weights are: \(the model itself\) \(Linear\)"):
-        find_operators(nn.Linear(3, 2), exclude="weight")
+        cover(nn.Linear(3, 2), exclude="weight")
 
 
 def test_torch_compile_does_not_show_in_names():
@@ -289,7 +289,7 @@ def test_refused_by_name(case):
     model = nn.ModuleDict({"body": nn.Linear(3, 3), "odd": build()})
     kind = type(model["odd"]).__name__
     with pytest.raises(UnsupportedLayerError, match=rf"(?s)- odd \({kind}\): .*{reason}") as error:
-        find_operators(model)
+        cover(model)
     # The remedy of the message is a remedy; of a block, its other layers stay.
     remedy = "odd.scale" if case == "own Parameter beside children" else "odd"
     assert f"exclude='{remedy}'" in str(error.value)
@@ -303,17 +303,17 @@ def test_all_refusals_are_told_at_once():
     with pytest.raises(
         UnsupportedLayerError, match=r"(?s)- 0 \(Embedding\).*- 2 \(BatchNorm1d\).*exclude=\['0', '2'\]"
     ):
-        find_operators(model)
+        cover(model)
 
 
 def test_the_models_own_parameters_are_refused_and_excluded_by_name():
     model = Net()
     model.position, model.token = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     with pytest.raises(UnsupportedLayerError, match=r"(?s)- position, token \(Net\).*exclude=\['position', 'token'\]"):
-        find_operators(model)
+        cover(model)
     assert names(model, exclude=["position", "token"]) == ALL
     with pytest.raises(UnsupportedLayerError, match="exclude='token'"):
-        find_operators(model, exclude="position")
+        cover(model, exclude="position")
 
 
 def test_a_submodules_own_parameter_is_excluded_by_name():
@@ -325,7 +325,7 @@ def test_excluding_a_weight_excludes_a_layer_that_has_nothing_else():
     model = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3))
     assert names(model, exclude="0.weight") == ["1"]
     with pytest.raises(UnsupportedLayerError, match="normalisation"):
-        find_operators(model, exclude="0.bias")
+        cover(model, exclude="0.bias")
 
 
 def test_excluding_the_bias_of_a_parametrised_layer_keeps_its_weight():
@@ -354,7 +354,7 @@ def test_pruning_made_permanent_and_lazy_layers_after_a_forward_are_served():
 
 def test_a_parametrised_bias_leaves_the_weight_direct():
     layer = parametrizations.weight_norm(nn.Linear(3, 3), "bias", dim=None)
-    (op,) = find_operators(layer)
+    (op,) = cover(layer).operators
     assert op.direct_parameter is layer.weight
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from torch import nn
 from typing_extensions import override
 
+from lightning_lip.callbacks.lightning.batches import check_example_input, input_of_batch
+from lightning_lip.callbacks.lightning.ranks import refuse_inputs_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within_epochs, refuse_strategy
 from lightning_lip.checks import check_integers, check_name
 from lightning_lip.operators.base import LinearOperator
@@ -53,17 +56,19 @@ Core = TypeVar("Core", LipschitzRegularizer, LipschitzProjector)
 class SelectingCallback(BaseCallback, Generic[Core]):
     """A callback that selects layers when training starts and hands them to its core, a regulariser or a projector.
 
-    A loaded state waits until training starts. The singular vectors go from checkpoints, copies and an earlier fit of
+    With ``example_input="batch"`` it does so at the first training batch, before the forward pass. A loaded state waits
+    until then. The singular vectors go from checkpoints, copies and an earlier fit of
     the same model to the next core.
 
     Args:
         name: Tells several callbacks of one class in one Trainer apart.
-        layers: Names, glob patterns or submodules to select; None selects every layer with a weight.
-        exclude: Names, glob patterns or submodules to leave out.
+        layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
+        exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer.
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the singular vectors start from.
-        example_input: An input of the model, whose graph is then traced, or None.
+        example_input: An input of the model, whose graph is then traced, ``"batch"`` or ``"batch:<key>"`` for that of
+            the first training batch, or None.
     """
 
     key: ClassVar[str]
@@ -81,6 +86,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
     ) -> None:
         check_name(name)
         check_selection(layers, exclude)
+        check_example_input(example_input)
         check_integers(1, block_size=block_size, n_iterations=n_iterations)
         check_integers(0, seed=seed)
         self.name = name
@@ -101,7 +107,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         self._loaded: dict[str, Any] | None = None
         """A state that waits for training to start, and the model that was in training when it was loaded."""
         self._loaded_for: nn.Module | None = None
-        self._is_watched = False
+        self._is_watched = self._awaits_batch = False
         self._read_tags: tuple[str, ...] = ()
 
     @property
@@ -133,8 +139,43 @@ class SelectingCallback(BaseCallback, Generic[Core]):
             self._loaded = None  # loaded in a fit that ended before training started
         self._fitting = pl_module
 
+    def takes_batch(self, trainer: Trainer) -> bool:
+        """Whether the layers are selected with the first training batch."""
+        return isinstance(self._arguments["example_input"], str)
+
+    @abstractmethod
+    def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Make the core when training starts: at its first batch if the example input is taken from it."""
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: lazy and meta weights exist only from here on, and some strategies load callback states after
+        # on_fit_start.
+        self._awaits_batch = self.takes_batch(trainer)
+        if not self._awaits_batch:
+            self.begin(trainer, pl_module, None)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._awaits_batch:
+            return
+        if trainer.world_size > 1 and isinstance(self._arguments["example_input"], str):
+            refuse_inputs_of_one_rank(self.arguments(batch)["example_input"])
+        self.begin(trainer, pl_module, batch)
+        self._awaits_batch = False
+        SelectingCallback.on_train_epoch_start(self, trainer, pl_module)
+
+    def arguments(self, batch: Any) -> dict[str, Any]:
+        """Return the arguments of the core, with the example input from a batch where it is to come from there."""
+        example_input = self._arguments["example_input"]
+        if isinstance(example_input, str):
+            return self._arguments | {"example_input": input_of_batch(batch, example_input)}
+        return self._arguments
+
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._awaits_batch:
+            return
         self._read_tags = tuple(self.watched_tags)
         self._is_watched = is_watched_within_epochs(trainer, *self._read_tags)
         refuse_replaced(pl_module, self.watched_operators, self.key)
@@ -183,8 +224,8 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         return is_read(trainer, self._is_watched, *self._read_tags)
 
     def _vectors(self) -> dict[str, Any] | None:
-        """Return the state of the core; before training what was loaded."""
-        return self._loaded if self._core is None else self._core.state_dict()
+        """Return the state of the core; what was loaded, until training takes it."""
+        return self._loaded if self._loaded is not None or self._core is None else self._core.state_dict()
 
     def _keep_until_training(self, loaded: dict[str, Any] | None) -> None:
         """Keep a loaded state, for the module in training if there is one."""
@@ -194,6 +235,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         """Leave the model behind: a copy selects the layers of its own run, and takes the vectors over."""
         # Lightning sets `log` and `log_dict`, bound to the module.
         kept = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
+        kept["_awaits_batch"] = False
         return kept | {"_loaded": self._vectors()} | dict.fromkeys(("_core", "_model", "_fitting", "_loaded_for"))
 
 

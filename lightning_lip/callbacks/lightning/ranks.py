@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import RecordedConvolution
@@ -32,6 +33,23 @@ def refuse_statistics_of_one_rank(module: nn.Module, instead: str) -> None:
         raise RuntimeError(
             f"The bound over the traced graph reads the running statistics of {own}, which differ between ranks: "
             f"their weights would drift apart. Use Trainer(sync_batchnorm=True), or {instead}."
+        )
+
+
+def refuse_inputs_of_one_rank(example_input: object) -> None:
+    """Refuse first batches whose inputs have other shapes on other ranks; every rank must call it.
+
+    Raises:
+        RuntimeError: If they have, the size of the batch aside.
+    """
+    leaves = pytree.tree_leaves(example_input)
+    shapes = [tuple(leaf.shape[1:]) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, shapes)
+    if any(other != gathered[0] for other in gathered):
+        raise RuntimeError(
+            f"The first batch has inputs of different sizes on different ranks, {gathered}: their weights would drift "
+            "apart. Pass an input as example_input= to choose one."
         )
 
 

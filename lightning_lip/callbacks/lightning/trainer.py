@@ -71,6 +71,34 @@ def monitored_metrics(trainer: Any) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
+def refuse_other_kind(trainer: Any, tag: str, kind: str) -> None:
+    """Refuse a callback or scheduler that needs ``<tag>/bound`` where ``<tag>/product`` is logged, or the reverse.
+
+    Lightning would end the training at the first look at it.
+
+    Args:
+        trainer: The Trainer.
+        tag: The prefix of the logged names.
+        kind: What is logged, ``"bound"`` or ``"product"``.
+
+    Raises:
+        RuntimeError: Naming who watches it, and what to watch instead.
+    """
+    wanted = f"{tag}/{'product' if kind == 'bound' else 'bound'}"
+    watching = [*trainer.callbacks, *trainer.lr_scheduler_configs]
+    names = [
+        type(one).__name__
+        for one in watching
+        if getattr(one, "monitor", None) == wanted and getattr(one, "strict", True)
+    ]
+    if names:
+        why = "the network's graph was traced" if kind == "bound" else "no graph of the network was traced, or could be"
+        raise RuntimeError(
+            f"Monitored by {' and '.join(names)}: {wanted!r}, which this training does not log. Use "
+            f"monitor='{tag}/{kind}', since {why}."
+        )
+
+
 def is_watched_within_epochs(trainer: Any, *tags: str) -> bool:
     """Whether something reads metrics ``<tag>/...`` before the end of an epoch.
 
