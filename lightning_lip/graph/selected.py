@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.product import ProductBound
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage, share_of
-from lightning_lip.operators.selection import Selected, Selection, Unknown, cover, select
+from lightning_lip.operators.selection import PROVIDERS, Selected, Selection, Unknown, cover, known_by_type, select
+from lightning_lip.usage.observation import Observation
 
 Bound = ProductBound | NetworkBound
 
@@ -23,6 +26,7 @@ def bound_of(
     layers: Selection | None = None,
     exclude: Selection | None = None,
     unknown: Unknown = "refuse",
+    is_awaiting: bool = False,
 ) -> tuple[Bound, Coverage]:
     """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
@@ -37,6 +41,8 @@ def bound_of(
         exclude: What to leave out.
         unknown: What becomes of the layers without a known norm in the product, as in
             :func:`~lightning_lip.operators.selection.cover`. In a graph they are always refused.
+        is_awaiting: Whether the product is only until a forward pass shows more, for :func:`observed_product`: layers
+            that are not known by their type then wait for that.
 
     Returns:
         The bound, and what the selection covers of the model.
@@ -63,8 +69,56 @@ def bound_of(
                 f"does instead. {error}",
                 stacklevel=3,
             )
-    coverage = cover(model, layers, exclude, unknown)
+    providers = (known_by_type, _nothing_yet) if is_awaiting else PROVIDERS
+    coverage = cover(model, layers, exclude, unknown, providers)
     return ProductBound(coverage.operators), coverage
+
+
+def _nothing_yet(module: nn.Module, name: str) -> Sequence[LinearOperator]:
+    return ()
+
+
+def observed_product(
+    model: nn.Module,
+    observation: Observation,
+    present: Sequence[LinearOperator],
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    unknown: Unknown = "refuse",
+    batch_statistics: bool = True,
+) -> tuple[ProductBound, Coverage]:
+    """Return the product of the selected layers' norms by what a forward pass showed, and what it covers.
+
+    Layers that their types do not tell are covered where their weights multiply, and normalisations take their places,
+    as :mod:`lightning_lip.usage.normalisation` says. A layer that `layers` selects stays, also where a normalisation
+    undoes its scale.
+
+    Args:
+        model: The model.
+        observation: What the forward pass showed.
+        present: Operators that were made before, and go on.
+        layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
+        exclude: What to leave out.
+        unknown: What becomes of the layers without a known norm.
+        batch_statistics: Whether the running statistics of batch normalisations may be read.
+
+    Raises:
+        ValueError: If a selection matches nothing.
+        UnsupportedLayerError: If a layer is refused, or the operator of no selected layer is known.
+    """
+    made = {id(op.module): op for op in present}
+
+    def known(module: nn.Module, name: str) -> Sequence[LinearOperator]:
+        return [made[id(module)]] if id(module) in made else known_by_type(module, name)
+
+    coverage = cover(model, layers, exclude, unknown, (known, observation.operators_of))
+    chosen = {id(s.found.module) for s in select(model, layers, exclude)}
+    placed = observation.place(coverage.operators, chosen, leave_out=layers is None, batch_statistics=batch_statistics)
+    if not placed.operators:
+        raise UnsupportedLayerError("Nothing is left: the selected layers are normalisations without parameters.")
+    share = share_of(model, placed.operators)
+    operators = placed.operators
+    return ProductBound(operators), replace(coverage, operators=operators, share=share, normalisations=str(placed))
 
 
 def _parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:

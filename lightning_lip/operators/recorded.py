@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.composed import ScaledOperator
 from lightning_lip.operators.convolution import ConvolutionOperator, Sizes
 from lightning_lip.operators.known import check_weight
 
@@ -93,9 +94,14 @@ class RecordedConvolution(ConvolutionOperator):
 
 def stop_recording(operators: Iterable[LinearOperator]) -> None:
     """Take the hooks of the operators that record sizes off their modules."""
-    for operator in operators:
-        if isinstance(operator, RecordedConvolution):
-            operator.stop_recording()
+    for convolution in recorded(operators):
+        convolution.stop_recording()
+
+
+def recorded(operators: Iterable[LinearOperator]) -> list[RecordedConvolution]:
+    """Return the convolutions among operators that record sizes, those fused with a normalisation included."""
+    bases = (operator.base if isinstance(operator, ScaledOperator) else operator for operator in operators)
+    return [base for base in bases if isinstance(base, RecordedConvolution)]
 
 
 def _forget_compiled_code() -> None:

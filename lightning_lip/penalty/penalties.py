@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lip.checks import check_number, got
+from lightning_lip import checks
+from lightning_lip.checks import check_number
 from lightning_lip.kernels.penalties import (
     PRODUCT_CAP,
     built_in,
@@ -38,6 +39,7 @@ __all__ = [
     "layer_sum_squares",
     "log",
     "product",
+    "scalar",
     "softplus_log",
 ]
 
@@ -68,7 +70,7 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
         names = ", ".join(repr(name) for name in get_args(PenaltyName))
         raise ValueError(f"Unknown penalty {penalty!r}: expected one of {names}, or a callable of your own.")
     if not callable(penalty) or isinstance(penalty, type):
-        raise TypeError(f"Expected `penalty` to be a name or a callable, got {got(penalty)}.")
+        raise TypeError(f"Expected `penalty` to be a name or a callable, got {checks.got(penalty)}.")
     try:
         # A module is called through its forward.
         inspect.signature(getattr(penalty, "forward", penalty)).bind(None, None)
@@ -77,6 +79,20 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
     except ValueError:  # a built-in function without a signature
         pass
     return penalty
+
+
+def scalar(value: Any) -> Tensor:
+    """Return what a penalty returned, if that is a floating-point tensor of shape ().
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
+    if not value.is_floating_point():
+        raise ValueError(f"Expected the penalty to return a floating-point tensor, got {value.dtype}.")
+    return value
 
 
 def check_value(penalty: Penalty, value: Tensor, log_sigma: Tensor) -> None:

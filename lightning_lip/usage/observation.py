@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.models.inputs import call_arguments
+from lightning_lip.models.modules import eval_mode, state_kept
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.usage.normalisation import Placed, place_normalisations
 from lightning_lip.usage.observer import Observer
 from lightning_lip.usage.operators import operator_in_use
 from lightning_lip.usage.records import Use
 from lightning_lip.usage.values import Stored
+
+AWAITED = object()
+"""Stands for inputs of a forward pass that is still to come."""
 
 
 class Observation:
@@ -70,6 +77,52 @@ class Observation:
                 return use
         return None
 
-    def place(self, operators: Sequence[LinearOperator], chosen: Collection[int], leave_out: bool) -> Placed:
-        """Return the operators with the selected normalisations; see :func:`.place_normalisations`."""
-        return place_normalisations(self._model, operators, self.use_of, self._normalisations, chosen, leave_out)
+    def place(
+        self, operators: Sequence[LinearOperator], chosen: Collection[int], leave_out: bool, batch_statistics: bool
+    ) -> Placed:
+        """Return the operators with the selected normalisations; see :func:`.place_normalisations`.
+
+        Where `batch_statistics` is False, batch normalisations are left out, and layers before them have their own norm.
+        """
+        calls = [call for call in self._normalisations if batch_statistics or call.variance is None]
+        return place_normalisations(self._model, operators, self.use_of, calls, chosen, leave_out)
+
+
+def observe(model: nn.Module, inputs: object) -> Observation:
+    """Return what one forward pass shows: in eval mode, with the model's state given back.
+
+    Args:
+        model: The model.
+        inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+    """
+    args, kwargs = call_arguments(inputs)
+    # With gradients, as a convolution's size is recorded in a pass of training only.
+    observer = Observer(model)
+    with state_kept(model), eval_mode(model), torch.inference_mode(False), torch.enable_grad(), observer:
+        model(*args, **kwargs)
+    return Observation(model, observer)
+
+
+_WATCHED: WeakKeyDictionary[nn.Module, Observer] = WeakKeyDictionary()
+
+
+def begin(model: nn.Module) -> None:
+    """Watch a model's forward pass in training, until :func:`end`; once for all who ask for it."""
+    if model not in _WATCHED:
+        _WATCHED[model] = Observer(model).__enter__()
+
+
+def seen(model: nn.Module) -> Observation | None:
+    """Return what the forward pass showed so far, and look no further; None where nothing is watched."""
+    observer = _WATCHED.get(model)
+    if observer is None:
+        return None
+    observer.stop()
+    return Observation(model, observer)
+
+
+def end(model: nn.Module) -> None:
+    """Leave the model as it was, after :func:`begin`; where nothing is watched it does nothing."""
+    observer = _WATCHED.pop(model, None)
+    if observer is not None:
+        observer.__exit__(None, None, None)

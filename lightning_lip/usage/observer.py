@@ -27,7 +27,7 @@ from lightning_lip.usage.values import (
     stored_tensors,
     whole_matrix,
 )
-from lightning_lip.usage.written_out import candidates, is_scale_invariant
+from lightning_lip.usage.written_out import candidates, written_out
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,13 @@ class Observer(TorchFunctionMode):
         event = Normalisation(None if owner is None else owner.layer, gain, variance, found.eps)
         followed = values.get(id(found.value))
         if isinstance(followed, _Followed):
-            event.output = followed.output
-            event.fits = variance is not None and followed.channel == 1 and found.value.dim() > 1
+            self._place(event, followed, found.value)
         self.normalisations.append(event)
         return event
+
+    def _place(self, event: Normalisation, followed: _Followed, tensor: Tensor) -> None:
+        event.output = followed.output
+        event.fits = event.variance is not None and followed.channel == 1 and tensor.dim() > 1
 
     def _scale(self, name: str, leaves: list[Any], values: dict[int, Any]) -> None:
         """Take the gain of a written-out normalisation: what multiplies in it."""
@@ -293,16 +296,16 @@ class Observer(TorchFunctionMode):
             tensor = inputs[0]
             self.is_watching = False
             try:
-                is_normalisation = is_scale_invariant(module, tensor)
+                event = written_out(module, tensor)
             finally:
                 self.is_watching = True
-            if is_normalisation:
-                event = Normalisation(module, None, None, 0.0)
+            if event is not None:
                 self.normalisations.append(event)
                 known = self._known.pop(id(tensor), None)
-                if isinstance(self._value(known, tensor), _Followed):
-                    event.output = known[1].output
-                    event.output.consumers.append(event)
+                followed = self._value(known, tensor)
+                if isinstance(followed, _Followed):
+                    self._place(event, followed, tensor)
+                    followed.output.consumers.append(event)
         self._inside.append((event, tensor, known))
 
     def _leave_module(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
