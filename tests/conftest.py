@@ -1,6 +1,7 @@
 """Test-wide settings: the installed package is what is tested, seeded, on one thread, in a folder of its own."""
 
 import importlib.util
+import logging
 import os
 import random
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_utilities.core import rank_zero
 
 ROOT = Path(__file__).resolve().parent.parent
 # The checkout goes last: `kernels/` is imported as `lightning_lip.kernels`, never as a top-level package.
@@ -67,6 +69,18 @@ def pl(request):
     """Both Lightning packages: their classes differ, the callbacks must serve either."""
     # Before 2.6, pytorch_lightning refuses the callbacks of lightning.pytorch ("Expected a parent").
     return pytest.importorskip(request.param, minversion="2.6" if request.param == "pytorch_lightning" else None)
+
+
+@pytest.fixture
+def told():
+    """Return the texts that the package has told for information since the test began."""
+    texts = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())
+    logger = rank_zero.log
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

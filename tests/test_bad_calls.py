@@ -106,7 +106,7 @@ KINDS = {
     "name": {"None", "'3'", "''"},
     "choice": set(),
     "selection": {"None"},
-    "names": {"None", "'3'", "''", "['a']", "['0.1']", "np text", "a module"},
+    "names": {"None", "'3'", "''", "['a']", "['0.1']", "np text", "a module", "a class"},
 }
 
 
@@ -121,7 +121,7 @@ SELECTING = {"layers": "selection", "exclude": "selection"}
 NAMING = {"layers": "names", "exclude": "names"}
 ITERATING = {"block_size": "count", "n_iterations": "count", "seed": "count from 0"}
 # What only the model can tell right from wrong is refused when training starts, which has the model.
-LATER = {"example_input": ANYTHING}
+LATER = {"example_input": ANYTHING - {"'3'", "''"}}
 CHOSEN = {"method": "choice", "metric": "choice"}
 RANGE = REALS - {"Fraction"} | {"-1", "0-d", *FLAT, "np 1-d", "1-d", "np 2-d", "2-d", "int"}
 RANGES = {"feature_min": RANGE, "feature_max": RANGE - {"-1"}}  # from 0 to 5
@@ -165,6 +165,7 @@ CALLS = {
             **ITERATING,
             "example_input": {"None"},
             "backend": {"None"},
+            "unknown": "choice",
         },
     ),
     "LipschitzRegularizer.add_grad_": (
@@ -192,6 +193,7 @@ CALLS = {
             "every_n_steps": "count",
             "warmup_steps": "count from 0",
             "name": "name",
+            "unknown": "choice",
         },
     ),
     "LipschitzMonitor": (
@@ -204,6 +206,7 @@ CALLS = {
             "figures_every_n_epochs": "count from 0",
             "certified": {"None"},
             "name": "name",
+            "unknown": "choice",
         },
     ),
     "LipschitzConstraint": (
@@ -249,7 +252,7 @@ CALLS = {
     "MaxNorm": (
         lightning_lip.MaxNorm,
         lambda: {"max_value": 1.0},
-        {"max_value": "positive", **NAMING},
+        {"max_value": "positive", **NAMING, "unknown": "choice"},
     ),
     "CertifiedValidation": (
         lightning_lip.CertifiedValidation,

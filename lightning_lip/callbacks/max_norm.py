@@ -91,9 +91,9 @@ def _plain_matrix(module: nn.Module, name: str) -> list[LinearOperator]:
     Raises:
         UnsupportedLayerError: If it is none.
     """
+    if not isinstance(module, nn.Linear):
+        raise UnsupportedLayerError("it is no linear layer")
     operator = operator_of(module, name)
-    if not operator.is_matrix:
-        raise UnsupportedLayerError(f"a weight of type {type(module).__name__} is no matrix")
     if operator.direct_parameter is None:
         raise UnsupportedLayerError("its weight is parametrised")
     return [operator]

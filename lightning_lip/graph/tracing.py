@@ -96,7 +96,7 @@ class TracedModel:
         outputs: Names of the nodes that the model returns, in order; the graph's other results are changed buffers.
         written: For the name of a placeholder that the forward pass gives another value: the buffer's name.
         modules: The calls of modules traced as one node, by index.
-        names: The modules' names by id, as :func:`lightning_lip.operators.selection.find_operators` gives them.
+        names: The modules' names by id, as :func:`lightning_lip.operators.selection.cover` gives them.
     """
 
     model: nn.Module

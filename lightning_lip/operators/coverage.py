@@ -45,7 +45,7 @@ class Coverage:
     def __str__(self) -> str:
         covered = counted(self.layers.values())
         lines = [
-            f"{len(self.layers)} layers with {self.share:.1%} of the parameters:",
+            f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''} with {self.share:.1%} of the parameters:",
             f"  covered   {covered}",
             *([f"  of these  {self.normalisations}"] if self.normalisations else []),
             *(f"  left out  {row}" for row in rows(self.skipped)),

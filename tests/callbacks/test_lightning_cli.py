@@ -36,8 +36,9 @@ ARGUMENTS = {
         "every_n_steps": 3,
         "warmup_steps": 5,
         "seed": 1,
-        "example_input": None,
+        "example_input": "batch:0",
         "name": "a",
+        "unknown": "refuse",
     },
     "LipschitzMonitor": {
         "layers": "net.*",
@@ -49,6 +50,7 @@ ARGUMENTS = {
         "figures_every_n_epochs": 0,
         "certified": {"class_path": "CertifiedValidation", "init_args": {"eps": [0.1], "task": "regression"}},
         "name": "a",
+        "unknown": "refuse",
     },
     "NoisyValidation": {
         "noise_levels": [0.0, 0.2],
@@ -81,7 +83,7 @@ ARGUMENTS = {
         "seed": 1,
         "name": "a",
     },
-    "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2"},
+    "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2", "unknown": "refuse"},
 }
 
 

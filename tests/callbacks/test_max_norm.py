@@ -7,7 +7,7 @@ from support.trainers import weights_of
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_lip import MaxNorm
+from lightning_lip import MaxNorm, UnsupportedLayerError
 from lightning_lip.callbacks.max_norm import clip_rows_
 
 
@@ -52,7 +52,28 @@ def test_selection_and_frozen_layers(fit, make_module):
     assert float(module.net[0].weight.norm(dim=1).max()) > 0.1
 
 
-def test_a_parametrised_weight_is_refused(fit, make_module):
-    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 1)))
-    with pytest.raises(ValueError, match=r"parametrised weight of layer 'net.0'"):
-        fit(MaxNorm(1.0), module=make_module(lightning, net=net))
+def no_matrices():
+    """Return a network of which the last layer alone is a matrix of its own."""
+    odd = [nn.Conv1d(1, 1, 1), nn.LayerNorm(4), parametrizations.weight_norm(nn.Linear(4, 4))]
+    return nn.Sequential(nn.Unflatten(1, (1, 4)), *odd, nn.Flatten(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("arguments", [{"unknown": "refuse"}, {"layers": ["net.1", "net.2", "net.3"]}], ids=str)
+def test_layers_without_a_matrix_are_refused_by_name(fit, make_module, arguments):
+    refused = (
+        r"(?s)MaxNorm takes .*net\.1 \(Conv1d\): .*no linear layer.*net\.2 \(LayerNorm\).*net\.3 .*is parametrised"
+    )
+    with pytest.raises(UnsupportedLayerError, match=refused):
+        fit(MaxNorm(1.0, **arguments), module=make_module(lightning, net=no_matrices()))
+
+
+def test_layers_without_a_matrix_are_left_out_and_told(fit, make_module, told):
+    module = make_module(lightning, net=no_matrices())
+    fit(MaxNorm(0.1), module=module)
+    assert float(module.net[5].weight.norm(dim=1).max()) <= 0.1 * (1 + 1e-6)
+    (text,) = (text for text in told if text.startswith("MaxNorm: 1 layer with "))
+    assert [line.split()[3] for line in text.splitlines() if line.startswith("  left out")] == [
+        "Conv1d:",
+        "LayerNorm:",
+        "ParametrizedLinear:",
+    ]

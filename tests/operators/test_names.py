@@ -28,7 +28,7 @@ def test_a_submodule_called_weight_is_a_layer_like_any_other(wrap):
 def test_a_model_that_is_itself_refused_has_no_name_to_exclude():
     quantised = torch.ao.nn.quantized.Linear(3, 3)
     with pytest.raises(UnsupportedLayerError, match=r"its weight is quantised\nSelect others") as caught:
-        LipschitzRegularizer(quantised, 1.0)
+        LipschitzRegularizer(quantised, 1.0, unknown="refuse")
     assert "exclude=" not in str(caught.value)
 
 

@@ -58,7 +58,7 @@ def input_of_batch(batch: Any, example_input: str) -> tuple[Any]:
         holds = f" of {len(batch)} entries"
     raise ValueError(
         f"example_input={example_input!r} finds no input in the first training batch, a {type(batch).__name__}{holds}: "
-        f'name the key or index of what the model takes, example_input="{FROM_BATCH}:x" for batch["x"], or pass an input.'
+        f'name the key or index of the input, example_input="{FROM_BATCH}:x" for batch["x"], say, or pass an input.'
     )
 
 
