@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks.lightning.base import SelectingCallback, skip_hooks
+from lightning_lip.callbacks.lightning.base import skip_hooks
+from lightning_lip.callbacks.lightning.observing import ObservingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import (
     batches_begun,
@@ -27,6 +28,7 @@ from lightning_lip.checks import check_choice, check_integers, check_number, che
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.usage.observation import AWAITED
 
 
 @dataclass
@@ -48,7 +50,7 @@ class _Turn:
     batch: int | None = None
 
 
-class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
+class LipschitzPenalty(ObservingCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
@@ -134,9 +136,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        skip_hooks(self, LipschitzPenalty, "on_before_zero_grad", "on_before_backward")
-        if not isinstance(example_input, str):
-            skip_hooks(self, LipschitzPenalty, "on_train_batch_start")
+        skip_hooks(self, LipschitzPenalty, "on_before_zero_grad")
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
@@ -198,16 +198,18 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         """
         if self._is_selected:
             return self.regularizer
-        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch))
-        if not any(p.requires_grad for p in regularizer.penalised_parameters()):
-            raise ValueError(
-                f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
-                "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
-            )
+        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch), inputs=AWAITED)
+        if regularizer.bound_kind == "bound":
+            _check_trainable(regularizer)
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         return regularizer
+
+    @override
+    def adopt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().adopt(trainer, pl_module)
+        _check_trainable(self.regularizer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,6 +223,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Tens of microseconds in all: every look-up here shows in the step of a small network.
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         turn = self._turn_of(trainer, optimizer)
         parameters = None if turn.holds_all else self._parameters_of(optimizer)
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
@@ -253,6 +257,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         if self._n_steps == 0 or not self._is_read(trainer):
             return
         if any(monitor.reports(self, trainer) for monitor in monitors_of(trainer)):
@@ -352,6 +358,19 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
+
+
+def _check_trainable(regularizer: LipschitzRegularizer) -> None:
+    """Refuse layers that are all frozen.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if not any(p.requires_grad for p in regularizer.penalised_parameters()):
+        raise ValueError(
+            f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
+            "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
+        )
 
 
 def _text(selection: Selection | None) -> str:

@@ -20,10 +20,12 @@ from lightning_lip.checks import (
     check_vectors,
 )
 from lightning_lip.graph.product import repeated
+from lightning_lip.graph.selected import Bound
 from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.coverage import Coverage
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
@@ -117,12 +119,15 @@ class LipschitzRegularizer(SelectedNorms):
         selection = {"layers": layers, "exclude": exclude, "unknown": unknown}
         iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
         super().__init__(model, example_input, inputs, selection, iteration)
-        self._step: kernels.PowerStep | None = None
-        self._step_version: tuple[int, ...] | None = None
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
         self._handle = compiled.register(self)
+
+    def _take(self, bound: Bound, coverage: Coverage) -> None:
+        super()._take(bound, coverage)
+        self._step: kernels.PowerStep | None = None
+        self._step_version: tuple[int, ...] | None = None
 
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.

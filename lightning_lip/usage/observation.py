@@ -82,7 +82,7 @@ class Observation:
     ) -> Placed:
         """Return the operators with the selected normalisations; see :func:`.place_normalisations`.
 
-        Where `batch_statistics` is False, batch normalisations are left out, and layers before them have their own norm.
+        Where `batch_statistics` is False batch normalisations are left out; the layers before them have their own norm.
         """
         calls = [call for call in self._normalisations if batch_statistics or call.variance is None]
         return place_normalisations(self._model, operators, self.use_of, calls, chosen, leave_out)
@@ -103,26 +103,29 @@ def observe(model: nn.Module, inputs: object) -> Observation:
     return Observation(model, observer)
 
 
-_WATCHED: WeakKeyDictionary[nn.Module, Observer] = WeakKeyDictionary()
+_WATCHED: WeakKeyDictionary[nn.Module, list[Observer]] = WeakKeyDictionary()
+"""What watches models in training, as often as it was asked for."""
 
 
 def begin(model: nn.Module) -> None:
-    """Watch a model's forward pass in training, until :func:`end`; once for all who ask for it."""
-    if model not in _WATCHED:
-        _WATCHED[model] = Observer(model).__enter__()
+    """Watch a model's next forward pass, until :func:`end` is called as often; all who ask share one observer."""
+    watching = _WATCHED.setdefault(model, [])
+    watching.append(watching[0] if watching else Observer(model).__enter__())
 
 
 def seen(model: nn.Module) -> Observation | None:
     """Return what the forward pass showed so far, and look no further; None where nothing is watched."""
-    observer = _WATCHED.get(model)
-    if observer is None:
+    watching = _WATCHED.get(model)
+    if not watching:
         return None
-    observer.stop()
-    return Observation(model, observer)
+    watching[0].stop()
+    return Observation(model, watching[0])
 
 
 def end(model: nn.Module) -> None:
-    """Leave the model as it was, after :func:`begin`; where nothing is watched it does nothing."""
-    observer = _WATCHED.pop(model, None)
-    if observer is not None:
+    """Leave the model as it was, once everyone is done who called :func:`begin`."""
+    watching = _WATCHED[model]
+    observer = watching.pop()
+    if not watching:
+        del _WATCHED[model]
         observer.__exit__(None, None, None)
