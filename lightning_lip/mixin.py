@@ -88,51 +88,30 @@ class LipschitzMixin(_Base):
         An override must call ``super()``.
         """
         super().on_fit_start()
-        self.__dict__.update(_lipschitz_watching=None, _lipschitz_adopted=False)
-        self.lipschitz_regularizer()
+        if self.__dict__.pop("_lipschitz_watching", False):  # in a fit that ended before its first penalty
+            observation.end(self)
+        self.__dict__["_lipschitz_awaits"] = self.lipschitz_regularizer().bound_kind == "product"
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Watch the first forward pass, by which the layers are then selected; an override must call ``super()``."""
         skips: int | None = super().on_train_batch_start(batch, batch_idx)
-        if skips != -1 and self.__dict__.get("_lipschitz_watching") is None:
-            self.__dict__["_lipschitz_watching"] = self.lipschitz_regularizer().bound_kind == "product"
-            if self.__dict__["_lipschitz_watching"]:
-                observation.begin(self)
+        if skips != -1 and self.__dict__.pop("_lipschitz_awaits", False):
+            self.__dict__["_lipschitz_watching"] = True
+            observation.begin(self)
         return skips
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Let go of the first forward pass; an override must call ``super()``."""
-        super().on_before_backward(loss)
-        self._let_go()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let go of the first forward pass, where Lightning saw no backward pass; an override must call ``super()``."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        self._let_go()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Let go of the first forward pass; an override must call ``super()``."""
-        super().on_exception(exception)
-        self._let_go(adopts=False)
-
     def _adopt(self) -> None:
-        """Select the layers by what the forward pass showed so far, once."""
-        if self.__dict__.get("_lipschitz_watching") and not self.__dict__.get("_lipschitz_adopted"):
-            self.__dict__["_lipschitz_adopted"] = True
-            seen = observation.seen(self)
-            if seen is not None:
-                self.lipschitz_regularizer().adopt(seen)
-
-    def _let_go(self, adopts: bool = True) -> None:
-        if self.__dict__.get("_lipschitz_watching"):
-            if adopts:
-                self._adopt()
-            observation.end(self)
+        """Select the layers by what the first forward pass showed so far, once it began."""
+        seen = observation.seen(self) if self.__dict__.get("_lipschitz_watching") else None
+        if seen is not None:
             self.__dict__["_lipschitz_watching"] = False
+            observation.end(self)
+            self.lipschitz_regularizer().adopt(seen)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the regulariser behind, keep its vectors: a copy of the module makes its own."""
         state: dict[str, Any] = super().__getstate__()
+        state.pop("_lipschitz_watching", None)
         regularizer = state.pop("_lipschitz_regularizer", None)
         if regularizer is not None:
             state["_lipschitz_state"] = regularizer.state_dict()

@@ -209,7 +209,8 @@ class LipschitzPenalty(ObservingCallback):
     @override
     def adopt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().adopt(trainer, pl_module)
-        _check_trainable(self.regularizer)
+        if self._is_settled:
+            _check_trainable(self.regularizer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

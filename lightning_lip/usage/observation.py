@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,29 +106,63 @@ def observe(model: nn.Module, inputs: object) -> Observation:
     return Observation(model, observer)
 
 
-_WATCHED: WeakKeyDictionary[nn.Module, list[Observer]] = WeakKeyDictionary()
-"""What watches models in training, as often as it was asked for."""
+@dataclass
+class _Watched:
+    """What watches a model's training step, and how many asked for it."""
+
+    observer: Observer
+    restore: Callable[[], None]
+    n_waiting: int = 0
+
+
+_WATCHED: WeakKeyDictionary[nn.Module, _Watched] = WeakKeyDictionary()
 
 
 def begin(model: nn.Module) -> None:
-    """Watch a model's next forward pass, until :func:`end` is called as often; all who ask share one observer."""
-    watching = _WATCHED.setdefault(model, [])
-    watching.append(watching[0] if watching else Observer(model).__enter__())
+    """Watch the next call of a model's ``training_step``, until :func:`end` is called as often as this.
+
+    All who ask share one observer, so that none sees what another does. The calls after it are not touched.
+    """
+    if model not in _WATCHED:
+        observer = Observer(model)
+        _WATCHED[model] = _Watched(observer, _around_next_step(model, observer))
+    _WATCHED[model].n_waiting += 1
+
+
+def _around_next_step(model: Any, observer: Observer) -> Callable[[], None]:
+    """Enter a context in the next call of ``training_step``; return what gives the method back before."""
+    step, attributes = model.training_step, vars(model)
+    own = attributes.get("training_step")
+
+    def restore() -> None:
+        if attributes.get("training_step") is watched:
+            del attributes["training_step"]
+            if own is not None:
+                attributes["training_step"] = own
+
+    @functools.wraps(step)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        with observer:
+            return step(*args, **kwargs)
+
+    attributes["training_step"] = watched
+    return restore
 
 
 def seen(model: nn.Module) -> Observation | None:
-    """Return what the forward pass showed so far, and look no further; None where nothing is watched."""
-    watching = _WATCHED.get(model)
-    if not watching:
+    """Return what the training step showed so far, and look no further; None where it multiplied nothing yet."""
+    watched = _WATCHED.get(model)
+    if watched is None or not watched.observer.uses:
         return None
-    watching[0].stop()
-    return Observation(model, watching[0])
+    watched.observer.stop()
+    return Observation(model, watched.observer)
 
 
 def end(model: nn.Module) -> None:
-    """Leave the model as it was, once everyone is done who called :func:`begin`."""
-    watching = _WATCHED[model]
-    observer = watching.pop()
-    if not watching:
+    """Forget what was seen, once everyone is done who called :func:`begin`."""
+    watched = _WATCHED[model]
+    watched.n_waiting -= 1
+    if not watched.n_waiting:
+        watched.restore()
         del _WATCHED[model]
-        observer.__exit__(None, None, None)

@@ -56,11 +56,12 @@ class ObservingCallback(SelectingCallback[LipschitzRegularizer]):
         """Select the layers by what the forward pass showed, if it was watched."""
         seen = observation.seen(pl_module)
         self._stop_watching(pl_module)
+        if self._core is None or seen is None:  # a step that computed nothing: the next one is watched
+            return
         self._settle()
-        if self._core is not None and seen is not None:
-            # The penalty's gradient is added after the ranks have averaged theirs.
-            own = trainer.world_size > 1 and any(_has_own_statistics(module) for module in pl_module.modules())
-            self._core.adopt(seen, batch_statistics=not own)
+        # The penalty's gradient is added after the ranks have averaged theirs.
+        own = trainer.world_size > 1 and any(_has_own_statistics(module) for module in pl_module.modules())
+        self._core.adopt(seen, batch_statistics=not own)
 
     def _settle(self) -> None:
         """Have Lightning pass over the hooks that have done their work."""
