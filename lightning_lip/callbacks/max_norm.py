@@ -72,7 +72,7 @@ class MaxNorm(BaseCallback):
         problem = "MaxNorm takes layers whose weight is a matrix of its own, and these selected ones have none"
         coverage = cover(pl_module, self._layers, self._exclude, self._unknown, [_plain_matrix], problem)
         if coverage.skipped:
-            tell(f'MaxNorm: {coverage}\nunknown="refuse" refuses what is left out.')
+            tell(f'MaxNorm: {coverage}\nWith unknown="refuse" these are refused.')
         self._weights = [op.direct_parameter for op in coverage.operators if op.direct_parameter is not None]
 
     @override

@@ -84,7 +84,8 @@ class SelectedNorms:
     def _tell(self) -> None:
         """Say once what is covered, where that is not all or not what the classes say."""
         if self.coverage.skipped or self.coverage.normalisations:
-            tell(f'Product of spectral norms: {self.coverage}\nunknown="refuse" refuses what is left out.')
+            remedy = '\nWith unknown="refuse" these are refused.' if self.coverage.skipped else ""
+            tell(f"Product of spectral norms: {self.coverage}{remedy}")
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the operators' weights are computed from, each once."""

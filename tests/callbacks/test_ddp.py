@@ -22,6 +22,9 @@ class Net(L.LightningModule):
     def forward(self, x):
         return self.net(x)
 
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[..., :5] if case == "first batches" and self.global_rank == 1 else batch
+
     def training_step(self, batch, batch_idx):
         if case == "sizes" and self.global_rank == 1:
             batch = batch[..., :5]
@@ -41,6 +44,7 @@ class Net(L.LightningModule):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     example = torch.zeros(1, 1, 6, 6) if case in ("batch norm", "traced") else None
+    example = "batch" if case.startswith("first batch") else example
     images = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     if name == "LipschitzPenalty":
         callbacks, epochs = [LipschitzPenalty(0.1, example_input=example)], 50
@@ -64,6 +68,8 @@ if __name__ == "__main__":
     [
         ("product", "SAME"),
         ("traced", "SAME"),
+        ("first batch", "SAME"),
+        ("first batches", "The first batch has inputs of different sizes on different ranks"),
         ("sizes", "inputs of different sizes on different ranks"),
         ("batch norm", "running statistics of ['net.1'], which differ between ranks"),
     ],

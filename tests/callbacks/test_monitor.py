@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty
-from lightning_lip.callbacks.monitor import MAX_HISTORY, Source
+from lightning_lip.callbacks.lightning.sources import MAX_HISTORY, Source
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]

@@ -50,7 +50,7 @@ def test_unknown_layers_are_left_out_and_told_in_a_table(told):
         "  left out  2 Block: what it computes from its parameters ['scale'] is not known",
         "  left out  2 LayerNorm: a normalisation is bounded in its place in the graph only: pass example_input=",
         "  left out  1 Embedding: an embedding is a look-up, not a linear map: start at its output",
-        'unknown="refuse" refuses what is left out.',
+        'With unknown="refuse" these are refused.',
     ]
 
 
