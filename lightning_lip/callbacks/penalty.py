@@ -128,6 +128,7 @@ class LipschitzPenalty(ObservingCallback):
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"penalty": penalty, "target": target, "unknown": unknown}
         self._is_selected = self._sizes_are_shared = False
+        self._trainable: set[int] = set()
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
         self._turns: dict[int, _Turn] = {}
@@ -199,8 +200,10 @@ class LipschitzPenalty(ObservingCallback):
         if self._is_selected:
             return self.regularizer
         regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch), inputs=AWAITED)
+        # Before an optimiser is toggled: that freezes the parameters of the others.
+        self._trainable = {id(p) for p in pl_module.parameters() if p.requires_grad}
         if regularizer.bound_kind == "bound":
-            _check_trainable(regularizer)
+            self._check_trainable(regularizer)
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
@@ -210,7 +213,14 @@ class LipschitzPenalty(ObservingCallback):
     def adopt(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().adopt(trainer, pl_module)
         if self._is_settled:
-            _check_trainable(self.regularizer)
+            self._check_trainable(self.regularizer)
+
+    def _check_trainable(self, regularizer: LipschitzRegularizer) -> None:
+        if not any(p.requires_grad or id(p) in self._trainable for p in regularizer.penalised_parameters()):
+            raise ValueError(
+                f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
+                "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -359,19 +369,6 @@ class LipschitzPenalty(ObservingCallback):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
-
-
-def _check_trainable(regularizer: LipschitzRegularizer) -> None:
-    """Refuse layers that are all frozen.
-
-    Raises:
-        ValueError: If they are.
-    """
-    if not any(p.requires_grad for p in regularizer.penalised_parameters()):
-        raise ValueError(
-            f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
-            "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
-        )
 
 
 def _text(selection: Selection | None) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.inputs import call_arguments
 from lightning_lip.models.modules import eval_mode, state_kept
+from lightning_lip.models.sharding import is_dealt_out
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.usage.normalisation import Placed, place_normalisations
 from lightning_lip.usage.observer import Observer
@@ -38,6 +39,7 @@ class Observation:
         self._uses = observer.uses
         self._normalisations = observer.normalisations
         self._normalising = {id(call.module) for call in observer.normalisations}
+        self._is_dealt_out = is_dealt_out(model)
         self._by_layer: dict[int, list[Use]] = {}
         for use in observer.uses.values():
             self._by_layer.setdefault(id(use.weight.owner.layer), []).append(use)
@@ -57,6 +59,10 @@ class Observation:
         operators = []
         for use in self._by_layer.get(id(module), []):
             operator = operator_in_use(use)
+            if self._is_dealt_out and operator.direct_parameter is None:
+                raise UnsupportedLayerError(
+                    "it is no whole matrix, and the model's weights are DTensors (FSDP2, tensor parallel)"
+                )
             self._made[id(operator)] = use
             operators.append(operator)
         if not operators and not self._is_counted_elsewhere(module):
@@ -88,6 +94,8 @@ class Observation:
         Where `batch_statistics` is False batch normalisations are left out; the layers before them have their own norm.
         """
         calls = [call for call in self._normalisations if batch_statistics or call.variance is None]
+        if self._is_dealt_out:  # their gains are shards
+            calls = []
         return place_normalisations(self._model, operators, self.use_of, calls, chosen, leave_out)
 
 

@@ -66,6 +66,6 @@ def refuse_sizes_of_one_rank(operators: Iterable[LinearOperator]) -> None:
     torch.distributed.all_gather_object(gathered, sizes)
     if any(other != gathered[0] for other in gathered):
         raise RuntimeError(
-            "The first batch showed other layers, or convolutions inputs of different sizes, on different ranks, "
-            f"{gathered}: pass example_input= to choose one."
+            f"The first batch showed other layers, or inputs of different sizes on different ranks, {gathered}: pass "
+            "example_input= to choose one."
         )
