@@ -68,9 +68,8 @@ class LoraOperator(ComputedMatrixOperator):
         others = {*(own.get("lora_variant") or {}), *(k for k, v in (own.get("use_dora") or {}).items() if v)}
         if others & {*active}:
             raise UnsupportedLayerError("its adapter is no plain LoRA (W + s B A), but DoRA, say: merge it first")
-        factors = [
-            part[key].weight for key in active if key in module.lora_A for part in (module.lora_A, module.lora_B)
-        ]  # type: ignore[operator, index, union-attr]
+        layer: Any = module
+        factors = [part[k].weight for k in active if k in layer.lora_A for part in (layer.lora_A, layer.lora_B)]
         super().__init__(name, module, self._merged, (weight, *factors))
 
     def _merged(self) -> Tensor:

@@ -38,7 +38,20 @@ class _Followed:
     channel: int | None
 
 
-class Observer(TorchFunctionMode):
+class _Mode(TorchFunctionMode):
+    """Has another function call those of torch."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self._call = call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._call(func, args, kwargs or {})
+
+
+class Observer:
     """Watches the functions of torch that a forward pass calls, without changing what they return.
 
     While it is entered, compiled functions and modules run eagerly, and what was compiled stays. It works under
@@ -55,7 +68,6 @@ class Observer(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.uses: dict[Hashable, Use] = {}
         self.normalisations: list[Normalisation] = []
         self.is_watching = True
@@ -76,25 +88,21 @@ class Observer(TorchFunctionMode):
             ):
                 self._context.callback(handle.remove)
         self._context.enter_context(_eagerly())
-        super().__enter__()
+        self._context.enter_context(_Mode(self.call))
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Stop, and let go of all tensors."""
-        super().__exit__(*exception)
-        self.stop()
         self._context.close()
+        self.stop()
 
     def stop(self) -> None:
         """Look no further: what is found stays."""
         self.is_watching = False
         self._stored, self._known, self._inside = {}, {}, []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function, and look at what it was given and returned."""
-        kwargs = kwargs or {}
         name = functions.name_of(func) if self.is_watching else ""
         if not name:
             return func(*args, **kwargs)
@@ -211,8 +219,10 @@ class Observer(TorchFunctionMode):
             operands = list(operands[0])
         for index, tensor in enumerate(operands):
             weight = values.get(id(tensor)) if isinstance(tensor, Tensor) else None
-            parts = functions.contraction(equation, len(operands), index) if is_value(weight) else None
-            if parts is None:
+            if not is_value(weight):
+                continue
+            parts = functions.contraction(equation, len(operands), index)
+            if parts is None or not weight.parameters:
                 continue
             sizes = [[weight.shape[d] for d in dims] for dims in (parts.blocks, parts.rows, parts.columns)]
             if not parts.blocks and len(weight.shape) == 2 and len(parts.rows) == 1:
@@ -321,7 +331,7 @@ class Observer(TorchFunctionMode):
 
     def _lookup(self, tensor: Tensor) -> Value | _Followed | None:
         """Return what is known of a tensor."""
-        value = self._value(self._known.get(id(tensor)), tensor)
+        value: Value | _Followed | None = self._value(self._known.get(id(tensor)), tensor)
         if value is not None:
             return value
         if id(tensor) not in self._stored and isinstance(tensor, nn.Parameter):

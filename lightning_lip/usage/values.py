@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -61,7 +61,7 @@ class Stored:
         Raises:
             RuntimeError: If there is nothing any more.
         """
-        tensor = self.module._parameters.get(self.key)
+        tensor: Tensor | None = self.module._parameters.get(self.key)
         tensor = self.module._buffers.get(self.key) if tensor is None else tensor
         if tensor is None:
             raise RuntimeError(
@@ -198,7 +198,7 @@ class Arranged:
         return weight.permute(self.order).reshape(self.shape)
 
 
-def is_value(value: object) -> bool:
+def is_value(value: object) -> TypeGuard[Stored | Computed]:
     """Whether an object is a value of this module."""
     return isinstance(value, (Stored, Computed))
 

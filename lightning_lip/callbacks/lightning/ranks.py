@@ -60,8 +60,8 @@ def refuse_sizes_of_one_rank(operators: Iterable[LinearOperator]) -> None:
         RuntimeError: If there is such a layer.
     """
     operators = list(operators)
-    sizes = {op.name: op.domain_shape for op in recorded(operators)}
-    sizes = {op.name: sizes.get(op.name) for op in operators}
+    recording = {op.name: op.domain_shape for op in recorded(operators)}
+    sizes = {op.name: recording.get(op.name) for op in operators}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, sizes)
     if any(other != gathered[0] for other in gathered):
