@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -12,7 +13,6 @@ from typing_extensions import override
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.lightning.observing import ObservingCallback
-from lightning_lip.callbacks.lightning.sources import Source
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_logging_step,
@@ -26,13 +26,34 @@ from lightning_lip.callbacks.lightning.trainer import (
 )
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
+from lightning_lip.callbacks.tensorboard.history import History, check_histories
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_choice, check_integers, check_state, check_type
+from lightning_lip.checks import check_choice, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.usage.observation import AWAITED
+
+
+@dataclass
+class Source:
+    """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
+
+    tag: str
+    regularizer: LipschitzRegularizer
+    penalty: Callable[[Tensor], Tensor] | None
+    history: History = field(default_factory=History)
+
+    @property
+    def names(self) -> list[str]:
+        """The layers' names; a model that is itself a layer has none of its own."""
+        return [op.name or "model" for op in self.regularizer.operators]
+
+    @property
+    def bound_tag(self) -> str:
+        """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
+        return f"{self.tag}/{self.regularizer.bound_kind}"
 
 
 class LipschitzMonitor(ObservingCallback):
@@ -218,7 +239,7 @@ class LipschitzMonitor(ObservingCallback):
         for source in self._sources:
             metrics, norms, shares = _measure(source)
             if logging:
-                source.remember(logging_step(trainer), norms, shares)
+                source.history.remember(logging_step(trainer), norms, shares)
                 log_to_loggers(trainer, metrics)
                 self._last_logged = logging_step(trainer)
             kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
@@ -271,7 +292,7 @@ class LipschitzMonitor(ObservingCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self._sources:
             return self._loaded or {}
-        histories = {s.tag: [s.steps, s.norms, s.shares, s.spacing, s.seen] for s in self._sources}
+        histories = {source.tag: source.history.state() for source in self._sources}
         return {"histories": histories, "own": None if self._core is None else self._core.state_dict()}
 
     @override
@@ -279,6 +300,10 @@ class LipschitzMonitor(ObservingCallback):
         check_type("state", state_dict, Mapping, "a mapping")
         if state_dict:  # empty before training
             check_state(state_dict, ("histories", "own"), self.key)
+            check_histories(state_dict["histories"])
+            if state_dict["own"] is not None:
+                check_state(state_dict["own"], ("vectors",), "The state's `own`")
+                check_vectors("own['vectors']", state_dict["own"]["vectors"])
         self._keep_until_training(dict(state_dict) or None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,9 +327,8 @@ class LipschitzMonitor(ObservingCallback):
         if self._core is not None and state["own"] is not None:
             self._core.load_state_dict(state["own"])
         for source in self._sources:
-            empty: list[Any] = [[], [], [], 1, 0]
-            steps, norms, shares, source.spacing, source.seen = state["histories"].get(source.tag, empty)
-            source.steps, source.norms, source.shares = list(steps), list(norms), list(shares)
+            history = state["histories"].get(source.tag)
+            source.history = History() if history is None else History.of(history, len(source.names))
 
 
 def _penalties(trainer: Any) -> list[LipschitzPenalty]:
@@ -347,8 +371,9 @@ def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> 
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
             writer.add_histogram(f"{source.tag}/spectrum/{name}", values, step)
-    heat = heat_map(source.names, source.steps, source.norms)
-    chart = share_chart(source.names, source.steps, source.shares, source.regularizer.bound_kind)
+    history = source.history
+    heat = heat_map(source.names, history.steps, history.norms)
+    chart = share_chart(source.names, history.steps, history.shares, source.regularizer.bound_kind)
     for tag, figure in (("spectral_norms", heat), ("log_shares", chart)):
         if figure is not None:
             writer.add_figure(f"{source.tag}/{tag}", figure, step)

@@ -29,7 +29,16 @@ from lightning_lip.operators.coverage import Coverage
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty, scalar
+from lightning_lip.penalty.penalties import (
+    KNEE,
+    Penalty,
+    PenaltyName,
+    check_knee,
+    check_value,
+    get_penalty,
+    level_of,
+    scalar,
+)
 from lightning_lip.penalty.selected_norms import SelectedNorms
 
 
@@ -54,6 +63,7 @@ class LipschitzRegularizer(SelectedNorms):
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
             counts k times k times.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        knee: Where ``"product"`` becomes linear in S, its logarithm; None or infinity for the paper's plain product.
         layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
         exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
@@ -100,6 +110,7 @@ class LipschitzRegularizer(SelectedNorms):
         penalty: PenaltyName | Penalty = "product",
         *,
         target: float = 1.0,
+        knee: float | None = KNEE,
         layers: Selection | None = None,
         exclude: Selection | None = None,
         block_size: int = 8,
@@ -112,8 +123,8 @@ class LipschitzRegularizer(SelectedNorms):
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
-        self._penalty = get_penalty(penalty, target)
-        self._log_target = math.log(target)
+        self._penalty = get_penalty(penalty, target, knee)
+        self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
         self._is_whole = False
         selection = {"layers": layers, "exclude": exclude, "unknown": unknown}
@@ -207,7 +218,7 @@ class LipschitzRegularizer(SelectedNorms):
         allowed = None if parameters is None else {id(p) for p in parameters}
         if self._code is not None and not isinstance(scale, Tensor):
             factor = self.coefficient * scale
-            value = self._norms.penalise_(self._code, self._log_target, factor, advance, allowed)
+            value = self._norms.penalise_(self._code, self._level, factor, advance, allowed)
             if value is not None:
                 return value
         return self._add_grad_in_parts_(scale, advance, allowed)
