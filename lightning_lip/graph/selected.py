@@ -14,6 +14,7 @@ from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.product import ProductBound
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage, share_of
+from lightning_lip.operators.recorded import recorded
 from lightning_lip.operators.selection import PROVIDERS, Selected, Selection, Unknown, cover, known_by_type, select
 from lightning_lip.usage.observation import Observation
 
@@ -109,7 +110,12 @@ def observed_product(
     made = {id(op.module): op for op in present}
 
     def known(module: nn.Module, name: str) -> Sequence[LinearOperator]:
-        return [made[id(module)]] if id(module) in made else known_by_type(module, name)
+        operators = [made[id(module)]] if id(module) in made else known_by_type(module, name)
+        for convolution in recorded(operators):
+            shape = observation.input_shape_of(module)
+            if shape is not None:
+                convolution.saw(shape)
+        return operators
 
     coverage = cover(model, layers, exclude, unknown, (known, observation.operators_of))
     chosen = {id(s.found.module) for s in select(model, layers, exclude)}

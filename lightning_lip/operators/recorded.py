@@ -58,6 +58,11 @@ class RecordedConvolution(ConvolutionOperator):
         self._handle = module.register_forward_pre_hook(self._recorder)
         _forget_compiled_code()
 
+    def saw(self, shape: tuple[int, ...]) -> None:
+        """Take a size that was seen otherwise, (c_in, *spatial), unless one is recorded."""
+        if self._recorder.shape is None:
+            self._recorder.shape = shape
+
     def stop_recording(self) -> None:
         """Take the hook off the module; a size that is known stays."""
         self._handle.remove()

@@ -16,6 +16,7 @@ from lightning_lip.models.inputs import call_arguments
 from lightning_lip.models.modules import eval_mode, state_kept
 from lightning_lip.models.sharding import is_dealt_out
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.paddings import padding_pairs
 from lightning_lip.usage.normalisation import Placed, place_normalisations
 from lightning_lip.usage.observer import Observer
 from lightning_lip.usage.operators import operator_in_use
@@ -69,6 +70,16 @@ class Observation:
             raise UnsupportedLayerError("the first forward pass multiplied nothing by its parameters")
         return operators
 
+    def input_shape_of(self, convolution: nn.Module) -> tuple[int, ...] | None:
+        """Return the shape of the first input of a convolution of torch.nn, (c_in, *spatial); None if it saw none."""
+        called = [use.convolution for use in self._by_layer.get(id(convolution), []) if use.convolution is not None]
+        module: Any = convolution
+        if not called or module.padding_mode == "zeros":
+            return called[0][2] if called else None
+        channels, *spatial = called[0][2]  # the module pads by itself before
+        pairs = padding_pairs(module.padding, module.kernel_size, module.dilation)
+        return channels, *(size - sum(pair) for size, pair in zip(spatial, pairs, strict=True))
+
     def _is_counted_elsewhere(self, module: nn.Module) -> bool:
         """Whether a module is a normalisation, or holds parameters only that multiply in other modules."""
         own = {id(p) for p in module._parameters.values() if p is not None}
@@ -107,9 +118,8 @@ def observe(model: nn.Module, inputs: object) -> Observation:
         inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
     """
     args, kwargs = call_arguments(inputs)
-    # With gradients, as a convolution's size is recorded in a pass of training only.
     observer = Observer(model)
-    with state_kept(model), eval_mode(model), torch.inference_mode(False), torch.enable_grad(), observer:
+    with state_kept(model), eval_mode(model), torch.inference_mode(False), torch.no_grad(), observer:
         model(*args, **kwargs)
     return Observation(model, observer)
 

@@ -102,3 +102,11 @@ def test_a_step_that_fails_or_never_comes_leaves_nothing_behind():
     observation.begin(model)
     observation.end(model)
     assert "training_step" not in vars(model)
+
+
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+def test_convolutions_are_taken_at_the_size_that_was_seen(padding, mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode))
+    regularizer = LipschitzRegularizer(model, 1.0, inputs=torch.randn(2, 3, 6, 7))
+    assert regularizer.operators[0].domain_shape == (3, 6, 7)
