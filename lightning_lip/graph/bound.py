@@ -7,6 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
 from lightning_lip.graph.rules.fourier import has_complex_rule, is_complex
 from lightning_lip.graph.rules.written_out import written_out
 from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, operation_name, trace
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.rounding import sum_up
 
@@ -43,6 +45,7 @@ _UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_stride
 """Operations whose values are what the memory holds."""
 
 _SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+_SHAPED_BY_OTHER = {"expand_as", "view_as", "reshape_as"}
 
 
 class NetworkBound:
@@ -81,7 +84,7 @@ class NetworkBound:
         """Where the model keeps its parameters, and those that it kept there at the last look."""
 
     @classmethod
-    def trace(cls, model: nn.Module, example_input: object) -> NetworkBound:
+    def trace(cls, model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> NetworkBound:
         """Trace a model and build its bound.
 
         Mode, buffers and random number generators are left as they were. Batch normalisation uses its running
@@ -92,6 +95,8 @@ class NetworkBound:
             model: The model; its ``forward`` is traced.
             example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, each tensor with
                 the batch along its first dimension.
+            batch_dim: None says that there is no batch: the whole input is one sample, as a graph's nodes are, and the
+                norms are over all elements of each tensor.
 
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
@@ -99,7 +104,7 @@ class NetworkBound:
             ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
                 it.
         """
-        traced = trace(model, example_input)
+        traced = trace(model, example_input, batch_dim)
         builder = Builder(traced)
         outputs = _walk_graph(builder, traced)
         refusals: dict[Refusal, None] = {}
@@ -205,6 +210,7 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
     numbers = itertools.count()
     returned: list[Any] = []
     for node in traced.graph.nodes:
+        builder.sizes.note(node)
         if node.op == "placeholder":
             number = None if node.name in traced.stored else next(numbers)
             builder.values[node] = _placeholder(builder, node, number)
@@ -212,7 +218,12 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
             leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
             returned = [_real(builder, leaf) for leaf in leaves if leaf.name in traced.outputs]
         elif node in builder.live_nodes:
-            builder.values[node] = _evaluate(builder, node)
+            try:
+                builder.values[node] = _evaluate(builder, node)
+            except RefusedError as error:
+                builder.values[node] = builder.refuse(node, str(error))
+            # A size that a stored tensor's values decide is known only now.
+            builder.sizes.note(node)
     return returned
 
 
@@ -256,7 +267,7 @@ def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> A
         return example
     if not example.is_floating_point():
         return Refused((Refusal("", type(traced.model).__name__, node.name, f"an input of {example.dtype}"),))
-    return Dependent(tuple(int(n) for n in example.shape), 0, builder.program.result, frozenset({number}))
+    return Dependent(tuple(example.shape), traced.batch_dim, builder.program.result, frozenset({number}))
 
 
 def _value(builder: Builder, leaf: Any) -> Any:
@@ -272,6 +283,9 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         if isinstance(source, tuple):
             part = source[int(str(index))]
         return part if part is not None else builder.refuse(node, "an index jumps")
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        size = builder.sizes.number(node.meta["val"])
+        return builder.refuse(node, "it is a size that depends on values") if size is None else size
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
@@ -291,6 +305,10 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
             return written
     if refused:
         return _behind(builder, node, name, refused)
+    if name in _SHAPED_BY_OTHER and isinstance(arguments["self"], Independent):
+        # Only its shape matters, by which a tensor of no values is told apart.
+        shaped_by = torch.empty(arguments["other"].shape, device="meta")
+        return _independent(builder, node, arguments | {"other": shaped_by})
     if not dependent:
         if node.target is WHOLE_MODULE:
             return _inside(builder, node)
@@ -331,7 +349,10 @@ def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[s
     check_real(node)
     if node.target is WHOLE_MODULE:
         check_whole_module(node, builder.traced)
-    return only_floating(node, RULES[name](builder, node, arguments))
+    result = only_floating(node, RULES[name](builder, node, arguments))
+    if isinstance(result, Dependent):
+        builder.sizes.learn(node.meta["val"], result.shape)
+    return result
 
 
 def _is_complex(leaf: Any) -> bool:
@@ -410,20 +431,22 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
             (),
             partial(torch.full, example.shape, math.nan, dtype=example.dtype, device=example.device),
         )
-    shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
     described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
     identity = builder.identity((str(target), str(spec), described))
-    return Independent(shape, operation, identity, sources, parameters, any(v.live for v in sources))
+    value = Independent((), operation, identity, sources, parameters, any(v.live for v in sources))
+    if not isinstance(example, Tensor):
+        return value
+    if builder.sizes.of(example) is None:
+        builder.sizes.learn(example, value.compute().shape)
+    return replace(value, shape=builder.known_sizes(example))
 
 
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
     # A refused argument has a shape as well.
-    stand_in = torch.empty(
-        shape_of(node.all_input_nodes[0]), dtype=node.meta["val"].dtype, device=node.meta["val"].device
-    )
+    given, made = node.all_input_nodes[0], node.meta["val"]
+    stand_in = torch.empty(shape_of(given), dtype=made.dtype, device=made.device)
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
-    shape = tuple(int(n) for n in node.meta["val"].shape)
-    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))
+    return Independent(shape_of(node), lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))

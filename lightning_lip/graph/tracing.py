@@ -11,7 +11,7 @@ import contextlib
 import copy
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,14 @@ from torch.utils import _pytree as pytree
 from lightning_lip.checks import check_model
 from lightning_lip.constants.modules import registered_rule
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.inputs import batch_of_two, call_arguments, check_example, floating_dtype
+from lightning_lip.models.inputs import (
+    BatchDim,
+    call_arguments,
+    check_batch_dim,
+    check_example,
+    floating_dtype,
+    traced_example,
+)
 from lightning_lip.models.modules import (
     eval_mode,
     is_wrapper,
@@ -120,6 +127,7 @@ class TracedModel:
         written: For the name of a placeholder that the forward pass gives another value: the buffer's name.
         modules: The calls of modules traced as one node, by index.
         names: The modules' names by id, as :func:`lightning_lip.operators.selection.cover` gives them.
+        batch_dim: 0 where the inputs are a batch of two along their first dimensions, None where they are one sample.
     """
 
     model: nn.Module
@@ -131,6 +139,7 @@ class TracedModel:
     written: dict[str, str]
     modules: list[WholeModule]
     names: dict[int, str]
+    batch_dim: BatchDim
 
     def tensor(self, argument: object) -> Tensor | None:
         """Return the live parameter, buffer or constant that an argument of an operation is; None for anything else."""
@@ -138,7 +147,7 @@ class TracedModel:
         return None if read is None else read()
 
 
-def trace(model: nn.Module, example_input: object) -> TracedModel:
+def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> TracedModel:
     """Trace one forward pass in eval mode; the model and the generators of random numbers are left as they were.
 
     Args:
@@ -146,6 +155,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments. All tensors in it have
             the batch along the first dimension; a batch of one is repeated, a larger one cut to two. A factor that
             the forward pass computes from the size of the batch is taken at two.
+        batch_dim: None takes the whole input as one sample, as it is.
 
     Raises:
         TypeError: If the model is no module.
@@ -154,14 +164,21 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
             say.
     """
     check_model(model, "A bound over the traced graph")
+    check_batch_dim(batch_dim)
     while is_wrapper(model):
         model = next(iter(model.children()))
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        names_of = ", ".join(name or "(the model itself)" for name in scripted[:5])
+        raise UnsupportedLayerError(
+            f"{names_of}: compiled by torch.jit, whose operations cannot be traced. Use the module it was made from."
+        )
     modules: list[WholeModule] = []
     with as_traced(model), _traced_whole(model, modules):
-        args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
+        args, kwargs = call_arguments(traced_example(example_input, floating_dtype(model), batch_dim))
         try:
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
@@ -170,7 +187,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         except UnsupportedLayerError:
             raise
         except FAILURES as error:
-            check_example(model, args, kwargs)
+            check_example(model, args, kwargs, batch_dim)
             _refuse_inference_tensors(model, error)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
@@ -188,7 +205,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     changed = {*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()}
     read = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     written = {placeholder: name for placeholder, name in read.items() if name in changed}
-    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names)
+    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names, batch_dim)
 
 
 def _refuse_inference_tensors(model: nn.Module, error: Exception) -> None:
@@ -390,3 +407,33 @@ def module_paths(node: torch.fx.Node) -> list[str]:
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose forward holds the operation; empty for the model itself."""
     return next(reversed(module_paths(node)), "")
+
+
+class Sizes:
+    """Sizes of traced tensors that the values of stored ones decide: how many elements of a mask are true, say."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, int] = {}
+
+    def learn(self, example: Tensor, shape: Sequence[int]) -> None:
+        """Take over the sizes of a traced tensor, which are known now."""
+        for size, known in zip(example.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                self._known[size.node.expr] = int(known)
+
+    def number(self, size: int | torch.SymInt) -> int | None:
+        """Return a size, or what is computed from sizes; None if it depends on the values of an unknown tensor."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        known = size.node.expr.subs(self._known)
+        return int(known) if known.is_Integer else None
+
+    def of(self, example: Tensor) -> tuple[int, ...] | None:
+        """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
+        known = tuple(n for n in map(self.number, example.shape) if n is not None)
+        return known if len(known) == example.dim() else None
+
+    def note(self, node: torch.fx.Node) -> None:
+        """Write the shape of a node's first tensor to ``node.meta["sizes"]``; None where it is not known."""
+        first = next((v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), None)
+        node.meta["sizes"] = None if first is None else self.of(first)

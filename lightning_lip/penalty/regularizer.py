@@ -22,6 +22,7 @@ from lightning_lip.checks import (
 from lightning_lip.graph.product import repeated
 from lightning_lip.graph.selected import Bound
 from lightning_lip.kernels.tensors import in_double, without_autocast
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
@@ -73,6 +74,7 @@ class LipschitzRegularizer(SelectedNorms):
             the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
             LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
             weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
@@ -117,6 +119,7 @@ class LipschitzRegularizer(SelectedNorms):
         n_iterations: int = 1,
         seed: int = 0,
         example_input: Any = None,
+        batch_dim: BatchDim = 0,
         backend: kernels.Backend | None = None,
         unknown: Unknown = "skip",
         inputs: Any = None,
@@ -127,9 +130,9 @@ class LipschitzRegularizer(SelectedNorms):
         self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
         self._is_whole = False
-        selection = {"layers": layers, "exclude": exclude, "unknown": unknown}
+        selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "unknown": unknown}
         iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
-        super().__init__(model, example_input, inputs, selection, iteration)
+        super().__init__(model, example_input, inputs, selection, iteration, batch_dim)
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_lip.checks import check_choice
 from lightning_lip.graph.selected import Bound, bound_of, observed_product
 from lightning_lip.kernels.tensors import in_double
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.sharding import reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
@@ -30,6 +31,7 @@ class SelectedNorms:
         selection: ``layers``, ``exclude`` and ``unknown`` of :class:`~lightning_lip.LipschitzRegularizer`.
         iteration: ``block_size``, ``n_iterations``, ``seed`` and ``backend`` of
             :class:`~lightning_lip.norms.spectral_norms.SpectralNorms`.
+        batch_dim: As in :class:`~lightning_lip.LipschitzRegularizer`.
 
     Attributes:
         operators: The L operators, each distinct weight once.
@@ -40,14 +42,20 @@ class SelectedNorms:
     coverage: Coverage
 
     def __init__(
-        self, model: nn.Module, example_input: Any, inputs: Any, selection: dict[str, Any], iteration: dict[str, Any]
+        self,
+        model: nn.Module,
+        example_input: Any,
+        inputs: Any,
+        selection: dict[str, Any],
+        iteration: dict[str, Any],
+        batch_dim: BatchDim = 0,
     ) -> None:
         check_choice("unknown", selection["unknown"], get_args(Unknown))
         self._model = model
         self._selection = selection
         self._iteration = iteration
         reshard(model)
-        self._take(*bound_of(model, example_input, **selection, is_awaiting=inputs is not None))
+        self._take(*bound_of(model, example_input, **selection, batch_dim=batch_dim, is_awaiting=inputs is not None))
         if self._bound.kind == "product" and inputs is not AWAITED:
             if inputs is None:
                 self._tell()
