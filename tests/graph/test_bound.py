@@ -7,6 +7,7 @@ from support.truth import check_bound, jacobian_norm, norm, value_of
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_lip import LipschitzRegularizer
 from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
