@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_lip.checks import check_choice, check_model, check_number, check_state, check_vectors
+from lightning_lip.checks import check_choice, check_model, check_state, check_vectors, is_finite_number, shown
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.tensors import compute_dtype, in_double, is_sharded, without_modes
 from lightning_lip.models.sharding import reshard
@@ -41,10 +41,11 @@ def check_radius(radius: object) -> float | Literal["mup"]:
     Raises:
         ValueError: If it is neither.
     """
-    if isinstance(radius, str):
-        check_choice("radius", radius, (MUP,))
+    if isinstance(radius, str) and radius == MUP:
         return "mup"
-    return check_number("radius", radius, positive=True)
+    if not is_finite_number(radius) or radius <= 0:
+        raise ValueError(f"Expected `radius` to be a positive finite number or {MUP!r}, got {shown(radius)}.")
+    return float(radius)
 
 
 class NormCaps:

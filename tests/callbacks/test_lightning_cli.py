@@ -83,6 +83,17 @@ ARGUMENTS = {
         "seed": 1,
         "name": "a",
     },
+    "SpectralCaps": {
+        "radius": "mup",
+        "layers": ["net.*"],
+        "exclude": "net.2",
+        "block_size": 4,
+        "n_iterations": 2,
+        "every_n_steps": 2,
+        "seed": 1,
+        "name": "a",
+        "unknown": "refuse",
+    },
     "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2", "unknown": "refuse"},
 }
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_lip import LipschitzConstraint, LipschitzMonitor, LipschitzPenalty, MaxNorm
+from lightning_lip import LipschitzConstraint, LipschitzMonitor, LipschitzPenalty, MaxNorm, SpectralCaps
 
 
 def constraint(**arguments):
@@ -40,7 +40,9 @@ def test_before_training_there_are_no_layers():
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
-@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint, lambda: MaxNorm(1.0)])
+@pytest.mark.parametrize(
+    "make", [LipschitzPenalty, LipschitzMonitor, constraint, lambda: MaxNorm(1.0), lambda: SpectralCaps(1.0)]
+)
 def test_strategies_that_hide_weights_or_gradients_are_refused(fit, make, name):
     # Neither starts on a machine without a GPU; what is asked is the class's name.
     strategy = type(name, (SingleDeviceStrategy,), {})(device="cpu")
