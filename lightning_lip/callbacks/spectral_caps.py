@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -91,8 +90,6 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         self._capped: Tensor | None = None
         self._sizes_to_share = False
         self._handle: RemovableHandle | None = None
-        # Whether an optimiser holds one of the weights, with the number of its parameters when it was looked at.
-        self._holds: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
 
     @property
     def caps(self) -> NormCaps:
@@ -111,14 +108,14 @@ class SpectralCaps(SelectingCallback[NormCaps]):
     def begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if not self._start(NormCaps(pl_module, **self._arguments), pl_module):
             self._n_steps = 0  # another model
-        self._capped, self._holds = None, WeakKeyDictionary()
+        self._capped = None
         self._sizes_to_share = trainer.world_size > 1
         # In the step itself: what comes next, another callback or a second optimiser, finds the weights within the
         # radius. For all optimisers of the process: one may be stepped past Lightning, or wrapped by another class.
         self._handle = register_optimizer_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._is_held_by(optimizer):
+        if not self._moves_a_layer(optimizer):
             return
         self._n_steps += 1
         if self._n_steps % self.every_n_steps:
@@ -128,15 +125,10 @@ class SpectralCaps(SelectingCallback[NormCaps]):
             refuse_sizes_of_one_rank(self.caps.operators)
         self._capped = self.caps.step()
 
-    def _is_held_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimiser moves one of the weights; asked again when the number of its parameters changes."""
-        size = sum([len(group["params"]) for group in optimizer.param_groups])
-        known = self._holds.get(optimizer)
-        if known is None or known[0] != size:
-            moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            held = any(id(p) in moved for op in self.caps.operators for p in op.parameters)
-            known = self._holds[optimizer] = (size, held)
-        return known[1]
+    def _moves_a_layer(self, optimizer: Optimizer) -> bool:
+        """Whether an optimiser holds one of the parameters that the layers' weights are made of."""
+        layers = {id(p) for op in self.caps.operators for p in op.parameters}
+        return any(id(p) in layers for group in optimizer.param_groups for p in group["params"])
 
     @override
     def on_train_batch_end(
@@ -167,4 +159,4 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         self._keep_until_training(state_dict["caps"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_handle": None, "_holds": WeakKeyDictionary(), "_capped": None}
+        return super().__getstate__() | {"_handle": None, "_capped": None}
