@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
+    is_end_or_logging_step,
     is_logging_step,
     log_to_loggers,
     log_to_trainer,
@@ -24,52 +24,18 @@ from lightning_lip.callbacks.lightning.trainer import (
     refuse_other_kind,
     tensorboard_writers,
 )
+from lightning_lip.callbacks.monitoring.source import HEALTH, Source
+from lightning_lip.callbacks.monitoring.summary import summary_of
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_choice, check_integers, check_state, check_type
+from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type
 from lightning_lip.mixin import LipschitzMixin
+from lightning_lip.norms.frobenius import FrobeniusNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
-
-MAX_HISTORY = 512
-"""Steps that the figures show: with more, every other one is dropped and the spacing doubles."""
-
-
-@dataclass
-class Source:
-    """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
-
-    tag: str
-    regularizer: LipschitzRegularizer
-    penalty: Callable[[Tensor], Tensor] | None
-    steps: list[int] = field(default_factory=list)
-    norms: list[list[float]] = field(default_factory=list)
-    shares: list[list[float]] = field(default_factory=list)
-    spacing: int = 1
-    seen: int = 0
-
-    @property
-    def names(self) -> list[str]:
-        """The layers' names; a model that is itself a layer has none of its own."""
-        return [op.name or "model" for op in self.regularizer.operators]
-
-    @property
-    def bound_tag(self) -> str:
-        """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
-        return f"{self.tag}/{self.regularizer.bound_kind}"
-
-    def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
-        """Keep what the figures show of a logging step, thinned to at most `MAX_HISTORY` steps."""
-        if self.seen % self.spacing == 0:
-            self.steps.append(step)
-            self.norms.append(norms)
-            self.shares.append(shares)
-        self.seen += 1
-        if len(self.steps) > MAX_HISTORY:
-            self.steps, self.norms, self.shares = self.steps[::2], self.norms[::2], self.shares[::2]
-            self.spacing *= 2
+from lightning_lip.reporting.messages import tell
 
 
 class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
@@ -81,6 +47,10 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
     - ``lipschitz/log_share/<layer>``: the layer's part of the log of the product, ``k log sigma``, which sum to it;
       with a traced graph ``log sigma`` times the bound's elasticity ``d log bound / d log sigma``;
+    - with `health` ``lipschitz/weight_norm/<layer>``, the Frobenius norm ``|W|_F`` (of a convolution its kernel's);
+      ``lipschitz/stable_rank/<layer>``, ``|W|_F^2 / sigma^2`` (of a convolution per place: below 1 where few
+      frequencies pass); and ``lipschitz/update_ratio/<layer>``, ``|W_new - W|_F / |W|_F`` of the batch's steps, for
+      which a copy of the watched weights lives from before the step to the end of this batch;
     - ``lipschitz/product``: the product over the selected layers, an *estimate from below* (no bound on the network:
       activations, other layers and branches are not in it). With a traced graph (`example_input`, or the module's
       ``example_input_array``) instead ``lipschitz/bound``: the bound of the whole network, with estimated norms;
@@ -91,7 +61,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     ``lipschitz/product`` (or ``bound``) and ``lipschitz/penalty`` are also handed to Lightning: ``EarlyStopping`` and
     ``ModelCheckpoint(monitor="lipschitz/product")``. After training the last values are logged, if the last step was no
-    logging step. TensorBoard also gets
+    logging step, and a table tells the first and the last values of each layer. TensorBoard also gets
 
     - a custom-scalars layout: all layers in one chart, the product between its estimate and its upper bound as a margin
       chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified`` as
@@ -125,6 +95,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             without a name those of every penalty that no other monitor is named after.
         unknown: What becomes of layers without a known norm in the monitor's own product: ``"skip"`` or ``"refuse"``,
             as in :class:`LipschitzPenalty`.
+        health: Whether to log weight norm, stable rank and update ratio.
+        summary: Whether to tell the table at the end of training, on the first rank, as Lightning tells its messages.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
@@ -149,11 +121,16 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         certified: CertifiedValidation | None = None,
         name: str | None = None,
         unknown: Unknown = "skip",
+        health: bool = True,
+        summary: bool = True,
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
+        check_flag("health", health)
+        check_flag("summary", summary)
+        self._health, self._summary = health, summary
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):
             raise TypeError(
@@ -217,6 +194,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch))
             self._sources = [Source(self.tag, self._core, None)]
         for source in self._sources:
+            source.weights = FrobeniusNorms(source.regularizer.operators) if self._health else None
             refuse_other_kind(trainer, source.tag, source.regularizer.bound_kind)
         if self._loaded is not None:
             self._restore(self._loaded)
@@ -230,17 +208,26 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             writer.add_custom_scalars(layout)
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # Of several steps in one batch the first: the ratio is that of the batch.
+        if self._health and is_end_or_logging_step(trainer):
+            for source in self._sources:
+                source.before_step()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self._is_read(trainer):
+            for source in self._sources:
+                source.forget()
             return
         logging = is_logging_step(trainer)
         if self._core is not None:
             self._core.iterate()
         kept: dict[str, float] = {}
         for source in self._sources:
-            metrics, norms, shares = _measure(source)
+            metrics, norms, shares = source.measure()
             if logging:
                 source.remember(logging_step(trainer), norms, shares)
                 log_to_loggers(trainer, metrics)
@@ -266,9 +253,12 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The HPARAMS tab compares the last values of runs: they must be those of the last step.
         step = logging_step(trainer) - 1
-        if trainer.log_every_n_steps and self._last_logged != step:  # type: ignore[attr-defined]
-            for source in self._sources:
-                log_to_loggers(trainer, _measure(source)[0], step)
+        is_behind = trainer.log_every_n_steps and self._last_logged != step  # type: ignore[attr-defined]
+        for source in self._sources:
+            if is_behind:
+                log_to_loggers(trainer, source.measure()[0], step)
+            if self._summary and source.last:
+                tell(summary_of(source, step + 1))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -295,7 +285,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def state_dict(self) -> dict[str, Any]:
         if not self._sources:
             return self._loaded or {}
-        histories = {s.tag: [s.steps, s.norms, s.shares, s.spacing, s.seen] for s in self._sources}
+        histories = {source.tag: source.state() for source in self._sources}
         return {"histories": histories, "own": None if self._core is None else self._core.state_dict()}
 
     @override
@@ -326,9 +316,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         if self._core is not None and state["own"] is not None:
             self._core.load_state_dict(state["own"])
         for source in self._sources:
-            empty: list[Any] = [[], [], [], 1, 0]
-            steps, norms, shares, source.spacing, source.seen = state["histories"].get(source.tag, empty)
-            source.steps, source.norms, source.shares = list(steps), list(norms), list(shares)
+            if source.tag in state["histories"]:
+                source.restore(state["histories"][source.tag])
 
 
 def _penalties(trainer: Any) -> list[LipschitzPenalty]:
@@ -342,28 +331,6 @@ def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
         none: dict[str, Any] = dict.fromkeys(f"lipschitz/{name}" for name in LipschitzPenalty().hyperparameters)
         return none | {"lipschitz/penalty": "none", "lipschitz/coefficient": 0.0}
     return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
-
-
-def _measure(source: Source) -> tuple[dict[str, float], list[float], list[float]]:
-    """Return what a source logs, by name, its spectral norms and log shares, with one copy from the device."""
-    regularizer = source.regularizer
-    with torch.inference_mode(False), torch.enable_grad():
-        log_sigma = regularizer.log_sigma().requires_grad_()
-        log_bound = regularizer.log_bound_of(log_sigma)
-        (elasticity,) = torch.autograd.grad(log_bound, log_sigma)
-    with torch.no_grad():
-        log_sigma = log_sigma.detach()
-        scalars = {source.bound_tag: log_bound.detach().exp()}
-        if regularizer.has_upper:
-            log_upper = regularizer.sigma_upper().to(log_sigma).log()
-            scalars[f"{source.bound_tag}_upper"] = regularizer.log_bound_of(log_upper).exp()
-        if source.penalty is not None:
-            scalars[f"{source.tag}/penalty"] = source.penalty(log_sigma)
-        values = torch.cat([log_sigma.exp(), elasticity * log_sigma, torch.stack(list(scalars.values()))]).tolist()
-    tags = [f"{source.tag}/spectral_norm/{name}" for name in source.names]
-    tags += [f"{source.tag}/log_share/{name}" for name in source.names]
-    n = len(source.names)
-    return dict(zip([*tags, *scalars], values, strict=True)), values[:n], values[n : 2 * n]
 
 
 def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> None:
@@ -387,6 +354,9 @@ def _layout(sources: Sequence[Source]) -> dict[str, dict[str, list[Any]]]:
             "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],
             f"parts of log {kind}": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
         }
+        for measure in HEALTH if source.weights is not None else ():
+            tags = [f"{source.tag}/{measure}/{name}" for name in names]
+            charts[f"{measure.replace('_', ' ')}s"] = ["Multiline", tags]
         if source.regularizer.has_upper:
             # A margin chart wants value, lower, upper; the estimate is from below, so it is both of the first.
             charts[f"{kind}, with its upper bound"] = ["Margin", [bound, bound, f"{bound}_upper"]]

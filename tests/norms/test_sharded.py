@@ -23,6 +23,8 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegulariz
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.norms.frobenius import FrobeniusNorms
+from lightning_lip.operators.base import MatrixOperator
 
 SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (260, 256)]
 """(m, n): over two ranks and more, shards are uneven and empty; two share a stack; the last is iterated by itself."""
@@ -121,8 +123,26 @@ def case_shards(pl):
     mesh = init_device_mesh("cpu", (2,))
     for placements, n_calls in (([Shard(0)], 1), ([Shard(1)], 1), ([Replicate()], 0)):
         check_shards(mesh, placements, n_calls)
+        check_frobenius(mesh, placements)
     check_bad_layers(mesh)
     check_saved_sides(mesh)
+
+
+def check_frobenius(mesh, placements):
+    """Norms and changes are sums over ranks, in one all_reduce for all layers."""
+    plain = matrices()
+    model = sharded_copy(plain, mesh, placements)
+    norms = FrobeniusNorms([MatrixOperator(str(i), layer) for i, layer in enumerate(model)])
+    norms.keep()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(0.75)
+    with Count() as count:
+        found, ratios = norms.measure()
+    assert count.calls == sum(not p.is_replicate() for p in placements)
+    wanted = torch.stack([0.75 * layer.weight.detach().norm() for layer in plain])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 0.25), rtol=1e-12, atol=0)
 
 
 def check_bad_layers(mesh):
@@ -308,7 +328,7 @@ def check_training(pl, parallel, first=17, later=2, logged=1, data=1, tensor=1, 
 
 
 def case_training(pl):
-    check_training(pl, "fsdp", data=2, monitor=True, logged=3, logger=tensorboard(pl))
+    check_training(pl, "fsdp", data=2, monitor=True, logged=4, logger=tensorboard(pl))
     check_training(pl, "fsdp of each", data=2, gradient_clip_val=0.3)
     check_training(pl, "fsdp of some", data=2)
     check_training(pl, "tensor", tensor=2, gradient_clip_val=0.3)
