@@ -58,7 +58,7 @@ class FrobeniusNorms:
                 terms.append(_square(kept[index].sub_(local)))
                 kept[index] = torch.empty(0)
             parts.append(torch.stack(terms))
-            groups.append(groups_of(weight) if is_sharded(weight) else ())
+            groups.append(groups_of(weight))
         sums = summed(parts, groups)
         norms = torch.stack([s.to(sums[0]) for s in sums]).sqrt().unbind(dim=1)
         if not kept:

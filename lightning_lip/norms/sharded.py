@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, orthonormalise, ritz_rotation
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import is_sharded, without_autocast
 from lightning_lip.operators.base import iterates_on_codomain
 
 if TYPE_CHECKING:
@@ -55,10 +55,12 @@ class _Layout(NamedTuple):
     placements: tuple[Placement, ...]
 
 
-def groups_of(weight: DTensor) -> tuple[ProcessGroup, ...]:
+def groups_of(weight: Tensor) -> tuple[ProcessGroup, ...]:
     """Return the groups over which sums of a weight's shards are formed, one for each mesh dimension that shards."""
-    mesh = weight.device_mesh
-    placements = enumerate(weight.placements)
+    if not is_sharded(weight):
+        return ()
+    sharded = cast("DTensor", weight)
+    mesh, placements = sharded.device_mesh, enumerate(sharded.placements)
     return tuple(mesh.get_group(i) for i, p in placements if not p.is_replicate() and mesh.size(i) > 1)
 
 
