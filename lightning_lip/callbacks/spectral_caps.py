@@ -17,7 +17,7 @@ from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import log_metrics
 from lightning_lip.checks import check_choice, check_integers, check_state, check_type
 from lightning_lip.operators.selection import Unknown
-from lightning_lip.projection.spectral_caps import NormCaps, check_radius
+from lightning_lip.projection.spectral_caps import STATE_KEYS, NormCaps, check_radius
 
 
 class SpectralCaps(SelectingCallback[NormCaps]):
@@ -112,6 +112,7 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         self._sizes_to_share = trainer.world_size > 1
         # In the step itself: what comes next, another callback or a second optimiser, finds the weights within the
         # radius. For all optimisers of the process: one may be stepped past Lightning, or wrapped by another class.
+        self._release()
         self._handle = register_optimizer_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -140,6 +141,10 @@ class SpectralCaps(SelectingCallback[NormCaps]):
     @override
     def _end_fit(self) -> None:
         super()._end_fit()
+        self._release()
+
+    def _release(self) -> None:
+        """Take the hook off the optimisers."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
@@ -154,7 +159,7 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         check_integers(0, n_steps=state_dict["n_steps"])
         if state_dict["caps"] is not None:
             check_type("caps", state_dict["caps"], Mapping, "a state or None")
-            check_state(state_dict["caps"], ("vectors",), "The state's `caps`")
+            check_state(state_dict["caps"], STATE_KEYS, "The state's `caps`")
         self._n_steps = state_dict["n_steps"]
         self._keep_until_training(state_dict["caps"])
 

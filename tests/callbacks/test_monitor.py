@@ -13,7 +13,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty
-from lightning_lip.callbacks.monitoring.source import HEALTH, MAX_HISTORY, Source
+from lightning_lip.callbacks.monitoring.source import HEALTH
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -285,15 +285,6 @@ def test_without_a_logger_the_page_is_told_too(fit, told):
     fit(LipschitzMonitor(), max_epochs=2)
     (page,) = (text for text in told if text.startswith("LipschitzMonitor after 24 steps"))
     assert "update ratio" in page
-
-
-def test_history_is_thinned():
-    source = Source("lipschitz", None, None)
-    for step in range(5 * MAX_HISTORY):
-        source.remember(step, [1.0], [0.0])
-    assert len(source.steps) <= MAX_HISTORY
-    assert len(source.norms) == len(source.shares) == len(source.steps)
-    assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
 
 
 @pytest.mark.parametrize("n_layers", [1, 4, 100])

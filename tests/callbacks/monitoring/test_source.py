@@ -1,0 +1,33 @@
+"""What a monitor remembers of its layers, and what a checkpoint holds of that."""
+
+from torch import nn
+
+from lightning_lip import LipschitzRegularizer
+from lightning_lip.callbacks.monitoring.source import MAX_HISTORY, Source
+
+
+def test_history_is_thinned():
+    source = Source("lipschitz", None, None)
+    for step in range(5 * MAX_HISTORY):
+        source.remember(step, [1.0], [0.0])
+    assert len(source.steps) <= MAX_HISTORY
+    assert len(source.norms) == len(source.shares) == len(source.steps)
+    assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
+
+
+def test_first_and_last_values_go_through_a_checkpoint():
+    layer = nn.Linear(3, 2)
+    source = Source("lipschitz", LipschitzRegularizer(layer, 1.0), None)
+    before = source.measure()[0]
+    layer.weight.data.mul_(2)
+    source.measure()
+    restored = Source("lipschitz", LipschitzRegularizer(layer, 1.0), None)
+    restored.restore(source.state())
+    assert restored.first == before
+    assert restored.last == source.last != before
+    layer.weight.data.mul_(2)
+    restored.measure()
+    assert restored.first == before
+    # A checkpoint of an earlier version has no such values.
+    restored.restore(source.state()[:5])
+    assert restored.first == restored.last == {}
