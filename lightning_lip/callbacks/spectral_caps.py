@@ -28,8 +28,9 @@ class SpectralCaps(SelectingCallback[NormCaps]):
     for bit. The norms are *estimates*: there is no certificate. They come from one iteration a step, with vectors that
     persist, and a margin for what such an estimate still lacks: see
     :class:`~lightning_lip.projection.spectral_caps.NormCaps`. In trainings with Adam and with Muon whose steps move the
-    weights by up to a tenth of the radius, the exact norms stayed within 1e-3 of it. Nothing is done before the first
-    step.
+    weights by a few hundredths of the radius, the exact norms stayed at most 1e-3 above it; where Muon moves a wide
+    layer by a tenth, a direction outside the block can rise some percent above it for a few steps. In the first step
+    the vectors are iterated until they have settled, up to 60 times; nothing is done before it.
 
     Every rank scales alike. Under ModelParallelStrategy linear layers may be sharded (FSDP2, tensor parallelism): a
     step is two small ``all_reduce`` for all layers then. Weights in fp16 or bf16 are held within their rounding, 2^-8
