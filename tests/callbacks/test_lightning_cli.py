@@ -51,6 +51,8 @@ ARGUMENTS = {
         "certified": {"class_path": "CertifiedValidation", "init_args": {"eps": [0.1], "task": "regression"}},
         "name": "a",
         "unknown": "refuse",
+        "health": False,
+        "summary": False,
     },
     "NoisyValidation": {
         "noise_levels": [0.0, 0.2],
