@@ -17,6 +17,7 @@ from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector, Projection, project
 from lightning_lip.rebalancing.rescaling import Rebalanced, rebalance
+from lightning_lip.usage.operators import register_operator
 
 __all__ = [
     "Certificate",
@@ -40,4 +41,5 @@ __all__ = [
     "project",
     "rebalance",
     "register_constant",
+    "register_operator",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
-from lightning_lip.callbacks.lightning.base import SelectingCallback
+from lightning_lip.callbacks.lightning.observing import ObservingCallback
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_end_or_logging_step,
@@ -24,21 +24,21 @@ from lightning_lip.callbacks.lightning.trainer import (
     refuse_other_kind,
     tensorboard_writers,
 )
-from lightning_lip.callbacks.monitoring.source import HEALTH, Source
+from lightning_lip.callbacks.monitoring.source import HEALTH, Source, check_sources
 from lightning_lip.callbacks.monitoring.summary import summary_of
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type
+from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
-from lightning_lip.norms.frobenius import FrobeniusNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.reporting.messages import tell
+from lightning_lip.usage.observation import AWAITED
 
 
-class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
+class LipschitzMonitor(ObservingCallback):
     """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
 
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
@@ -47,10 +47,11 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
     - ``lipschitz/log_share/<layer>``: the layer's part of the log of the product, ``k log sigma``, which sum to it;
       with a traced graph ``log sigma`` times the bound's elasticity ``d log bound / d log sigma``;
-    - with `health` ``lipschitz/weight_norm/<layer>``, the Frobenius norm ``|W|_F`` (of a convolution its kernel's);
-      ``lipschitz/stable_rank/<layer>``, ``|W|_F^2 / sigma^2`` (of a convolution per place: below 1 where few
-      frequencies pass); and ``lipschitz/update_ratio/<layer>``, ``|W_new - W|_F / |W|_F`` of the batch's steps, for
-      which a copy of the watched weights lives from before the step to the end of this batch;
+    - with `health` ``lipschitz/weight_norm/<layer>``, the Frobenius norm ``|W|_F`` (of a convolution its kernel's, of a
+      layer fused with a normalisation that of both together); ``lipschitz/stable_rank/<layer>``, ``|W|_F^2 / sigma^2``
+      (of a convolution per place: below 1 where few frequencies pass); and ``lipschitz/update_ratio/<layer>``,
+      ``|W_new - W|_F / |W|_F`` of the batch's steps, for which a copy of the watched weights lives from before the step
+      to the end of this batch;
     - ``lipschitz/product``: the product over the selected layers, an *estimate from below* (no bound on the network:
       activations, other layers and branches are not in it). With a traced graph (`example_input`, or the module's
       ``example_input_array``) instead ``lipschitz/bound``: the bound of the whole network, with estimated norms;
@@ -97,6 +98,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             as in :class:`LipschitzPenalty`.
         health: Whether to log weight norm, stable rank and update ratio.
         summary: Whether to tell the table at the end of training, on the first rank, as Lightning tells its messages.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
@@ -123,8 +125,9 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         unknown: Unknown = "skip",
         health: bool = True,
         summary: bool = True,
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
@@ -139,6 +142,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         self._certified = certified
         self._has_own_layers = layers is not None or exclude is not None
         self._sources: list[Source] = []
+        self._laid_out: list[list[str]] = []
+        """The layers that TensorBoard has charts of."""
         self._last_logged = -1
 
     @property
@@ -179,7 +184,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sources, self._core, self._last_logged = [], None, -1
+        self._sources, self._core, self._last_logged, self._laid_out = [], None, -1, []
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -191,14 +196,21 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         if not self._has_own_layers:
             self._sources = self._lent_sources(trainer, pl_module, batch)
         if not self._sources:
-            self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch))
-            self._sources = [Source(self.tag, self._core, None)]
+            self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch), inputs=AWAITED)
+            self._sources = [Source(self.tag, self._core, None, self._health)]
         for source in self._sources:
-            source.weights = FrobeniusNorms(source.regularizer.operators) if self._health else None
             refuse_other_kind(trainer, source.tag, source.regularizer.bound_kind)
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
+        self._lay_out(trainer)
+
+    def _lay_out(self, trainer: Trainer) -> None:
+        """Give TensorBoard the charts of the present layers, if they are others than before."""
+        names = [source.names for source in self._sources]
+        if names == self._laid_out:
+            return
+        self._laid_out = names
         # TensorBoard keeps the last layout of a run: it has the charts of every monitor that has started.
         layout = _layout([source for monitor in monitors_of(trainer) for source in monitor._sources])
         if self._certifies(trainer):
@@ -209,6 +221,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         # Of several steps in one batch the first: the ratio is that of the batch.
         if self._health and is_end_or_logging_step(trainer):
             for source in self._sources:
@@ -218,10 +232,13 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         if not self._is_read(trainer):
             for source in self._sources:
                 source.forget()
             return
+        self._lay_out(trainer)
         logging = is_logging_step(trainer)
         if self._core is not None:
             self._core.iterate()
@@ -293,6 +310,10 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         check_type("state", state_dict, Mapping, "a mapping")
         if state_dict:  # empty before training
             check_state(state_dict, ("histories", "own"), self.key)
+            check_sources(state_dict["histories"])
+            if state_dict["own"] is not None:
+                check_state(state_dict["own"], ("vectors",), "The state's `own`")
+                check_vectors("own['vectors']", state_dict["own"]["vectors"])
         self._keep_until_training(dict(state_dict) or None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -306,10 +327,14 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         """Return the sources that the trainer's penalties lend or, without a penalty, the module's mixin."""
         penalties = self._lending(trainer)
         if penalties:
-            return [Source(p.tag, p.select_layers(pl_module, batch), p.penalty_of) for p in penalties]
+            return [Source(p.tag, p.select_layers(pl_module, batch), p.penalty_of, self._health) for p in penalties]
         if isinstance(pl_module, LipschitzMixin):
             regularizer = pl_module.lipschitz_regularizer()
-            return [Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+
+            def penalty_of(log_sigma: Tensor) -> Tensor:
+                return regularizer.penalty_of(log_sigma) * regularizer.coefficient
+
+            return [Source(self.tag, regularizer, penalty_of, self._health)]
         return []
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -338,8 +363,11 @@ def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> 
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
             writer.add_histogram(f"{source.tag}/spectrum/{name}", values, step)
-    heat = heat_map(source.names, source.steps, source.norms)
-    chart = share_chart(source.names, source.steps, source.shares, source.regularizer.bound_kind)
+    history = source.history
+    if not history.is_of(len(source.names)):  # of a checkpoint, and nothing was measured since
+        return
+    heat = heat_map(source.names, history.steps, history.norms)
+    chart = share_chart(source.names, history.steps, history.shares, source.regularizer.bound_kind)
     for tag, figure in (("spectral_norms", heat), ("log_shares", chart)):
         if figure is not None:
             writer.add_figure(f"{source.tag}/{tag}", figure, step)
@@ -354,7 +382,7 @@ def _layout(sources: Sequence[Source]) -> dict[str, dict[str, list[Any]]]:
             "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],
             f"parts of log {kind}": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
         }
-        for measure in HEALTH if source.weights is not None else ():
+        for measure in HEALTH if source.has_health else ():
             tags = [f"{source.tag}/{measure}/{name}" for name in names]
             charts[f"{measure.replace('_', ' ')}s"] = ["Multiline", tags]
         if source.regularizer.has_upper:

@@ -80,12 +80,12 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         name: str | None = None,
         unknown: Unknown = "skip",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, None)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, None, 0)
         self.radius = check_radius(radius)
         check_integers(1, every_n_steps=every_n_steps)
         check_choice("unknown", unknown, get_args(Unknown))
         self.every_n_steps = every_n_steps
-        del self._arguments["example_input"]  # no graph is traced
+        del self._arguments["example_input"], self._arguments["batch_dim"]  # no graph is traced
         self._arguments |= {"radius": self.radius, "unknown": unknown}
         self._n_steps = 0
         self._capped: Tensor | None = None

@@ -1,68 +1,37 @@
-"""NetworkBound: the Lipschitz bound of a network as a function of its spectral norms, by rules over its graph."""
+"""What spectral norms bound: the whole network, by rules over its graph, or the product of the selected layers."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
+import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.nn.utils import parametrize
 
-import lightning_lip.graph.rules  # noqa: F401  (it registers every rule)
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import (
-    RULES,
     Builder,
     Dependent,
     GraphNode,
-    Independent,
-    Refusal,
     Refused,
-    RefusedError,
 )
-from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
-from lightning_lip.graph.program import BoundProgram, log_up
-from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+from lightning_lip.graph.program import BoundProgram, ProductBound, log_up
+from lightning_lip.graph.refusals import Refusal, listed
+from lightning_lip.graph.tracing import TracedModel, trace
+from lightning_lip.graph.walk import walk_graph
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
+from lightning_lip.operators.coverage import Coverage, share_of
+from lightning_lip.operators.recorded import recorded
+from lightning_lip.operators.selection import PROVIDERS, Selected, Selection, Unknown, cover, known_by_type, select
+from lightning_lip.rigorous.rounding import sum_up
+from lightning_lip.usage.observation import Observation
 
-__all__ = ["GraphNode", "NetworkBound"]
-
-REASONS = {
-    "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_native_multi_head_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_transformer_encoder_layer_fwd": "dot-product attention, a product of activations, has no finite constant",
-    "bmm": "a product of two activations has no finite Lipschitz constant",
-    "baddbmm": "a product of two activations has no finite Lipschitz constant",
-    "einsum": "products written as einsum have no rule: use F.linear or matmul with a weight",
-    "glu": "a product of two activations has no finite Lipschitz constant",
-    "bilinear": "a product of two activations has no finite Lipschitz constant",
-    "embedding": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "embedding_bag": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "lstm": "recurrent layers are not supported",
-    "gru": "recurrent layers are not supported",
-    "rnn_tanh": "recurrent layers are not supported",
-    "rnn_relu": "recurrent layers are not supported",
-    "lstm_cell": "recurrent layers are not supported",
-    "gru_cell": "recurrent layers are not supported",
-    "rnn_tanh_cell": "recurrent layers are not supported",
-    "rnn_relu_cell": "recurrent layers are not supported",
-    "hardshrink": "it is discontinuous",
-    "pow": "a power has no finite Lipschitz constant",
-    "square": "a power has no finite Lipschitz constant",
-    "exp": "it has no finite Lipschitz constant",
-    "log": "it has no finite Lipschitz constant",
-    "sqrt": "its slope is unbounded at 0",
-    "item": "a value of the activations becomes a number",
-}
-
-UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
-
-_SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+__all__ = ["Bound", "GraphNode", "NetworkBound", "bound_of", "observed_product"]
 
 
 class NetworkBound:
@@ -101,7 +70,7 @@ class NetworkBound:
         """Where the model keeps its parameters, and those that it kept there at the last look."""
 
     @classmethod
-    def trace(cls, model: nn.Module, example_input: object) -> NetworkBound:
+    def trace(cls, model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> NetworkBound:
         """Trace a model and build its bound.
 
         Mode, buffers and random number generators are left as they were. Batch normalisation uses its running
@@ -112,6 +81,8 @@ class NetworkBound:
             model: The model; its ``forward`` is traced.
             example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments, each tensor with
                 the batch along its first dimension.
+            batch_dim: None says that there is no batch: the whole input is one sample, as a graph's nodes are, and the
+                norms are over all elements of each tensor.
 
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
@@ -119,9 +90,9 @@ class NetworkBound:
             ValueError: If `example_input` has no batch dimension, the forward pass fails on it, or no output depends on
                 it.
         """
-        traced = trace(model, example_input)
+        traced = trace(model, example_input, batch_dim)
         builder = Builder(traced)
-        outputs = _walk_graph(builder, traced)
+        outputs = walk_graph(builder, traced)
         refusals: dict[Refusal, None] = {}
         dependent = []
         for output in outputs:
@@ -132,7 +103,7 @@ class NetworkBound:
         if refusals:
             raise UnsupportedLayerError(
                 "The network has no known Lipschitz bound, and an unknown constant is never counted as 1:\n  - "
-                + "\n  - ".join(str(refusal) for refusal in refusals)
+                + listed(list(refusals))
                 + "\nBound the part of the network without them, or state a module's constant with register_constant."
             )
         if not dependent:
@@ -197,9 +168,7 @@ class NetworkBound:
     def log_bound_up(self, norms: Sequence[float]) -> float:
         """Return an upper bound of the logarithm of the bound for L norms, rounding included.
 
-        The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum
-        of all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded
-        up.
+        Its constants are rounded up.
 
         Raises:
             ValueError: If the bound is NaN.
@@ -214,154 +183,151 @@ class NetworkBound:
             )
         if not math.isfinite(value):
             return value
-        constants = [log_up(node.constant) for node in self._nodes]
-        uses = [op.multiplicity for op in self.operators]
-        n_roundings = sum(uses) + len(constants) + 16
-        factors = [*zip(logs, uses, strict=True), *((log, 1) for log in constants)]
-        largest = n_roundings + sum(abs(log) * count for log, count in factors if math.isfinite(log))
-        return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest])
+        return sum_up([value, self._program.rounding(logs)])
 
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""
         return list(self._nodes)
 
 
-def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
-    """Give every operation that the output needs a value; return the outputs' values."""
-    builder.live_nodes = _live_nodes(traced.graph)
-    numbers = itertools.count()
-    returned: list[Any] = []
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            number = None if node.name in traced.stored else next(numbers)
-            builder.values[node] = _placeholder(builder, node, number)
-        elif node.op == "output":
-            leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
-            returned = [builder.values[leaf] for leaf in leaves if leaf.name in traced.outputs]
-        elif node in builder.live_nodes:
-            builder.values[node] = _evaluate(builder, node)
-    return returned
+Bound = ProductBound | NetworkBound
 
 
-def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Return the nodes that the output needs; what a module traced as one node computes inside is not needed."""
-    (output,) = (node for node in graph.nodes if node.op == "output")
-    live: set[torch.fx.Node] = set()
-    waiting = [output]
-    while waiting:
-        node = waiting.pop()
-        if node in live:
-            continue
-        live.add(node)
-        sources = node.args[1] if node.target is WHOLE_MODULE else (node.args, node.kwargs)
-        waiting.extend(leaf for leaf in pytree.tree_leaves(sources) if isinstance(leaf, torch.fx.Node))
-    return live
+def bound_of(
+    model: nn.Module,
+    example_input: object,
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    unknown: Unknown = "refuse",
+    batch_dim: BatchDim = 0,
+    is_awaiting: bool = False,
+) -> tuple[Bound, Coverage]:
+    """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
+    In the graph every layer counts, and the selected ones' parameters are marked as such. A LightningModule's own
+    ``example_input_array`` serves if no input is given. It was not set for this purpose, so a graph without a known
+    bound is then no error: a warning says why, and the product of the layers remains.
 
-def _placeholder(builder: Builder, node: torch.fx.Node, number: int | None) -> Any:
-    traced = builder.traced
-    if number is None:
-        read, owner = traced.stored[node.name], traced.owners.get(node.name)
-        if node.name in traced.written and node in builder.live_nodes:
-            reason = f"the forward pass changes the buffer {traced.written[node.name]!r}, and the output depends on it"
-            return Refused(
-                (Refusal("", type(traced.model).__name__, node.name, f"{reason}: it is another map each time"),)
+    Args:
+        model: The model.
+        example_input: A tensor, a tuple of arguments, a dict of keyword arguments, or None.
+        layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
+        exclude: What to leave out.
+        unknown: What becomes of the layers without a known norm in the product, as in
+            :func:`~lightning_lip.operators.selection.cover`. In a graph they are always refused.
+        batch_dim: None takes the whole example input as one sample, as :meth:`NetworkBound.trace` does.
+        is_awaiting: Whether the product is only until a forward pass shows more, for :func:`observed_product`: layers
+            that are not known by their type then wait for that.
+
+    Returns:
+        The bound, and what the selection covers of the model.
+
+    Raises:
+        ValueError: If a selection matches nothing, or names layers that do not act on the output.
+        UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between
+            `example_input` and the output has no known finite constant.
+    """
+    check_batch_dim(batch_dim)
+    given = getattr(model, "example_input_array", None) if example_input is None else example_input
+    if given is not None:
+        try:
+            network = NetworkBound.trace(model, given, batch_dim)
+            selected = select(model, layers, exclude)
+            network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
+            layers_of = {s.found.name: type(s.found.module).__name__ for s in selected}
+            chosen = [op for op in network.operators if network.selected(op)]
+            return network, Coverage(network.operators, layers_of, (), share_of(model, chosen))
+        except (ValueError, TypeError, RuntimeError) as error:  # UnsupportedLayerError is a ValueError
+            if example_input is not None:
+                raise
+            warnings.warn(
+                f"The bound over the graph of the module's example_input_array cannot serve; the product of the layers "
+                f"does instead. {error}",
+                stacklevel=3,
             )
-        tensor = read()
-        parameters = (tensor,) if isinstance(tensor, nn.Parameter) else ()
-        identity = builder.identity(node.name if owner is None else (id(owner[0]), owner[2]))
-        return Independent(tuple(tensor.shape), read, identity, (), parameters, owner is not None, owner)
-    example = node.meta.get("val")
-    if not isinstance(example, Tensor):
-        return example
-    if not example.is_floating_point():
-        return Refused((Refusal("", type(traced.model).__name__, node.name, f"an input of {example.dtype}"),))
-    return Dependent(tuple(int(n) for n in example.shape), 0, builder.program.result, frozenset({number}))
+    providers = (known_by_type, _nothing_yet) if is_awaiting else PROVIDERS
+    coverage = cover(model, layers, exclude, unknown, providers)
+    return ProductBound(coverage.operators), coverage
 
 
-def _value(builder: Builder, leaf: Any) -> Any:
-    return builder.values[leaf] if isinstance(leaf, torch.fx.Node) else leaf
+def _nothing_yet(module: nn.Module, name: str) -> Sequence[LinearOperator]:
+    return ()
 
 
-def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
-    if node.target is operator.getitem:
-        source, index = _value(builder, node.args[0]), node.args[1]
-        if isinstance(source, Refused):
-            return source
-        part: Any = _independent(builder, node, {"0": source, "1": index})
-        if isinstance(source, tuple):
-            part = source[int(str(index))]
-        return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
-        return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
-    arguments: dict[str, Any] = {}
-    # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
-    name = schema.name.removeprefix("aten::")
-    for position, argument in enumerate(schema.arguments):
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if position >= len(node.args) and argument.name not in node.kwargs:
-            given = argument.default_value if argument.has_default_value() else None
-        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
-        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
-            arguments[argument.name] = given
-        else:
-            arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
-    leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
-    refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
-    if name in ("embedding", "embedding_bag") and refused:
-        return builder.refuse(node, REASONS[name])
-    if refused:
-        return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
-    if name in _SHAPES_ONLY:
-        return _filled(builder, node, arguments)
-    if not any(isinstance(leaf, Dependent) for leaf in leaves):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return builder.refuse(node, "its value is random")
-        return _independent(builder, node, arguments)
-    if name not in RULES:
-        return builder.refuse(node, REASONS.get(name, UNKNOWN))
-    try:
-        check_arguments(name, arguments)
-        check_real(node)
-        return only_floating(node, RULES[name](builder, node, arguments))
-    except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error))
-    except UNREADABLE as error:
-        return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
+def observed_product(
+    model: nn.Module,
+    observation: Observation,
+    present: Sequence[LinearOperator],
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    unknown: Unknown = "refuse",
+    batch_statistics: bool = True,
+) -> tuple[ProductBound, Coverage]:
+    """Return the product of the selected layers' norms by what a forward pass showed, and what it covers.
+
+    Layers that their types do not tell are covered where their weights multiply, and normalisations take their places,
+    as :mod:`lightning_lip.usage.normalisation` says. A layer that `layers` selects stays, also where a normalisation
+    undoes its scale.
+
+    Args:
+        model: The model.
+        observation: What the forward pass showed.
+        present: Operators that were made before, and go on.
+        layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
+        exclude: What to leave out.
+        unknown: What becomes of the layers without a known norm.
+        batch_statistics: Whether the running statistics of batch normalisations may be read.
+
+    Raises:
+        ValueError: If a selection matches nothing.
+        UnsupportedLayerError: If a layer is refused, or the operator of no selected layer is known.
+    """
+    made = {id(op.module): op for op in present}
+
+    def known(module: nn.Module, name: str) -> Sequence[LinearOperator]:
+        operators = [made[id(module)]] if id(module) in made else known_by_type(module, name)
+        for convolution in recorded(operators):
+            shape = observation.input_shape_of(module)
+            if shape is not None:
+                convolution.saw(shape)
+        return operators
+
+    coverage = cover(model, layers, exclude, unknown, (known, observation.operators_of))
+    chosen = {id(s.found.module) for s in select(model, layers, exclude)}
+    placed = observation.place(coverage.operators, chosen, leave_out=layers is None, batch_statistics=batch_statistics)
+    if not placed.operators:
+        raise UnsupportedLayerError("Nothing is left: the selected layers are normalisations without parameters.")
+    share = share_of(model, placed.operators)
+    operators = placed.operators
+    return ProductBound(operators), replace(coverage, operators=operators, share=share, normalisations=str(placed))
 
 
-def _is_value(leaf: Any) -> bool:
-    return isinstance(leaf, (Dependent, Independent, Refused))
+def _parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
+    """Return the ids of the selected layers' parameters in a traced graph's operators.
 
-
-def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Any:
-    """Return the value of an operation on tensors that do not depend on the input, computed anew when asked for."""
-    leaves, spec = pytree.tree_flatten(arguments, is_leaf=_is_value)
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Independent)]
-    sources = tuple(leaves[i] for i in at)
-    target: Any = node.target
-
-    def operation(*present: Any) -> Any:
-        filled = list(leaves)
-        for i, value in zip(at, present, strict=True):
-            filled[i] = value
-        given = pytree.tree_unflatten(filled, spec)
-        return target(*given.values()) if target is operator.getitem else target(**given)
-
-    parameters = tuple({id(p): p for v in sources for p in v.parameters}.values())
-    example = node.meta["val"]
-    shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
-    described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
-    identity = builder.identity((str(target), str(spec), described))
-    return Independent(shape, operation, identity, sources, parameters, any(v.live for v in sources))
-
-
-def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
-    """Return the value of an operation that takes only the shape of its argument."""
-    first, *rest = arguments.items()
-    stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
-    target: Any = node.target
-    own = {key: v for key, v in rest if not _is_value(v)}
-    shape = tuple(int(n) for n in node.meta["val"].shape)
-    return Independent(shape, lambda: target(**{first[0]: stand_in}, **own), builder.identity(node))
+    Raises:
+        ValueError: If there is none; or, where `must_cover`, if a selected layer is not in the graph.
+    """
+    in_graph = {id(p) for op in operators for p in op.parameters}
+    chosen: set[int] = set()
+    absent = []
+    for layer in selected:
+        module = layer.found.module
+        # Its own parameters, and those of its parametrizations; a layer inside it is selected for itself.
+        computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+        own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        ids = {id(p) for p in own if p is not None}
+        chosen |= ids & in_graph
+        if ids and not ids & in_graph:
+            absent.append(layer.found.name)
+    if absent and must_cover:
+        names = absent[0] if len(absent) == 1 else absent
+        raise ValueError(
+            f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
+            f"exclude={names!r}, or give an input that reaches them."
+        )
+    if not chosen:
+        raise ValueError(
+            f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
+        )
+    return chosen

@@ -6,16 +6,19 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
-from lightning_lip.graph.tracing import TracedModel, module_path
+from lightning_lip.graph.refusals import Refusal
+from lightning_lip.graph.tracing import Sizes, TracedModel, module_path
+from lightning_lip.graph.whole_modules import WHOLE_MODULE
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.rigorous.rounding import sqrt_up
+from lightning_lip.rigorous.rounding import Interval, sqrt_up
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Dependent:
 
     Attributes:
         shape: Its shape, with the batch of two.
-        axis: The dimension that holds the samples, one after the other; its size is a multiple of two.
+        axis: The dimension that holds the samples, one after the other; its size is a multiple of two. None where the
+            whole input is one sample: then nothing can mix samples.
         term: The logarithm of its Lipschitz constant with respect to the network's input: Euclidean norms over all
             elements of a sample, of all inputs together.
         inputs: Indices of the network's inputs that it depends on.
@@ -32,10 +36,19 @@ class Dependent:
     """
 
     shape: tuple[int, ...]
-    axis: int
+    axis: int | None
     term: Term
     inputs: frozenset[int]
     pending: tuple[Hashable, LinearOperator] | None = None
+
+    @property
+    def has_batch_first(self) -> bool:
+        """Whether the samples, if there are several, lie along the first dimension."""
+        return self.axis in (0, None)
+
+    def axis_after(self, places: int) -> int | None:
+        """Return the dimension of the samples once it has moved by so many places."""
+        return None if self.axis is None else self.axis + places
 
 
 @dataclass(frozen=True)
@@ -74,23 +87,25 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """An operation without a known finite constant: the module's path, its type, the operation and the reason."""
-
-    path: str
-    module: str
-    operation: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path or '(the model itself)'} ({self.module}), {self.operation}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Refused:
-    """A value behind a refused operation; it matters only if the output depends on it."""
+    """A value behind a refused operation; it matters only if the output depends on it.
+
+    Attributes:
+        refusals: The operations without a known constant that it depends on.
+        like: A value that it was computed from, for where the samples may lie: what follows is looked at too.
+    """
 
     refusals: tuple[Refusal, ...]
+    like: Dependent | None = None
+
+    def stand_in(self, example: object) -> Dependent | None:
+        """Return what stands for this value of an example's shape where later operations are looked at, if known."""
+        if self.like is None or not is_real(example):
+            return None
+        shape, axis = tuple(example.shape), self.like.axis
+        if axis is not None and (axis >= len(shape) or shape[axis] != self.like.shape[axis]):
+            return None
+        return Dependent(shape, axis, self.like.term, self.like.inputs)
 
 
 Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
@@ -118,6 +133,13 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 class RefusedError(Exception):
     """Raised by rules: this operation has no known constant; the message is the reason."""
+
+
+class SampleAxisError(RefusedError):
+    """Raised by rules: this operation takes the axis of the samples for something else."""
+
+    def __init__(self, reason: str = "it mixes the samples of a batch") -> None:
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -148,13 +170,33 @@ class Builder:
         self.operators: list[LinearOperator] = []
         self.report: dict[torch.fx.Node, GraphNode] = {}
         self.values: dict[torch.fx.Node, Any] = {}
+        self.ranges: dict[torch.fx.Node, Interval] = {}
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
+        self.sizes = Sizes()
+
+    def scratch(self) -> Builder:
+        """Return a builder of the same values, whose operators and audit do not count."""
+        other = Builder(self.traced)
+        other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
+        other.sizes = self.sizes
+        return other
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
         return self._identities.setdefault(what, len(self._identities))
+
+    def known_sizes(self, example: Tensor) -> tuple[int, ...]:
+        """Return the shape of a traced tensor.
+
+        Raises:
+            RefusedError: If it is not known.
+        """
+        shape = self.sizes.of(example)
+        if shape is None:
+            raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+        return shape
 
     def operator(self, key: Hashable, operator: LinearOperator) -> int:
         """Return the operator's index; a weight that is used again counts one more time."""
@@ -186,10 +228,10 @@ class Builder:
                 module = module._modules["_orig_mod"]
         return self.traced.names.get(id(module), path), module
 
-    def refuse(self, node: torch.fx.Node, reason: str) -> Refused:
-        """Return a refused value that names the operation and its module."""
+    def refuse(self, node: torch.fx.Node, reason: str, like: Dependent | None = None) -> Refused:
+        """Return a refused value that names the operation and its module; `like` is one of the values it takes."""
         path, module = self.module_of(node)
-        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),))
+        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),), like)
 
     def note(self, node: torch.fx.Node, how: str, constant: float = 1.0, operator: str | None = None) -> None:
         """Enter a node in the audit."""
@@ -219,8 +261,10 @@ class Builder:
         )
         new_shape = shape_of(node) if shape is None else tuple(shape)
         new_axis = value.axis if axis is None else axis
-        if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
-            raise RefusedError("it mixes the samples of a batch")
+        if value.axis is None:
+            new_axis = None
+        elif new_axis is None or new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
+            raise SampleAxisError
         return Dependent(new_shape, new_axis, term, value.inputs)
 
     def combine(self, kind: Combination, values: Sequence[Dependent], constants: Sequence[float] = ()) -> Term:
@@ -241,6 +285,21 @@ class Builder:
         within = [self.program.combine(kind, members) for _, members in groups]
         return self.program.combine("norm" if kind == "sum" else "max", within)
 
+    def join(
+        self,
+        node: torch.fx.Node,
+        kind: Combination,
+        values: Sequence[Dependent],
+        scales: Sequence[float],
+        axes: Sequence[int | None],
+    ) -> Dependent:
+        """Return the value of an operation on several branches, whose samples lie along `axes` of its result."""
+        if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values if v.axis is not None}) > 1:
+            raise SampleAxisError
+        self.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
+        inputs = frozenset().union(*(v.inputs for v in values))
+        return Dependent(shape_of(node), axes[0], self.combine(kind, values, scales), inputs)
+
 
 def _check_finite(*constants: float) -> None:
     """Refuse NaN, which no comparison finds, and infinity.
@@ -253,10 +312,41 @@ def _check_finite(*constants: float) -> None:
             raise RefusedError(f"its constant is {constant}")
 
 
+def arguments_of(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return an operation's arguments by the names of its schema, each node replaced by its value."""
+    arguments: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if position >= len(node.args) and argument.name not in node.kwargs:
+            given = argument.default_value if argument.has_default_value() else None
+        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
+        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
+            arguments[argument.name] = given
+        else:
+            arguments[argument.name] = pytree.tree_map(value, given)
+    return arguments
+
+
+def is_real(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor of floating-point numbers whose shape does not depend on values."""
+    return is_sized(example) and example.is_floating_point()
+
+
+def is_sized(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor whose shape does not depend on values."""
+    return isinstance(example, Tensor) and all(isinstance(n, int) for n in example.shape)
+
+
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor, or of the first of its tensors."""
-    value = node.meta["val"]
-    return tuple(int(n) for n in (value if isinstance(value, Tensor) else value[0]).shape)
+    """Return the shape of a node's tensor, or of the first of its tensors.
+
+    Raises:
+        RefusedError: If it is not known.
+    """
+    shape: tuple[int, ...] | None = node.meta["sizes"]
+    if shape is None:
+        raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+    return shape
 
 
 def dimensions(value: Dependent, dims: Any) -> list[int]:
@@ -271,7 +361,7 @@ def dimensions(value: Dependent, dims: Any) -> list[int]:
     else:
         chosen = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
     if value.axis in chosen:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return chosen
 
 
@@ -296,11 +386,11 @@ def only_input(arguments: dict[str, Any], *allowed: str) -> Dependent:
     return first
 
 
-def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
+def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int | None]:
     """Return the constant and the sample axis of `value` once it is broadcast to the shape of `node`."""
     shape = shape_of(node)
-    axis = value.axis + len(shape) - len(value.shape)
-    if shape[axis] != value.shape[value.axis]:
-        raise RefusedError("it mixes the samples of a batch")
+    axis = value.axis_after(len(shape) - len(value.shape))
+    if axis is not None and value.axis is not None and shape[axis] != value.shape[value.axis]:
+        raise SampleAxisError
     copies = math.prod(shape) // max(1, math.prod(value.shape))
     return (sqrt_up(copies) if copies > 1 else 1.0), axis

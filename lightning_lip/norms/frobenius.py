@@ -21,17 +21,20 @@ class FrobeniusNorms:
 
     Args:
         operators: The L operators. A convolution's weight is its kernel.
+
+    Attributes:
+        operators: They.
     """
 
     def __init__(self, operators: Sequence[LinearOperator]) -> None:
-        self._operators = operators
+        self.operators = operators
         self._kept: list[Tensor] = []
 
     @without_modes()
     def keep(self) -> None:
         """Copy the present weights, unless there are copies."""
         if not self._kept:
-            self._kept = [_local(op.weight()).clone() for op in self._operators]
+            self._kept = [_local(op.weight()).clone() for op in self.operators]
 
     def drop(self) -> None:
         """Free the copies."""
@@ -49,7 +52,7 @@ class FrobeniusNorms:
         """
         kept, self._kept = self._kept, []
         parts, groups = [], []
-        for index, op in enumerate(self._operators):
+        for index, op in enumerate(self.operators):
             weight = op.weight()
             local = _local(weight)
             terms = [_square(local)]

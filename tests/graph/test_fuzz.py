@@ -20,7 +20,7 @@ from torch import nn
 
 import lightning_lip
 from lightning_lip.graph.builder import RULES
-from lightning_lip.graph.tracing import WHOLE_MODULES
+from lightning_lip.graph.whole_modules import WHOLE_MODULES
 
 LONG = int(os.environ.get("LIGHTNING_LIP_FUZZ", "0"))
 BATCH = 40
@@ -178,6 +178,27 @@ def test_an_error_of_the_package_is_a_refusal():
     assert check(planted("x[0, 0]")).kind == "refused"
     outcome = check(planted("torch.ones(3)"))
     assert (outcome.kind, outcome.detail[:25]) == ("refused", "No output of the model de")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (torch.full((3, 4), float("nan")), "Expected `data` without NaN"),
+        (torch.zeros(0, 4), "No data to measure"),
+        (torch.zeros(3, 4, dtype=torch.long), "Expected floating-point inputs in `data`"),
+        (torch.zeros(3, 5), "The Jacobian of Model cannot be measured"),
+    ],
+)
+def test_what_the_package_says_of_data_is_a_refusal(data, words):
+    given = data
+
+    def certify(model, example, data=None):
+        del data
+        return lightning_lip.certify(model, example, data=given)
+
+    outcome = check(planted("self.m(x)"), certify)
+    assert outcome.kind == "refused"
+    assert outcome.detail.startswith(words)
 
 
 def changing(change):

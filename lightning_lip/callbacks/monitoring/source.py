@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_lip.callbacks.tensorboard.history import PARTS, History, check_history
+from lightning_lip.checks import check_items, check_numbers, check_type, shown
 from lightning_lip.norms.frobenius import FrobeniusNorms
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
-MAX_HISTORY = 512
-"""Steps that the figures show: with more, every other one is dropped and the spacing doubles."""
-
 HEALTH = ("weight_norm", "stable_rank", "update_ratio")
 """What is measured of each weight beside its spectral norm, in the order of the table."""
+
+WHOLE = f"{PARTS}, or that with the first and the last values by their names behind"
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Source:
         tag: Prefix of the logged names.
         regularizer: What holds the layers and their singular vectors.
         penalty: The penalty as a step adds it, for log spectral norms; None without one.
-        weights: What measures the health of the weights; None to leave that out.
+        has_health: Whether the health of the weights is measured.
+        history: What the figures show.
         first: The first value of each logged name.
         last: The last value of each.
     """
@@ -35,14 +37,11 @@ class Source:
     tag: str
     regularizer: LipschitzRegularizer
     penalty: Callable[[Tensor], Tensor] | None
-    weights: FrobeniusNorms | None = None
-    steps: list[int] = field(default_factory=list)
-    norms: list[list[float]] = field(default_factory=list)
-    shares: list[list[float]] = field(default_factory=list)
-    spacing: int = 1
-    seen: int = 0
+    has_health: bool = False
+    history: History = field(default_factory=History)
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    _weights: FrobeniusNorms | None = field(default=None, init=False)
 
     @property
     def names(self) -> list[str]:
@@ -53,6 +52,14 @@ class Source:
     def bound_tag(self) -> str:
         """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
         return f"{self.tag}/{self.regularizer.bound_kind}"
+
+    @property
+    def weights(self) -> FrobeniusNorms | None:
+        """What measures the health of the present layers, which the first training step may replace; None without."""
+        operators = self.regularizer.operators
+        if self.has_health and (self._weights is None or self._weights.operators is not operators):
+            self._weights = FrobeniusNorms(operators)
+        return self._weights
 
     def before_step(self) -> None:
         """Copy the weights, for the update ratio of the measurement to come."""
@@ -100,23 +107,41 @@ class Source:
         return health if ratios is None else health | {"update_ratio": ratios.to(sigma)}
 
     def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
-        """Keep what the figures show of a logging step, thinned to at most `MAX_HISTORY` steps."""
-        if self.seen % self.spacing == 0:
-            self.steps.append(step)
-            self.norms.append(norms)
-            self.shares.append(shares)
-        self.seen += 1
-        if len(self.steps) > MAX_HISTORY:
-            self.steps, self.norms, self.shares = self.steps[::2], self.norms[::2], self.shares[::2]
-            self.spacing *= 2
+        """Keep what the figures show of a logging step; a history of another number of layers is begun anew."""
+        if not self.history.is_of(len(norms)):
+            self.history = History()
+        self.history.remember(step, norms, shares)
 
     def state(self) -> list[Any]:
-        """Return what a checkpoint holds of the history."""
-        ends = [self.first, self.last] if self.last else []
-        return [self.steps, self.norms, self.shares, self.spacing, self.seen, *ends]
+        """Return what a checkpoint holds of the source."""
+        return [*self.history.state(), *([self.first, self.last] if self.last else [])]
 
     def restore(self, state: Sequence[Any]) -> None:
         """Take over what :meth:`state` returned; in those of earlier versions there are no first and last values."""
-        steps, norms, shares, self.spacing, self.seen, *ends = state
-        self.steps, self.norms, self.shares = list(steps), list(norms), list(shares)
-        self.first, self.last = map(dict, ends or ({}, {}))
+        self.history = History.of(state[:5])
+        self.first, self.last = map(dict, state[5:] or ({}, {}))
+
+
+def check_sources(histories: Any) -> None:
+    """Check what a checkpoint keeps of sources, by their tags.
+
+    Raises:
+        TypeError: If it is no mapping of lists, or they hold anything but numbers where numbers belong.
+        ValueError: If a list has not its parts, a count is no integer, the rows do not fit the steps, or the first
+            values are of other names than the last.
+    """
+    check_type("histories", histories, Mapping, "a mapping from tags to what was measured")
+    for tag, state in histories.items():
+        name = f"histories[{tag!r}]"
+        parts = check_items(name, state, WHOLE)
+        if len(parts) not in (5, 7):
+            raise ValueError(f"Expected `{name}` to be {WHOLE}, got {shown(state)}.")
+        check_history(name, parts[:5])
+        for kind, values in zip(("first", "last"), parts[5:], strict=False):
+            check_type(f"{name}: {kind}", values, Mapping, "a mapping from logged names to their values")
+            check_numbers(f"{name}: {kind}", list(values.values()))
+        if parts[5:] and set(parts[5]) != set(parts[6]):
+            raise ValueError(
+                f"Expected `{name}` to hold a first and a last value of the same names, got first values of "
+                f"{shown(sorted(parts[5], key=str))} and last ones of {shown(sorted(parts[6], key=str))}."
+            )

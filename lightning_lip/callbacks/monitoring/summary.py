@@ -20,7 +20,7 @@ def summary_of(source: Source, n_steps: int) -> str:
         n_steps: Batches of training that stepped.
     """
     names = source.names
-    columns = [kind for kind in COLUMNS if f"{source.tag}/{kind}/{names[0]}" in source.last]
+    columns = [kind for kind in COLUMNS if any(f"{source.tag}/{kind}/{name}" in source.last for name in names)]
     shown = _shown(source)
     rows = [["layer", *(kind.replace("_", " ") for kind in columns)]]
     rows += [[name, *(_change(source, f"{source.tag}/{kind}/{name}") for kind in columns)] for name in shown]
@@ -40,11 +40,13 @@ def _shown(source: Source) -> list[str]:
     names = source.names
     if len(names) <= MAX_ROWS:
         return names
-    shares = [abs(source.last[f"{source.tag}/log_share/{name}"]) for name in names]
+    shares = [abs(source.last.get(f"{source.tag}/log_share/{name}", math.nan)) for name in names]
     order = sorted(range(len(names)), key=lambda i: shares[i] if math.isfinite(shares[i]) else math.inf, reverse=True)
     return [names[i] for i in sorted(order[:MAX_ROWS])]
 
 
 def _change(source: Source, tag: str) -> str:
-    """Return a metric's first and last value as text."""
+    """Return a metric's first and last value as text; a dash where a layer was found after the last measurement."""
+    if tag not in source.last:
+        return "-"
     return f"{source.first[tag]:.3g} -> {source.last[tag]:.3g}"

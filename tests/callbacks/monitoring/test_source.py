@@ -3,16 +3,14 @@
 from torch import nn
 
 from lightning_lip import LipschitzRegularizer
-from lightning_lip.callbacks.monitoring.source import MAX_HISTORY, Source
+from lightning_lip.callbacks.monitoring.source import Source
 
 
-def test_history_is_thinned():
+def test_a_history_of_another_number_of_layers_is_begun_anew():
     source = Source("lipschitz", None, None)
-    for step in range(5 * MAX_HISTORY):
-        source.remember(step, [1.0], [0.0])
-    assert len(source.steps) <= MAX_HISTORY
-    assert len(source.norms) == len(source.shares) == len(source.steps)
-    assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
+    source.remember(3, [1.0], [0.0])
+    source.remember(7, [1.0, 2.0], [0.0, 0.5])
+    assert source.history.state() == [[7], [[1.0, 2.0]], [[0.0, 0.5]], 1, 1]
 
 
 def test_first_and_last_values_go_through_a_checkpoint():

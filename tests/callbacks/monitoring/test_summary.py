@@ -7,6 +7,17 @@ from lightning_lip.callbacks.monitoring.source import Source
 from lightning_lip.callbacks.monitoring.summary import MAX_ROWS, summary_of
 
 
+def test_a_layer_that_was_not_measured_has_a_dash():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer in model:
+        nn.init.eye_(layer.weight)
+    source = Source("lipschitz", LipschitzRegularizer(model, 1.0, layers="1"), None)
+    source.measure()
+    source.regularizer = LipschitzRegularizer(model, 1.0)
+    rows = summary_of(source, 7).splitlines()[2:4]
+    assert [row.split() for row in rows] == [["0", "-"], ["1", "1", "->", "1"]]
+
+
 def page(n_layers):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(n_layers)))
     for index, layer in enumerate(model):
