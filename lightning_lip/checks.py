@@ -155,12 +155,12 @@ def check_floating(name: str, value: object) -> None:
 
 
 def check_callable(name: str, value: object, what: str, n_arguments: int | None = None) -> None:
-    """Check that an argument can be called, and with how many positional arguments.
+    """Check that an argument can be called, or that it is a function or module of so many positional arguments.
 
     Raises:
         TypeError: If it cannot.
     """
-    if not callable(value):
+    if not callable(value) or (n_arguments is not None and isinstance(value, type)):
         raise TypeError(f"Expected `{name}` to be a callable {what}, got {shown(value)}.")
     if n_arguments is None:
         return
