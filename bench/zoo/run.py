@@ -1,0 +1,129 @@
+"""Popular models with the callbacks at their defaults: which train as they do without, and what is known of them.
+
+``python -m lightning_lip.bench.zoo.run [--workers N] [--limit SECONDS] [--output FOLDER] [MODEL ...]`` (``make zoo``)
+trains each model of :mod:`lightning_lip.bench.zoo.models` on the CPU, with random weights and one fixed random batch
+of 8, for 20 steps of SGD (learning rate .01, momentum .9) and of Adam (1e-3), without callbacks and with
+``LipschitzPenalty()`` and ``LipschitzMonitor()``, from the same weights and random numbers. A model holds if all of it
+ran and neither loss ends above twice the loss without, plus .1. Then its graph is traced: the bound of the whole
+network with its first weights (spectral norms are estimates from below), or every reason why there is none.
+
+It writes ``zoo.csv``, and the table of ``docs/zoo.md`` from it. Each model has a process of its own, with a limit of
+time and of memory, so that a crash is a row and not the end. An interrupted run goes on where it was. With names of
+models only these are run and printed, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lightning_lip.bench.studies.options import study_parser
+from lightning_lip.bench.zoo.measure import OPTIMIZERS, Row, as_row, measure, quiet
+from lightning_lip.bench.zoo.models import ENTRIES
+from lightning_lip.bench.zoo.table import DOCS, summary, write_docs, write_rows
+from lightning_lip.reporting.console import make_console, print_line
+from lightning_lip.reporting.documents import versions
+from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.progress import map_with_progress
+
+LIMIT = 900.0
+MEMORY = 8 << 30
+PACKAGES = ("lightning", "torchvision", "timm", "transformers", "torch_geometric")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to run, and the seconds that it may take."""
+
+    name: str
+    limit: float
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def run(job: Job) -> Row:
+    """Run a model in a process of its own; return what is known of it when that ends, for whatever reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "lightning_lip.bench.zoo.run", "--child", str(path), job.name]
+        error = ""
+        try:
+            done = subprocess.run(
+                command,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=job.limit,
+                check=False,
+            )
+            if done.returncode > 0:
+                error = (done.stderr.strip().split("\n") or [""])[-1][:500]
+            elif done.returncode < 0:
+                error = f"ended by signal {-done.returncode}"
+        except subprocess.TimeoutExpired:
+            error = f"took more than {job.limit:g} seconds"
+        row = as_row(json.loads(path.read_text())) if path.exists() else Row(job.name, stage="start")
+        row.error = error
+        return row
+
+
+def _child(name: str, path: Path) -> None:
+    """Run a model in this process, and keep what is known of it in a file."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    quiet()
+    for row in measure(ENTRIES[name]):
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps(asdict(row)))
+        beside.replace(path)
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def main() -> None:
+    """Run the zoo, or some of its models."""
+    parser = study_parser(__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="only these, e.g. timm/deit")
+    parser.add_argument("--workers", type=int, default=1, help="processes at a time, of one thread each")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the page whose table is replaced")
+    parser.add_argument("--child", type=Path, help="the file for the row of the one model of this process")
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        _child(arguments.models[0], arguments.child)
+        return
+    console = make_console()
+    if arguments.models:
+        for name in arguments.models:
+            print_line(console, summary(run(Job(name, arguments.limit))))
+        return
+    about = versions(*PACKAGES)
+    finished = Finished(arguments.output / ".zoo.partial", (about, list(OPTIMIZERS)), as_row)
+    jobs = [Job(name, arguments.limit) for name in ENTRIES]
+    rows = map_with_progress(console, "models", run, jobs, arguments.workers, finished)
+    write_rows(rows, arguments.output / "zoo.csv", about)
+    write_docs(rows, arguments.docs, about)
+    finished.remove()
+    for row in rows:
+        print_line(console, summary(row))
+
+
+if __name__ == "__main__":
+    main()

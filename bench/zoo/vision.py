@@ -1,0 +1,162 @@
+"""Models of torchvision and timm: every family, at the smallest of its widths or with the widths made small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_lip.bench.zoo.entry import CLASSES, Entry, vector
+from lightning_lip.reporting.extras import extra
+
+
+def _torchvision(name: str, size: int = 32, build: Callable[[Any], nn.Module] | None = None, **options: Any) -> Entry:
+    """Return an entry of torchvision; `build` makes the model from torchvision.models where a name does not."""
+
+    def made() -> nn.Module:
+        models = extra("torchvision.models", "zoo")
+        model: nn.Module = build(models) if build else models.get_model(name, num_classes=CLASSES, **options)
+        return model
+
+    return vector(f"torchvision/{name}", made, (3, size, size))
+
+
+def _video(name: str, **options: Any) -> Entry:
+    def made() -> nn.Module:
+        model: nn.Module = extra("torchvision.models", "zoo").get_model(name, num_classes=CLASSES, **options)
+        return model
+
+    return vector(f"torchvision/{name}", made, (3, 8, 32, 32))
+
+
+def _timm(name: str, size: int = 32, **options: Any) -> Entry:
+    """Return an entry of timm; options go to the model's class."""
+
+    def made() -> nn.Module:
+        model: nn.Module = extra("timm", "zoo").create_model(name, num_classes=CLASSES, **options)
+        return model
+
+    return vector(f"timm/{name}", made, (3, size, size))
+
+
+def _convnext(models: Any) -> nn.Module:
+    setting = [models.convnext.CNBlockConfig(*sizes) for sizes in ((24, 48, 2), (48, 96, 2), (96, None, 2))]
+    model: nn.Module = models.ConvNeXt(setting, num_classes=CLASSES)
+    return model
+
+
+def _swin(models: Any, version: str) -> nn.Module:
+    transformer = models.swin_transformer
+    block = {"block": transformer.SwinTransformerBlockV2, "downsample_layer": transformer.PatchMergingV2}
+    model: nn.Module = models.SwinTransformer(
+        [2, 2], 24, [2, 2], [2, 4], [4, 4], num_classes=CLASSES, **(block if version == "v2" else {})
+    )
+    return model
+
+
+def _maxvit(models: Any) -> nn.Module:
+    model: nn.Module = models.MaxVit((64, 64), 16, 2, [16, 32], [1, 1], 8, 0.1, num_classes=CLASSES)
+    return model
+
+
+def _vit(models: Any) -> nn.Module:
+    model: nn.Module = models.VisionTransformer(32, 8, 3, 4, 48, 96, num_classes=CLASSES)
+    return model
+
+
+def _resnet(models: Any, **options: Any) -> nn.Module:
+    model: nn.Module = models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, **options)
+    return model
+
+
+def _densenet(models: Any) -> nn.Module:
+    model: nn.Module = models.DenseNet(12, (3, 4, 4), 24, num_classes=CLASSES)
+    return model
+
+
+TORCHVISION = [
+    _torchvision("alexnet", 64),
+    _torchvision("vgg11", 32),
+    _torchvision("vgg11_bn", 32),
+    _torchvision("resnet18"),
+    _torchvision("resnet-bottleneck", build=_resnet),
+    _torchvision("resnext", build=lambda models: _resnet(models, groups=8, width_per_group=4)),
+    _torchvision("resnet-groupnorm", build=lambda models: _resnet(models, norm_layer=lambda n: nn.GroupNorm(8, n))),
+    _torchvision("densenet", build=_densenet),
+    _torchvision("squeezenet1_1", 64),
+    _torchvision("googlenet", 64, aux_logits=True, init_weights=True),
+    _torchvision("inception_v3", 96, aux_logits=False, init_weights=True),
+    _torchvision("mobilenet_v2"),
+    _torchvision("mobilenet_v3_small"),
+    _torchvision("mnasnet0_5"),
+    _torchvision("shufflenet_v2_x0_5"),
+    _torchvision("efficientnet_b0"),
+    _torchvision("regnet_x_400mf"),
+    _torchvision("regnet_y_400mf"),
+    _torchvision("convnext", build=_convnext),
+    _torchvision("vit", build=_vit),
+    _torchvision("swin", build=lambda models: _swin(models, "v1")),
+    _torchvision("swin_v2", build=lambda models: _swin(models, "v2")),
+    _torchvision("maxvit", 64, build=_maxvit),
+    _torchvision("lraspp_mobilenet_v3_large", 64, weights_backbone=None),
+    _video("mc3_18"),
+]
+
+TIMM = [
+    _timm("resnetv2_50x1_bit", layers=[1, 1, 1, 1], channels=[32, 64, 128, 256], stem_chs=16),
+    _timm("resnet10t", 64),
+    _timm("seresnext26d_32x4d", 64, layers=[1, 1, 1, 1]),
+    _timm("resnest14d", 64, layers=[1, 1, 1, 1]),
+    _timm("res2net50_26w_4s", layers=[1, 1, 1, 1]),
+    _timm("nf_regnet_b0", 64),
+    _timm("nf_resnet26", 64),
+    _timm("convnextv2_atto", 64),
+    _timm("convnext_atto", 64),
+    _timm("inception_next_atto", 64),
+    _timm("mixer_s32_224", 64, img_size=64, embed_dim=64, num_blocks=3),
+    _timm("gmlp_ti16_224", 64, img_size=64, num_blocks=4),
+    _timm("resmlp_12_224", 64, img_size=64, embed_dim=64, num_blocks=4),
+    _timm("deit_tiny_patch16_224", 64, img_size=64, depth=4),
+    _timm("deit_tiny_distilled_patch16_224", 64, img_size=64, depth=2),
+    _timm("cait_xxs24_224", 64, img_size=64, depth=4),
+    _timm("beit_base_patch16_224", 64, img_size=64, embed_dim=64, depth=3, num_heads=4),
+    _timm("eva02_tiny_patch14_224", 56, img_size=56, depth=3),
+    _timm("volo_d1_224", 64, img_size=64, layers=[1, 1, 1, 1], embed_dims=[48, 96, 96, 96], num_heads=[2, 4, 4, 4]),
+    _timm("mobileone_s0", 64),
+    _timm("repvgg_a0", 64),
+    _timm("ghostnet_050", 64),
+    _timm("edgenext_xx_small", 64),
+    _timm("levit_128s", 64, img_size=64),
+    _timm("poolformer_s12", 64),
+    _timm("xcit_nano_12_p16_224", 64, img_size=64, depth=4),
+    _timm("coat_tiny", 64, img_size=64),
+    _timm("convit_tiny", 64, img_size=64, depth=4),
+    _timm("crossvit_tiny_240", 64, img_size=64),
+    _timm("pit_ti_224", 64, img_size=64),
+    _timm("pvt_v2_b0", 64),
+    _timm("twins_svt_small", 64, img_size=64, embed_dims=[16, 32, 64, 128]),
+    _timm("mobilevit_xxs", 64),
+    _timm("mobilevitv2_050", 64),
+    _timm("efficientvit_b0", 64),
+    _timm("efficientvit_m0", 64, img_size=64),
+    _timm("fastvit_t8", 64),
+    _timm("repvit_m0_9", 64),
+    _timm("hrnet_w18_small", 64),
+    _timm("dla46_c", 64),
+    _timm("dpn48b", 64),
+    _timm("lcnet_050", 64),
+    _timm("rexnet_100", 64),
+    _timm("skresnet18", 64),
+    _timm("ese_vovnet19b_slim_dw", 64),
+    _timm("swinv2_cr_tiny_224", 64, img_size=64, embed_dim=24, depths=(1, 1, 1, 1)),
+    _timm("coatnet_pico_rw_224", 64, img_size=64),
+    _timm("gcvit_xxtiny", 64, img_size=64, depths=(1, 1, 1, 1), window_size=2, window_ratio=None),
+    _timm("sequencer2d_s", 64, img_size=64, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), hidden_sizes=(8, 8, 8, 8)),
+    _timm("hgnetv2_b0", 64),
+    _timm("starnet_s1", 64),
+    _timm("focalnet_tiny_srf", 64, embed_dim=24, depths=(1, 1, 1, 1)),
+    _timm("mambaout_femto", 64),
+]
+
+ENTRIES = TORCHVISION + TIMM
