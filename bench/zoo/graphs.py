@@ -72,7 +72,9 @@ ENTRIES = [
     _model("GAT", heads=4),
     _model("GIN", norm="BatchNorm"),
     _model("EdgeCNN"),
-    _entry("TransformerConv", lambda nn: Layers(nn.TransformerConv(FEATURES, WIDTH), nn.TransformerConv(WIDTH, CLASSES))),
+    _entry(
+        "TransformerConv", lambda nn: Layers(nn.TransformerConv(FEATURES, WIDTH), nn.TransformerConv(WIDTH, CLASSES))
+    ),
     _entry("ChebConv", lambda nn: Layers(nn.ChebConv(FEATURES, WIDTH, 3), nn.ChebConv(WIDTH, CLASSES, 3))),
     _entry("GPSConv", _gps),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,11 +31,12 @@ def _video(name: str, **options: Any) -> Entry:
     return vector(f"torchvision/{name}", made, (3, 8, 32, 32))
 
 
-def _timm(name: str, size: int = 32, **options: Any) -> Entry:
-    """Return an entry of timm; options go to the model's class."""
+def _timm(name: str, size: int = 32, build: Callable[[Any], nn.Module] | None = None, **options: Any) -> Entry:
+    """Return an entry of timm; `build` makes the model from timm.models, of a smaller size than its names have."""
 
     def made() -> nn.Module:
-        model: nn.Module = extra("timm", "zoo").create_model(name, num_classes=CLASSES, **options)
+        timm = extra("timm", "zoo")
+        model: nn.Module = build(timm.models) if build else timm.create_model(name, num_classes=CLASSES, **options)
         return model
 
     return vector(f"timm/{name}", made, (3, size, size))
@@ -67,6 +69,57 @@ def _vit(models: Any) -> nn.Module:
 
 def _resnet(models: Any, **options: Any) -> nn.Module:
     model: nn.Module = models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=CLASSES, **options)
+    return model
+
+
+def _standardised(models: Any) -> nn.Module:
+    layers = extra("timm.layers", "zoo")
+    model: nn.Module = models.ResNetV2(
+        [1, 1, 1, 1],
+        channels=(32, 64, 128, 256),
+        num_classes=CLASSES,
+        stem_chs=16,
+        conv_layer=layers.StdConv2d,
+        norm_layer=partial(layers.GroupNormAct, num_groups=8),
+    )
+    return model
+
+
+def _mixer(models: Any, block: str | None = None, **options: Any) -> nn.Module:
+    if block:
+        options |= {"block_layer": getattr(models.mlp_mixer, block), "mlp_ratio": 2}
+    model: nn.Module = models.MlpMixer(CLASSES, img_size=32, patch_size=8, num_blocks=3, embed_dim=64, **options)
+    return model
+
+
+def _volo(models: Any) -> nn.Module:
+    model: nn.Module = models.VOLO(
+        [1, 1, 1, 1], 64, num_classes=CLASSES, embed_dims=(48, 96, 96, 96), num_heads=(2, 4, 4, 4), use_mix_token=False
+    )
+    return model
+
+
+def _gcvit(models: Any) -> nn.Module:
+    sizes = {"window_size": (2, 2, 2, 2), "embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    model: nn.Module = models.GlobalContextVit(num_classes=CLASSES, img_size=(64, 64), window_ratio=None, **sizes)
+    return model
+
+
+def _focalnet(models: Any) -> nn.Module:
+    model: nn.Module = models.FocalNet(num_classes=CLASSES, embed_dim=24, depths=(1, 1, 1, 1))
+    return model
+
+
+def _coat(models: Any) -> nn.Module:
+    model: nn.Module = models.CoaT(
+        img_size=64,
+        num_classes=CLASSES,
+        embed_dims=(32, 32, 32, 32),
+        serial_depths=(1, 1, 1, 1),
+        parallel_depth=1,
+        num_heads=8,
+        mlp_ratios=(2, 2, 2, 2),
+    )
     return model
 
 
@@ -104,59 +157,61 @@ TORCHVISION = [
 ]
 
 TIMM = [
-    _timm("resnetv2_50x1_bit", layers=[1, 1, 1, 1], channels=[32, 64, 128, 256], stem_chs=16),
-    _timm("resnet10t", 64),
-    _timm("seresnext26d_32x4d", 64, layers=[1, 1, 1, 1]),
-    _timm("resnest14d", 64, layers=[1, 1, 1, 1]),
+    _timm("resnetv2-standardised", build=_standardised),
+    _timm("resnet10t"),
+    _timm("seresnext26d_32x4d", layers=[1, 1, 1, 1]),
+    _timm("resnest14d", layers=[1, 1, 1, 1]),
     _timm("res2net50_26w_4s", layers=[1, 1, 1, 1]),
-    _timm("nf_regnet_b0", 64),
-    _timm("nf_resnet26", 64),
-    _timm("convnextv2_atto", 64),
-    _timm("convnext_atto", 64),
-    _timm("inception_next_atto", 64),
-    _timm("mixer_s32_224", 64, img_size=64, embed_dim=64, num_blocks=3),
-    _timm("gmlp_ti16_224", 64, img_size=64, num_blocks=4),
-    _timm("resmlp_12_224", 64, img_size=64, embed_dim=64, num_blocks=4),
+    _timm("nf_regnet_b0"),
+    _timm("nf_resnet26"),
+    _timm("convnextv2_atto"),
+    _timm("convnext_atto"),
+    _timm("inception_next_atto"),
+    _timm("mixer", build=_mixer),
+    _timm("gmlp", build=lambda models: _mixer(models, "SpatialGatingBlock")),
+    _timm("resmlp", build=lambda models: _mixer(models, "ResBlock", norm_layer=models.mlp_mixer.Affine)),
     _timm("deit_tiny_patch16_224", 64, img_size=64, depth=4),
     _timm("deit_tiny_distilled_patch16_224", 64, img_size=64, depth=2),
     _timm("cait_xxs24_224", 64, img_size=64, depth=4),
     _timm("beit_base_patch16_224", 64, img_size=64, embed_dim=64, depth=3, num_heads=4),
     _timm("eva02_tiny_patch14_224", 56, img_size=56, depth=3),
-    _timm("volo_d1_224", 64, img_size=64, layers=[1, 1, 1, 1], embed_dims=[48, 96, 96, 96], num_heads=[2, 4, 4, 4]),
-    _timm("mobileone_s0", 64),
-    _timm("repvgg_a0", 64),
-    _timm("ghostnet_050", 64),
-    _timm("edgenext_xx_small", 64),
+    _timm("volo", 64, build=_volo),
+    _timm("mobileone_s0"),
+    _timm("repvgg_a0"),
+    _timm("ghostnet_050"),
+    _timm("edgenext_xx_small"),
     _timm("levit_128s", 64, img_size=64),
-    _timm("poolformer_s12", 64),
+    _timm("poolformer_s12"),
     _timm("xcit_nano_12_p16_224", 64, img_size=64, depth=4),
-    _timm("coat_tiny", 64, img_size=64),
+    _timm("coat", 64, build=_coat),
     _timm("convit_tiny", 64, img_size=64, depth=4),
-    _timm("crossvit_tiny_240", 64, img_size=64),
+    _timm("crossvit_tiny_240", 120, img_size=120, depth=((1, 1, 0),)),
     _timm("pit_ti_224", 64, img_size=64),
-    _timm("pvt_v2_b0", 64),
+    _timm("pvt_v2_b0"),
     _timm("twins_svt_small", 64, img_size=64, embed_dims=[16, 32, 64, 128]),
-    _timm("mobilevit_xxs", 64),
-    _timm("mobilevitv2_050", 64),
-    _timm("efficientvit_b0", 64),
+    _timm("mobilevit_xxs"),
+    _timm("mobilevitv2_050"),
+    _timm("efficientvit_b0"),
     _timm("efficientvit_m0", 64, img_size=64),
-    _timm("fastvit_t8", 64),
-    _timm("repvit_m0_9", 64),
-    _timm("hrnet_w18_small", 64),
-    _timm("dla46_c", 64),
-    _timm("dpn48b", 64),
-    _timm("lcnet_050", 64),
-    _timm("rexnet_100", 64),
-    _timm("skresnet18", 64),
-    _timm("ese_vovnet19b_slim_dw", 64),
+    _timm("fastvit_t8"),
+    _timm("repvit_m0_9"),
+    _timm("hrnet_w18_small"),
+    _timm("dla46_c"),
+    _timm("dpn48b"),
+    _timm("lcnet_050"),
+    _timm("rexnet_100"),
+    _timm("skresnet18"),
+    _timm("ese_vovnet19b_slim_dw"),
     _timm("swinv2_cr_tiny_224", 64, img_size=64, embed_dim=24, depths=(1, 1, 1, 1)),
     _timm("coatnet_pico_rw_224", 64, img_size=64),
-    _timm("gcvit_xxtiny", 64, img_size=64, depths=(1, 1, 1, 1), window_size=2, window_ratio=None),
-    _timm("sequencer2d_s", 64, img_size=64, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), hidden_sizes=(8, 8, 8, 8)),
-    _timm("hgnetv2_b0", 64),
-    _timm("starnet_s1", 64),
-    _timm("focalnet_tiny_srf", 64, embed_dim=24, depths=(1, 1, 1, 1)),
-    _timm("mambaout_femto", 64),
+    _timm("gcvit", 64, build=_gcvit),
+    _timm(
+        "sequencer2d_s", 64, img_size=64, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), hidden_sizes=(8, 8, 8, 8)
+    ),
+    _timm("hgnetv2_b0"),
+    _timm("starnet_s1"),
+    _timm("focalnet", build=_focalnet),
+    _timm("mambaout_femto"),
 ]
 
 ENTRIES = TORCHVISION + TIMM
