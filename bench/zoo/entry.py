@@ -54,7 +54,7 @@ def labels(classes: int = CLASSES) -> Tensor:
 def classify(model: nn.Module, batch: Batch) -> Tensor:
     """Return the cross-entropy of a model that takes the batch's other entries in their order.
 
-    Auxiliary and distilled heads of training (a tuple of logits) count alike, and pixels of a segmentation are averaged.
+    Auxiliary and distilled heads (a tuple of logits) count alike, and the pixels of a segmentation are averaged.
     """
     *inputs, target = batch.values()
     output = model(*inputs)

@@ -33,7 +33,7 @@ def _entry(name: str, build: Callable[[Any], nn.Module]) -> Entry:
 
 
 def _model(name: str, **options: Any) -> Entry:
-    return _entry(name, lambda nn: getattr(nn, name)(FEATURES, WIDTH, 2, CLASSES, **options))
+    return _entry(name, lambda layers: getattr(layers, name)(FEATURES, WIDTH, 2, CLASSES, **options))
 
 
 class Layers(nn.Module):
@@ -62,8 +62,12 @@ class Embedded(nn.Module):
         return out
 
 
-def _gps(nn: Any) -> torch.nn.Module:
-    return Embedded(nn.GPSConv(WIDTH, nn.GCNConv(WIDTH, WIDTH), heads=4))
+def _two(layer: Callable[..., nn.Module], *options: int) -> nn.Module:
+    return Layers(layer(FEATURES, WIDTH, *options), layer(WIDTH, CLASSES, *options))
+
+
+def _gps(layers: Any) -> nn.Module:
+    return Embedded(layers.GPSConv(WIDTH, layers.GCNConv(WIDTH, WIDTH), heads=4))
 
 
 ENTRIES = [
@@ -72,9 +76,7 @@ ENTRIES = [
     _model("GAT", heads=4),
     _model("GIN", norm="BatchNorm"),
     _model("EdgeCNN"),
-    _entry(
-        "TransformerConv", lambda nn: Layers(nn.TransformerConv(FEATURES, WIDTH), nn.TransformerConv(WIDTH, CLASSES))
-    ),
-    _entry("ChebConv", lambda nn: Layers(nn.ChebConv(FEATURES, WIDTH, 3), nn.ChebConv(WIDTH, CLASSES, 3))),
+    _entry("TransformerConv", lambda layers: _two(layers.TransformerConv)),
+    _entry("ChebConv", lambda layers: _two(layers.ChebConv, 3)),
     _entry("GPSConv", _gps),
 ]

@@ -183,7 +183,7 @@ def trace(entry: Entry, batch: Batch, row: Row) -> None:
 
 
 def _reasons(text: str) -> list[str]:
-    """Return the operations with their reasons of a refusal, without their modules; its first line if there are none."""
+    """Return a refusal's operations with their reasons, without their modules; its first line if there are none."""
     lines = [line[4:] for line in text.split("\n") if line.startswith("  - ")]
     return [line.partition("), ")[2] for line in lines] or [text.split("\n")[0]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.bench.zoo.entry import CLASSES, Entry, vector
+from lightning_lip.bench.zoo.entry import CLASSES, vector
 
 
 class LastState(nn.Module):

@@ -85,11 +85,18 @@ def _standardised(models: Any) -> nn.Module:
     return model
 
 
-def _mixer(models: Any, block: str | None = None, **options: Any) -> nn.Module:
-    if block:
-        options |= {"block_layer": getattr(models.mlp_mixer, block), "mlp_ratio": 2}
+def _mixer(models: Any, **options: Any) -> nn.Module:
     model: nn.Module = models.MlpMixer(CLASSES, img_size=32, patch_size=8, num_blocks=3, embed_dim=64, **options)
     return model
+
+
+def _gmlp(models: Any) -> nn.Module:
+    layers = extra("timm.layers", "zoo")
+    return _mixer(models, block_layer=models.mlp_mixer.SpatialGatingBlock, mlp_layer=layers.GatedMlp, mlp_ratio=2)
+
+
+def _resmlp(models: Any) -> nn.Module:
+    return _mixer(models, block_layer=models.mlp_mixer.ResBlock, norm_layer=models.mlp_mixer.Affine, mlp_ratio=2)
 
 
 def _volo(models: Any) -> nn.Module:
@@ -113,6 +120,7 @@ def _focalnet(models: Any) -> nn.Module:
 def _coat(models: Any) -> nn.Module:
     model: nn.Module = models.CoaT(
         img_size=64,
+        patch_size=4,
         num_classes=CLASSES,
         embed_dims=(32, 32, 32, 32),
         serial_depths=(1, 1, 1, 1),
@@ -168,8 +176,8 @@ TIMM = [
     _timm("convnext_atto"),
     _timm("inception_next_atto"),
     _timm("mixer", build=_mixer),
-    _timm("gmlp", build=lambda models: _mixer(models, "SpatialGatingBlock")),
-    _timm("resmlp", build=lambda models: _mixer(models, "ResBlock", norm_layer=models.mlp_mixer.Affine)),
+    _timm("gmlp", build=_gmlp),
+    _timm("resmlp", build=_resmlp),
     _timm("deit_tiny_patch16_224", 64, img_size=64, depth=4),
     _timm("deit_tiny_distilled_patch16_224", 64, img_size=64, depth=2),
     _timm("cait_xxs24_224", 64, img_size=64, depth=4),
@@ -205,9 +213,7 @@ TIMM = [
     _timm("swinv2_cr_tiny_224", 64, img_size=64, embed_dim=24, depths=(1, 1, 1, 1)),
     _timm("coatnet_pico_rw_224", 64, img_size=64),
     _timm("gcvit", 64, build=_gcvit),
-    _timm(
-        "sequencer2d_s", 64, img_size=64, layers=(1, 1, 1, 1), embed_dims=(24, 48, 48, 48), hidden_sizes=(8, 8, 8, 8)
-    ),
+    _timm("sequencer2d_s", 64, img_size=64, layers=(1,) * 4, embed_dims=(24, 48, 48, 48), hidden_sizes=(8,) * 4),
     _timm("hgnetv2_b0"),
     _timm("starnet_s1"),
     _timm("focalnet", build=_focalnet),
