@@ -67,7 +67,7 @@ def _causal(name: str, model: str, **options: Any) -> Entry:
     def batch() -> Batch:
         return {"input_ids": _tokens(), "labels": _tokens()}
 
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
     build = _build(model, special | options)
     return Entry(f"transformers/{name}", build, batch, own_loss, lambda _: {"inputs_embeds": _embedded(WIDTH)})
 
@@ -81,7 +81,7 @@ def _translator(name: str, config: str, **options: Any) -> Entry:
     def example(_: Batch) -> dict[str, Tensor]:
         return {"inputs_embeds": _embedded(WIDTH), "decoder_inputs_embeds": _embedded(WIDTH)}
 
-    special = {"pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    special = {"pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
     build = _build(f"{config}ForConditionalGeneration", special | {"vocab_size": VOCABULARY} | options)
     return Entry(f"transformers/{name}", build, batch, own_loss, example)
 
@@ -194,6 +194,7 @@ ENTRIES = [
         bos_token_id=1,
         eos_token_id=2,
         decoder_start_token_id=1,
+        use_cache=False,
     ),
     _fed(
         "wav2vec2",

@@ -15,10 +15,9 @@ models only these are run and printed, and nothing is written.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -54,35 +53,42 @@ class Job:
 
 def run(job: Job) -> Row:
     """Run a model in a process of its own; return what is known of it when that ends, for whatever reason."""
+    # A server that has imported everything forks the processes: the imports take longer than most models.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_lip.bench.zoo.measure", *PACKAGES])
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "lightning_lip.bench.zoo.run", "--child", str(path), job.name]
+        path, output = Path(folder) / "row.json", Path(folder) / "output.txt"
+        process = context.Process(target=_child, args=(job.name, path, output))
+        process.start()
+        process.join(job.limit)
         error = ""
-        try:
-            done = subprocess.run(
-                command,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=job.limit,
-                check=False,
-            )
-            if done.returncode > 0:
-                error = (done.stderr.strip().split("\n") or [""])[-1][:500]
-            elif done.returncode < 0:
-                error = f"ended by signal {-done.returncode}"
-        except subprocess.TimeoutExpired:
+        if process.is_alive():
+            process.kill()
+            process.join()
             error = f"took more than {job.limit:g} seconds"
+        elif process.exitcode and process.exitcode < 0:
+            error = f"ended by signal {-process.exitcode}"
+        elif process.exitcode:
+            error = raised(output.read_text(errors="replace"))
         row = as_row(json.loads(path.read_text())) if path.exists() else Row(job.name, stage="start")
         row.error = error
         return row
 
 
-def _child(name: str, path: Path) -> None:
-    """Run a model in this process, and keep what is known of it in a file."""
+def raised(output: str) -> str:
+    """Return the exception of the last traceback in what a process printed, its first line."""
+    lines = output.strip().split("\n")
+    start = max([i for i, line in enumerate(lines) if line.startswith("Traceback ")], default=len(lines) - 1)
+    return next((line for line in lines[start + 1 :] if line and not line.startswith(" ")), lines[-1])[:500]
+
+
+def _child(name: str, path: Path, output: Path) -> None:
+    """Run a model in this process, and keep what is known of it in a file; what is printed goes to another."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     torch.set_num_threads(1)
     quiet()
     for row in measure(ENTRIES[name]):
@@ -104,11 +110,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes at a time, of one thread each")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the page whose table is replaced")
-    parser.add_argument("--child", type=Path, help="the file for the row of the one model of this process")
     arguments = parser.parse_args()
-    if arguments.child is not None:
-        _child(arguments.models[0], arguments.child)
-        return
     console = make_console()
     if arguments.models:
         for name in arguments.models:
