@@ -54,6 +54,7 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.tracking $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.studies.knee $(ARGS)
 
 # On a machine with a GPU; DEV=cpu is a dry run.
 bench-gpu: $(VENV)/.installed

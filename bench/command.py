@@ -9,8 +9,10 @@ from lightning_lip.bench.steps.run import chosen_device, run
 from lightning_lip.errors import UsageError
 from lightning_lip.reporting.documents import out_folder
 from lightning_lip.reporting.extras import extra
+from lightning_lip.reporting.failures import check_options
 
 QUICK_MODELS = ("paper", "mnist")
+MAX_THREADS = 1024
 
 
 def bench(
@@ -42,12 +44,14 @@ def bench(
         The contents of bench.json, documented at `lightning_lip.bench.steps.tables.document`.
 
     Raises:
-        UsageError: If a model is unknown, the device is not there, `out` is a file, or `threads` is below 1.
+        UsageError: If an option is of another type, a model is unknown, the device is not there, `out` is a file, or
+            `threads` is out of range.
         MissingExtraError: If the `bench` extra is not installed, deel-torchlip aside, without which its row is missing.
     """
+    check_options(bench, locals())
     names = chosen_models(models, quick)
-    if threads is not None and threads < 1:
-        raise UsageError(f"Expected --threads of at least 1, got {threads}.")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"Expected --threads to be 1 to {MAX_THREADS}, got {threads}.")
     folder = out_folder(out)
     for module in ("matplotlib", "scipy"):
         extra(module, "bench")

@@ -69,7 +69,7 @@ class Iteration(Protocol):
         grads: Sequence[Tensor | None],
         n_iterations: int,
         code: int,
-        target_log: float,
+        level: float,
         scale: float,
         multiplicities: Sequence[int],
     ) -> Tensor:

@@ -15,29 +15,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PRODUCT_CAP = 30.0
-"""``product`` is linear in S above this value (a bound of e^30 = 1.1e13), so that its slope stays finite in fp32."""
+LARGEST_KNEE = math.exp(30.0)
+"""Where the plain product becomes linear in S, 1.1e13: its slope, and a coefficient on it, stay finite in fp32."""
 
 _SOFTPLUS_END = 40.0
 """Where softplus(x) = x to fp64's rounding: e^-40 = 4e-18. PyTorch's own end of 20 leaves an error of 2e-9."""
 
 
-def product(log_sigma: Tensor, log_bound: Tensor) -> Tensor:
-    """Return the bound P = e^S itself, the paper's penalty; ``e^c (1 + S - c)`` beyond the cap c = 30.
+def product(log_sigma: Tensor, log_bound: Tensor, knee: float = math.inf) -> Tensor:
+    """Return the bound P = e^S itself, the paper's penalty, up to a knee; ``knee (1 + S - log knee)`` beyond.
+
+    The slope in S is P itself, so that where training begins at a product of thousands, a coefficient that suits its
+    end can destroy the network in a few steps. Beyond the knee the slope stays as it is there.
 
     Args:
         log_sigma: Logarithms of the spectral norms, shape (L,). Not used.
         log_bound: S, shape ().
+        knee: The product where it becomes linear in S; e^30 where it is larger, for the range of fp32.
 
     Returns:
-        The penalty, shape (). Exact up to the cap, continuous with its slope at the cap. Source: N. Couellan, "The
-        coupling effect of Lipschitz regularization in deep neural networks" (2021).
+        The penalty, shape (). Exact up to the knee, continuous with its slope there. Source: N. Couellan, "The
+        coupling effect of Lipschitz regularization in deep neural networks" (2021), without a knee.
     """
-    beyond = log_bound > PRODUCT_CAP
-    # Not clamp: whether it passes a gradient at the cap itself differs between versions of torch.
-    below = torch.exp(torch.where(beyond, torch.full_like(log_bound, PRODUCT_CAP), log_bound))
-    above = math.exp(PRODUCT_CAP) * (1.0 + (log_bound - PRODUCT_CAP))
-    return torch.where(beyond, above, below)
+    knee = min(knee, LARGEST_KNEE)
+    log_knee = math.log(knee)
+    beyond = log_bound > log_knee
+    # Not clamp: whether it passes a gradient at the knee itself differs between versions of torch.
+    below = torch.exp(torch.where(beyond, torch.full_like(log_bound, log_knee), log_bound))
+    return torch.where(beyond, knee * (1.0 + (log_bound - log_knee)), below)
 
 
 def softplus_log(log_sigma: Tensor, log_bound: Tensor, target: float = 1.0) -> Tensor:
@@ -100,7 +105,14 @@ PENALTY_CODES = {name: code for code, name in enumerate(_FUNCTIONS)}
 """The number of each penalty, by which compiled code knows it."""
 
 
-def built_in(name: str, target: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the penalty of a name, ``(log_sigma (L,), log_bound ()) -> ()``, with its target M if it has one."""
+def level_of(name: str, target: float, knee: float) -> float:
+    """Return the one number that a built-in penalty depends on: the knee of ``product``, else the target M."""
+    return min(knee, LARGEST_KNEE) if name == "product" else target
+
+
+def built_in(name: str, level: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the penalty of a name, ``(log_sigma (L,), log_bound ()) -> ()``, with its level by :func:`level_of`."""
     function = _FUNCTIONS[name]
-    return partial(function, target=target) if function in (softplus_log, hinge_log) else function
+    if function is product:
+        return partial(function, knee=level)
+    return partial(function, target=level) if function in (softplus_log, hinge_log) else function

@@ -218,7 +218,7 @@ def rank_one_update_(
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def penalty_slope(code: int, sigma: Tensor, multiplicities: Sequence[int], log_target: float) -> tuple[Tensor, Tensor]:
+def penalty_slope(code: int, sigma: Tensor, multiplicities: Sequence[int], level: float) -> tuple[Tensor, Tensor]:
     """Return a built-in penalty on the plain product, and its derivative in each spectral norm.
 
     Autograd differentiates :mod:`lightning_lip.kernels.penalties` in the L logarithms.
@@ -227,13 +227,13 @@ def penalty_slope(code: int, sigma: Tensor, multiplicities: Sequence[int], log_t
         code: One of the values of :data:`~lightning_lip.kernels.penalties.PENALTY_CODES`.
         sigma: Spectral norms, shape (L,).
         multiplicities: How often each layer counts, k, length L; S = sum k log sigma.
-        log_target: log M.
+        level: M, or the knee: :func:`~lightning_lip.kernels.penalties.level_of`.
 
     Returns:
         The penalty, shape (), and its slopes, shape (L,), in the dtype of `sigma`. A layer that is exactly zero has no
         slope; slopes that are not finite count as zero.
     """
-    penalty = built_in(list(PENALTY_CODES)[code], math.exp(log_target))
+    penalty = built_in(list(PENALTY_CODES)[code], level)
     uses = [layer for layer, count in enumerate(multiplicities) for _ in range(int(count))]
     log_sigma = sigma.log()
     with torch.enable_grad():
@@ -282,7 +282,7 @@ class ReferenceIteration:
         grads: Sequence[Tensor | None],
         n_iterations: int,
         code: int,
-        target_log: float,
+        level: float,
         scale: float,
         multiplicities: Sequence[int],
     ) -> Tensor:
@@ -293,7 +293,7 @@ class ReferenceIteration:
         """
         sigma = self.power_step(weights, n_iterations).sigma
         exact = sigma if sigma.device.type == "mps" else sigma.double()
-        value, slope = penalty_slope(code, exact, multiplicities, target_log)
+        value, slope = penalty_slope(code, exact, multiplicities, level)
         coefficients = (slope * scale).to(sigma.dtype)
         self.rank_one_update_(grads, torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients)))
         return (value * scale).to(sigma.dtype)

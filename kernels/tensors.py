@@ -1,9 +1,10 @@
-"""What every kernel asks of a tensor: whether it is sharded, the dtype that it is computed in, no autocast."""
+"""What every kernel asks of a tensor: whether it is sharded, the dtype that it is computed in, no autocast, no TF32."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,39 @@ def without_modes() -> Iterator[None]:
     """
     with torch.inference_mode(False), torch.no_grad(), without_autocast():
         yield
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """Compute fp32 products in fp32 inside the context, where TF32 (GPU) or bf16 (CPU) is allowed for them.
+
+    For forward and backward passes: torch.export reads the older switches, which raise once the newer ones are set.
+    """
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        # Not the older switches: where a program has set the newer ones they raise.
+        cpu = backends.mkldnn
+        places = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn]
+        kept = [place.fp32_precision for place in places]
+        try:
+            for place in places:
+                place.fp32_precision = "ieee"
+            yield
+        finally:
+            for place, precision in zip(places, kept, strict=True):
+                # What a wider setting gives it follows that one again.
+                place.fp32_precision = "none"
+                if place.fp32_precision != precision:
+                    place.fp32_precision = precision
+        return
+    precision, convolutions = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        backends.cudnn.allow_tf32 = convolutions
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -108,7 +108,7 @@ def check_name(name: object) -> None:
         raise TypeError(f"Expected `name` to be a string or None, got {shown(name)}.")
 
 
-def check_type(name: str, value: object, kind: type, what: str) -> None:
+def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
     """Check the type of an argument.
 
     Args:

@@ -8,11 +8,15 @@ class UnsupportedLayerError(ValueError):
 
 
 class UsageError(ValueError):
-    """An option of the command has a value that makes no experiment."""
+    """An option of a command has a value that it cannot be."""
 
 
 class AuditError(ValueError):
     """The audit cannot be made: an option, a file, a name or an input is not what it must be."""
+
+
+class DataError(ValueError):
+    """An installed package holds another version of a data set."""
 
 
 class BoundError(Exception):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_lip.penalty.penalties import COEFFICIENT
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class LipschitzMixin(_Base):
         ...         self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         ...     def training_step(self, batch):
         ...         x, y = batch
-        ...         return torch.nn.functional.mse_loss(self.net(x), y) + 1e-3 * self.lipschitz_penalty()
+        ...         return torch.nn.functional.mse_loss(self.net(x), y) + self.lipschitz_penalty()
         >>> list(Regressor().spectral_norms())
         ['net.0', 'net.2']
     """
@@ -51,10 +52,10 @@ class LipschitzMixin(_Base):
     def configure_lipschitz(self) -> LipschitzRegularizer:
         """Return the regulariser; override it to choose penalty, layers and coefficient.
 
-        The default is ``LipschitzRegularizer(self, coefficient=1.0)``: the product over all layers with a weight,
-        with a factor of one. It is called once, at first use.
+        The default is ``LipschitzRegularizer(self, coefficient=1e-3)``: the product over all layers with a weight, with
+        the coefficient of :class:`LipschitzPenalty`. It is called once, at first use.
         """
-        return LipschitzRegularizer(self, coefficient=1.0)
+        return LipschitzRegularizer(self, COEFFICIENT)
 
     def lipschitz_regularizer(self) -> LipschitzRegularizer:
         """Return the regulariser that :meth:`configure_lipschitz` made."""

@@ -2,22 +2,29 @@
 
 One pool of values goes through every argument of every public callable. What an argument may take of the pool is its
 kind's own short list; for all others there must be a TypeError or ValueError whose message has the argument's name.
+Pools of text and of YAML's values go through the options of the command, in one line and status 2, and through the
+arguments of callbacks and of a module with the mixin.
 """
 
+import contextlib
 import functools
+import importlib
 import inspect
 import math
 import re
 import warnings
+from argparse import ArgumentError
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from support.commands import run_cli
 from torch import nn
 
 import lightning_lip
-from lightning_lip import callbacks, metrics, projection
+from lightning_lip import audit, bench, callbacks, certificates, cli, constants, metrics, paper, projection, rebalancing
 from lightning_lip.certificates import certified_matrix_norm
 from lightning_lip.penalty.penalties import get_penalty
 
@@ -97,6 +104,7 @@ KINDS = {
     "count": {"3"},
     "count from 0": {"0", "3"},
     "positive": REALS - {"0"},
+    "knee": REALS - {"0"} | {"None", "inf"},
     "at least 0": REALS,
     "number": REALS | {"-1"},
     "numbers": FLAT | {"np 1-d", "1-d", "int"},
@@ -151,6 +159,16 @@ def log_bound(log_sigma):
     return float(log_sigma.sum()), np.ones(len(log_sigma))
 
 
+def unless_above_the_bound(
+    target, module=None, input_shape=None, data=None, json=None, max_bound=None, unsafe_load_pickle=False
+):
+    with contextlib.suppress(audit.BoundError):  # which is an answer
+        audit.audit(target, module, input_shape, data, json, max_bound, unsafe_load_pickle)
+
+
+CERTIFIED = functools.cache(lambda: lightning_lip.certify(network(), EXAMPLE))
+
+
 # The callable, arguments that are right, and what each argument may take: a kind, or labels of the pool.
 CALLS = {
     "LipschitzRegularizer": (
@@ -161,6 +179,7 @@ CALLS = {
             "coefficient": "at least 0",
             "penalty": set(),
             "target": "positive",
+            "knee": "knee",
             **SELECTING,
             **ITERATING,
             "example_input": {"None"},
@@ -193,6 +212,7 @@ CALLS = {
             "every_n_steps": "count",
             "warmup_steps": "count from 0",
             "name": "name",
+            "knee": "knee",
             "unknown": "choice",
         },
     ),
@@ -337,7 +357,11 @@ CALLS = {
         lambda: {"mae": 0.5, "lipschitz": 1.0, "noise_norm": 0.1},
         dict.fromkeys(("mae", "lipschitz", "noise_norm"), REALS | {"0-d"}) | {"n_outputs": "count"},
     ),
-    "get_penalty": (get_penalty, lambda: {"penalty": "product"}, {"penalty": set(), "target": "positive"}),
+    "get_penalty": (
+        get_penalty,
+        lambda: {"penalty": "product"},
+        {"penalty": set(), "target": "positive", "knee": "knee"},
+    ),
     "joint_caps": (projection.joint_caps, lambda: CAPS, SPECTRA | METRIC),
     "log_clip_caps": (projection.log_clip_caps, lambda: CAPS, SPECTRA | METRIC),
     "per_layer_caps": (
@@ -384,6 +408,59 @@ CALLS = {
         lightning_lip.rebalance,
         lambda: {"model": network(), "example_input": EXAMPLE},
         {"model": set(), "example_input": {"None"}, "per_unit": "flag"},
+    ),
+    "lipschitz_constant": (constants.lipschitz_constant, lambda: {"module": nn.ReLU()}, {"module": set()}),
+    "audit": (
+        unless_above_the_bound,
+        lambda: {"target": "torch.nn:ReLU", "input_shape": "2"},
+        {
+            "target": set(),
+            "module": {"None"},
+            "input_shape": {"'3'"},
+            "data": {"None"},
+            "json": {"None", "'3'"},
+            "max_bound": {"None", "0", "3", "0.5", "np.float64"},
+            "unsafe_load_pickle": set(),
+        },
+    ),
+    "document": (
+        audit.document,
+        lambda: {"target": "a name", "model": network(), "example": EXAMPLE, "result": CERTIFIED()},
+        {
+            "target": "text",
+            "model": "model",
+            "example": {label for label, value in POOL.items() if isinstance(value, torch.Tensor)},
+            "result": set(),
+            "n_inputs": {"None", "0", "3"},
+            "max_bound": REALS | {"None"},
+        },
+    ),
+    "PaperRegressor": (
+        paper.PaperRegressor,
+        dict,
+        {
+            "in_features": "count",
+            "width": "count",
+            "depth": "count from 0",
+            "learning_rate": "at least 0",
+            "seed": "count from 0",
+        },
+    ),
+    "reproduce": (
+        paper.reproduce,
+        dict,
+        {
+            "out": {"'3'"},
+            **dict.fromkeys(("quick", "full", "tune", "budget"), "flag"),
+            "seeds": {"None", "3"},
+            "epochs": {"3", "10**400"},
+            "workers": {"None", "3", "10**400"},
+        },
+    ),
+    "bench": (
+        bench.bench,
+        lambda: {"quick": True},
+        {"out": {"'3'"}, "models": {"None"}, "quick": "flag", "device": set(), "threads": {"None", "3"}},
     ),
     "register_constant": (
         lightning_lip.register_constant,
@@ -451,12 +528,13 @@ CALLS |= with_states(
     }
 )
 # What the calls return and raise, and what takes no arguments.
-RESULTS = {"Certificate", "Uncertified", "Projection", "Rebalanced", "UnsupportedLayerError", "LipschitzMixin"}
+RESULTS = {"Certificate", "Uncertified", "Part", "Projection", "Caps", "Rebalanced", "RebalancedLayer"}
+RESULTS |= {"UnsupportedLayerError", "BoundError", "LipschitzMixin", "Method"}
+ROOMS = (lightning_lip, audit, bench, callbacks, certificates, constants, metrics, paper, projection, rebalancing)
 
 
 def test_everything_public_is_called():
-    assert set(lightning_lip.__all__) - RESULTS <= set(CALLS)
-    assert set(metrics.__all__) | set(callbacks.__all__) | set(projection.__all__) - {"Caps"} <= set(CALLS)
+    assert {name for room in ROOMS for name in room.__all__} - RESULTS <= set(CALLS)
     n_calls = sum(len(takes) for _, _, takes in CALLS.values()) * len(POOL)
     assert n_calls >= 1000
     for name, (function, _, takes) in CALLS.items():
@@ -473,8 +551,10 @@ def outcome(function, arguments, name, label):
     try:
         function(**arguments | {name: POOL[label]})
     except (TypeError, ValueError) as error:
-        # A model of another type is named by its class.
-        if re.search(rf"\b{name}\b", str(error)) or (name == "model" and label == "a module"):
+        # A module of another type is named by its class, and a file by its name.
+        if re.search(rf"\b{name.replace('_', '[_-]')}\b", str(error)) or (name[:3], label) == ("mod", "a module"):
+            return "refused"
+        if name in ("target", "data") and label == "'3'" and re.search(r"\b3\b", str(error)):
             return "refused"
         return f"{type(error).__name__}: {error}"
     except Exception as error:
@@ -484,7 +564,9 @@ def outcome(function, arguments, name, label):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", CALLS)
-def test_a_wrong_argument_is_refused_by_name(call):
+def test_a_wrong_argument_is_refused_by_name(call, monkeypatch, capsys):
+    for run in ("bench.command.run", "paper.regimes.experiment.run_experiment", "paper.budgets.study.run_budget"):
+        monkeypatch.setattr(f"lightning_lip.{run}", lambda *_, **__: None)
     function, right, takes = CALLS[call]
     function(**right())
     wrong = {}
@@ -497,3 +579,252 @@ def test_a_wrong_argument_is_refused_by_name(call):
             if found != ("taken" if label in taken else "refused"):
                 wrong[name, label] = found
     assert wrong == {}
+
+
+# What a shell may give an option, and a YAML file: "a\\0b" only the latter.
+LONG = "9" * 400
+TEXTS = ["", "0", "-1", "3", "1.5", "true", "null", "nan", "abc", "[1]", "{a: 1}", "1,2", LONG]
+PATHS = ["file", "folder", "file/below", "/proc/none", "no/such.pt", "a\0b"]
+NAMES = {"0", "-1", "3", "1.5", "true", "nan", "abc", "[1]", "{a: 1}", "1,2"}
+OUT = NAMES | {"null", "folder", "no/such.pt"}
+OPTIONS = {
+    "audit": {
+        "target": set(),
+        "module": {"null"},
+        "input_shape": {"3", "1,2", "[1]"},
+        "data": {"null"},
+        "json": NAMES | {"null", "file"},
+        "max_bound": {"0", "3", "1.5", "null"},
+        "unsafe_load_pickle": None,
+    },
+    "bench": {"out": OUT, "models": {"null"}, "device": set(), "threads": {"3", "null"}, "quick": None},
+    "reproduce": {
+        "out": OUT,
+        "seeds": {"3", "null"},
+        "epochs": {"3", LONG},
+        "workers": {"3", "null", LONG},
+        **dict.fromkeys(("quick", "full", "tune", "budget")),
+    },
+}
+RIGHT = {"audit": ["torch.nn:ReLU", "--input-shape=2"], "bench": ["--quick"], "reproduce": []}
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command up to its work; return "taken", "refused", or what is wrong with how it ended."""
+
+    def work(*_, **__):
+        raise SystemExit(0)
+
+    for module in ("paper.regimes.experiment", "paper.budgets.study"):
+        monkeypatch.setattr(f"lightning_lip.{module}.map_with_progress", work)
+    monkeypatch.setattr("lightning_lip.bench.steps.run.measure", work)
+    monkeypatch.setattr("lightning_lip.reporting.finished._sources", str)  # read once more at every call
+    monkeypatch.setattr("lightning_lip.audit.command.certify", lambda *_, **__: CERTIFIED())
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("valid")
+
+    def files():
+        return {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    def run(arguments, named=""):
+        before = files()
+        status = run_cli(*arguments)
+        told = capsys.readouterr().err
+        if status in (0, 1):
+            (tmp_path / "file").write_text("valid")
+            return "taken"
+        if status == 2 and re.fullmatch("lightning-lip: .+\n", told) and re.search(named, told) and files() == before:
+            return "refused"
+        return f"{status}: {told}, {files().keys() ^ before.keys()}"
+
+    return run
+
+
+def named_in(option, text):
+    """Return the pattern of a message on an option: it has its name, or the path that was given."""
+    name = rf"\b{option.replace('_', '[_-]')}\b"
+    return f"{name}|{re.escape(text)}" if len(text) > 2 or option in ("target", "data") else name
+
+
+def test_every_option_is_given_wrong_values():
+    for name, options in OPTIONS.items():
+        assert list(cli.COMMANDS) == list(OPTIONS)
+        assert set(options) == set(inspect.signature(cli.COMMANDS[name]).parameters)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_wrong_option_is_one_line_and_status_2_and_leaves_nothing(command, name):
+    wrong = {}
+    for option, taken in OPTIONS[name].items():
+        for text in [*TEXTS, *PATHS]:
+            if option == "target":
+                line = [text, "--input-shape=2"]
+            elif taken is None:
+                line = [*RIGHT[name], f"--{option.replace('_', '-')}={text}"]
+            else:
+                line = [*RIGHT[name], f"--{option.replace('_', '-')}={text}"]
+            found = command([name, *line], named_in(option, text))
+            if found != ("taken" if taken and text in taken else "refused"):
+                wrong[option, text] = found
+    assert wrong == {}
+
+
+SPOILT = {"spoilt.yaml": b": : [\n", "bytes.yaml": b"\xff\xfe\0", "list.yaml": b"- 1\n", "other.yaml": b"colour: 3\n"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "nothing",
+        "--quick",
+        "audit",
+        "audit torch.nn:ReLU",
+        "audit torch.nn:ReLU more",
+        "audit torch.nn:ReLU --input-shape",
+        "audit torch.nn:ReLU --input-shape 2 --module torch.nn:ReLU",
+        "audit torch.nn:ReLU --input-shape 2 --unsafe-load-pickle",
+        "audit torch.nn:ReLU --input-shape 4294967296,4294967296",
+        "audit torch.nn:ReLU --input-shape 1000000000000",
+        "bench more",
+        "bench --quick more",
+        "bench --models paper,other",
+        "bench --device cpu:3",
+        "bench --device cuda:99",
+        "reproduce --colour x",
+        "reproduce --seeds",
+        "reproduce --seeds 1",
+        "reproduce --quick --full",
+        "reproduce --budget --full",
+        "reproduce --budget --tune",
+        "reproduce --config no.yaml",
+        "reproduce --config folder",
+        *(f"{name} --config {file}" for name in ("bench", "reproduce") for file in SPOILT),
+    ],
+)
+def test_a_wrong_line_is_one_line_and_status_2_and_leaves_nothing(command, tmp_path, line):
+    for file, contents in SPOILT.items():
+        (tmp_path / file).write_bytes(contents)
+    assert command(line.split()) == "refused"
+
+
+YAML = [3, -1, 0, 1.5, True, None, "abc", "", "a\0b", [1], ["a"], {"a": 1}, math.nan, math.inf, 10**400, [[1]]]
+YAML_TAKES = {
+    "target": set(),
+    "unsafe_load_pickle": set(),
+    "module": {"None"},
+    "input_shape": set(),
+    "data": {"None"},
+    "json": {"None", "'abc'"},
+    "max_bound": {"3", "0", "1.5", "None"},
+    "out": {"'abc'"},
+    "models": {"None"},
+    "device": set(),
+    "threads": {"3", "None"},
+    "seeds": {"3", "None"},
+    "workers": {"3", "None", repr(10**400)},
+    "epochs": {"3", repr(10**400)},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_wrong_value_in_a_configuration_is_one_line_and_status_2(command, tmp_path, name):
+    wrong = {}
+    for option in OPTIONS[name]:
+        right = {"target": "torch.nn:ReLU", "input_shape": "2"} if name == "audit" else {}
+        for value in YAML:
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(right | {option: value}))
+            found = command([name, "--config=config.yaml"], rf"\b{option.replace('_', '[_-]')}\b|abc")
+            if found != ("taken" if repr(value) in YAML_TAKES.get(option, {"True"}) else "refused"):
+                wrong[option, repr(value)] = found
+    assert wrong == {}
+
+
+# Kinds as above, of the values in YAML: jsonargparse reads text as a number where one is expected, and null in text.
+YAML_KINDS = {
+    "count": {"3"},
+    "count from 0": {"3", "0"},
+    "positive": {"3", "1.5"},
+    "at least 0": {"3", "0", "1.5"},
+    "flag": {"True"},
+    "text": {"'abc'", "''", "'a\\x00b'"},
+    "name": {"None", "'abc'", "''", "'a\\x00b'"},
+    "names": {"None", "'abc'", "''", "'a\\x00b'", "['a']"},
+    "choice": set(),
+}
+# An argument's own list, where its kind above is one.
+YAML_LISTS = {
+    "penalty": set(),
+    "certified": {"None"},
+    "eps": {"[1]"},
+    "noise_levels": {"[1]"},
+    "batch_to_xy": {"None"},
+    "feature_min": {"3", "-1", "0", "1.5", "[1]", "[[1]]"},
+    "feature_max": {"3", "0", "1.5", "[1]", "[[1]]"},
+    "example_input": set(map(repr, YAML)),  # refused when training starts
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_a_wrong_value_of_a_callback_in_yaml_is_refused_by_name(pl, name):
+    parser = importlib.import_module(f"{pl.__name__}.cli").LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=pl.Callback)
+    _, right, takes = CALLS[name]
+
+    def build(**arguments):
+        init_args = yaml.safe_load(yaml.safe_dump(right() | arguments))
+        configuration = {"callback": {"class_path": f"lightning_lip.{name}", "init_args": init_args}}
+        parser.instantiate_classes(parser.parse_object(configuration))
+
+    assert wrong_in_yaml(build, takes) == {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("annotated", [False, True])
+def test_a_wrong_argument_of_a_module_with_the_mixin_in_yaml_is_refused_by_name(pl, annotated):
+    class Module(lightning_lip.LipschitzMixin, pl.LightningModule):
+        def __init__(self, coefficient=1.0, penalty="product", target=1.0, layers=None, block_size=8, seed=0):
+            super().__init__()
+            self.net = network()
+            self.options = (coefficient, penalty, layers), {"target": target, "block_size": block_size, "seed": seed}
+
+        def configure_lipschitz(self):
+            (coefficient, penalty, layers), options = self.options
+            return lightning_lip.LipschitzRegularizer(self, coefficient, penalty, layers=layers, **options)
+
+    if annotated:
+        hints = {"coefficient": float, "penalty": str, "target": float, "layers": str | list[str] | None}
+        Module.__init__.__annotations__ = hints | {"block_size": int, "seed": int}
+    parser = importlib.import_module(f"{pl.__name__}.cli").LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(Module, "model")
+
+    def build(**arguments):
+        configuration = parser.parse_object({"model": yaml.safe_load(yaml.safe_dump(arguments))})
+        parser.instantiate_classes(configuration).model.lipschitz_penalty()
+
+    takes = {"coefficient": "at least 0", "penalty": set(), "target": "positive", "layers": {"None"}}
+    assert wrong_in_yaml(build, takes | {"block_size": "count", "seed": "count from 0"}) == {}
+
+
+def wrong_in_yaml(build, takes):
+    """Return what is taken that should not be, refused that is right, or refused without the argument's name."""
+    build()
+    wrong = {}
+    for name, kind in takes.items():
+        taken = YAML_LISTS.get(name, set(kind)) if not isinstance(kind, str) else YAML_KINDS[kind]
+        for value in YAML:
+            try:
+                build(**{name: value})
+            except OverflowError as error:  # jsonargparse's own, of an integer where a float is expected
+                found = "refused" if value == 10**400 else error
+            except (TypeError, ValueError, ArgumentError) as error:
+                found = "refused" if re.search(rf"\b{name}\b", str(error)) else error
+            else:
+                found = "taken"
+            if found != ("taken" if repr(value) in taken else "refused"):
+                wrong[name, repr(value)[:20]] = found
+    return wrong

@@ -186,3 +186,10 @@ def test_wrong_arguments_are_told_at_once(error, owner, arguments, said):
 def test_vectors_that_are_no_mapping_are_refused():
     with pytest.raises(TypeError, match="`vectors` to be a mapping from names of layers to singular vectors, got 5"):
         LipschitzRegularizer(network(), 1.0).load_state_dict({"vectors": 5})
+
+
+@pytest.mark.parametrize("slack", [float("nan"), float("inf"), True, "0.1", None, 10**400])
+def test_a_slack_that_is_no_finite_number_is_refused(slack):
+    projector = LipschitzProjector(network(), 1.0)
+    with pytest.raises(ValueError, match=r"`slack\['0'\]` to be a finite number"):
+        projector.load_state_dict(projector.state_dict() | {"slack": {"0": slack}})

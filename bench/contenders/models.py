@@ -1,4 +1,4 @@
-"""The models that are trained: two multilayer perceptrons, a residual network and two transformers."""
+"""The models that are trained: multilayer perceptrons, convolutional networks and transformers."""
 
 from __future__ import annotations
 
@@ -87,15 +87,57 @@ class BasicBlock(nn.Module):
         return F.relu(self.branch(inputs) + self.shortcut(inputs))
 
 
-def resnet18(n_classes: int = 10) -> nn.Sequential:
+def resnet18(n_classes: int = 10, width: int = 64) -> nn.Sequential:
     """Return ResNet-18 with the usual stem for 32 x 32 images: a 3 x 3 convolution, no pooling."""
     blocks: list[nn.Module] = []
-    width = 64
-    for n_out, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        blocks += [BasicBlock(width, n_out, stride), BasicBlock(n_out, n_out, 1)]
-        width = n_out
-    stem = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, n_classes))
+    stem = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    n_in = width
+    for n_out, stride in ((width, 1), (2 * width, 2), (4 * width, 2), (8 * width, 2)):
+        blocks += [BasicBlock(n_in, n_out, stride), BasicBlock(n_out, n_out, 1)]
+        n_in = n_out
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes))
+
+
+def vgg(n_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Return a VGG-like network: eight 3 x 3 convolutions with batch normalisation, ReLU and three max pools."""
+    layers: list[nn.Module] = []
+    n_in = 3
+    for n_out in (width, 2 * width, 4 * width, 4 * width):
+        for _ in range(2):
+            layers += [nn.Conv2d(n_in, n_out, 3, padding=1), nn.BatchNorm2d(n_out), nn.ReLU()]
+            n_in = n_out
+        layers.append(nn.MaxPool2d(2))
+    layers[-1] = nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(n_in, n_classes))
+
+
+class ConvNeXtBlock(nn.Module):
+    """A depthwise 7 x 7 convolution, layer normalisation and an MLP of four times the width, added to the input.
+
+    Source: Liu et al., "A ConvNet for the 2020s" (2022), without its layer scale.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map (B, width, h, w) to the same shape."""
+        hidden = self.norm(self.depthwise(inputs).permute(0, 2, 3, 1))
+        return inputs + self.mlp(hidden).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
+
+
+def convnext(n_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Return a small ConvNeXt: a 2 x 2 stem, and three stages of two blocks that halve the image between them."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 2, stride=2)]
+    for stage in range(3):
+        n = width * 2**stage
+        if stage:
+            layers.append(nn.Conv2d(n // 2, n, 2, stride=2))
+        layers += [ConvNeXtBlock(n), ConvNeXtBlock(n)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(n), nn.Linear(n, n_classes))
 
 
 class TransformerBlock(nn.Module):
@@ -118,18 +160,18 @@ class TransformerBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A small ViT (Dosovitskiy et al., 2021) for 32 x 32 images: 4 x 4 patches, mean pooling."""
+    """A small ViT (Dosovitskiy et al., 2021) of 64 patches, 4 x 4 of 32 x 32 images say, with mean pooling."""
 
-    def __init__(self, width: int = 192, depth: int = 6, n_heads: int = 3, n_classes: int = 10) -> None:
+    def __init__(self, width: int = 192, depth: int = 6, n_heads: int = 3, n_classes: int = 10, patch: int = 4) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.patches = nn.Conv2d(3, width, patch, stride=patch)
         self.positions = nn.Parameter(0.02 * torch.randn(64, width))
         self.blocks = nn.Sequential(*[TransformerBlock(width, n_heads, causal=False) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, n_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map (B, 3, 32, 32) to (B, n_classes)."""
+        """Map (B, 3, 8 patch, 8 patch) to (B, n_classes)."""
         tokens = self.patches(inputs).flatten(2).transpose(1, 2) + self.positions
         return self.head(self.norm(self.blocks(tokens)).mean(1))  # type: ignore[no-any-return]
 

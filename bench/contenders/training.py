@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_lip.callbacks import LipschitzPenalty
-from lightning_lip.reporting.quiet import quiet
+from lightning_lip.reporting.messages import quiet
 
 Batch = tuple[Tensor, Tensor]
 Term = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -100,7 +100,7 @@ def _penalised(weights: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tenso
     iteration = _poisoned(weights, start)
     grads = [torch.ones_like(w) for w in weights]
     for _ in range(1 if DRY else 2):
-        iteration.penalise_(weights, grads, 1, PENALTY_CODES["softplus_log"], 0.0, 0.3, [1] * len(weights))
+        iteration.penalise_(weights, grads, 1, PENALTY_CODES["softplus_log"], 1.0, 0.3, [1] * len(weights))
     return [*iteration.vectors, *grads]
 
 

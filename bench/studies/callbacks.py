@@ -4,7 +4,7 @@
 with Adam on one thread. Trainings that are set up apart differ by several percent for no visible reason (where their
 memory lies, among others), which is as much as the callbacks take. So each comparison is *one* training, whose Trainer
 has the callback in its list for a block of steps and not for the next: model, data, optimiser, loggers and everything
-else are the same objects. It is repeated in fresh processes.
+else are the same objects. It is repeated in fresh processes. An interrupted run goes on where it was.
 
 It writes ``callbacks.csv``. A row holds the microseconds of CPU time a step, without and with the callback, and the
 ratio of neighbouring blocks: of each the median, the 20th and the 80th percentile over all blocks of all processes; and
@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,6 +38,8 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty
 from lightning_lip.bench.contenders.models import mlp
 from lightning_lip.bench.studies.options import run_process, study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.failures import told_in_one_line
+from lightning_lip.reporting.finished import Finished
 
 BLOCK = 50  # steps, one default logging interval: every block with a logger holds one logging step
 
@@ -144,11 +147,11 @@ def measure(comparison: Comparison, blocks: int) -> dict[bool, list[float]]:
     return {is_there: times[2:] for is_there, times in switch.times.items()}
 
 
-def _in_a_process(name: str, blocks: int) -> dict[bool, list[float]]:
-    """Return what :func:`measure` returns in a fresh process."""
+def _in_a_process(name: str, blocks: int) -> list[list[float]]:
+    """Return what :func:`measure` returns in a fresh process, without and with the callback."""
     command = [sys.executable, "-m", "lightning_lip.bench.studies.callbacks", "--worker", name, "--blocks", str(blocks)]
-    without, with_it = json.loads(run_process(command).splitlines()[-1])
-    return {False: without, True: with_it}
+    times: list[list[float]] = json.loads(run_process(command).splitlines()[-1])
+    return times
 
 
 def _work(name: str, blocks: int) -> None:
@@ -170,24 +173,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _work(options.worker, options.blocks)
         return
     n_processes, blocks = (2, 10) if options.quick else (8, 40)
-    runs: dict[str, list[dict[bool, np.ndarray]]] = {name: [] for name in COMPARISONS}
-    for _ in range(n_processes):  # in turn, so that a busy spell falls on all
+    versions_used = versions("numba", "numpy")
+    finished = Finished(options.output / "callbacks.partial.jsonl", (options.quick, versions_used), list)
+    runs: dict[str, list[np.ndarray]] = {name: [] for name in COMPARISONS}
+    for index in range(n_processes):  # in turn, so that a busy spell falls on all
         for name, done in runs.items():
-            done.append({key: np.array(times) for key, times in _in_a_process(name, blocks).items()})
+            done.append(np.array(finished.once((index, name), partial(_in_a_process, name, blocks))))
     spread = [f"{what}_{p}" for what in ("without_us", "with_us", "ratio") for p in ("p20", "p50", "p80")]
     columns = ["callback", "trainer", "processes", "blocks", *spread, "lowest_median_ratio", "highest_median_ratio"]
     rows = []
     for name, done in runs.items():
-        without, with_it = (np.concatenate([times[key] for times in done]) for key in (False, True))
+        without, with_it = np.concatenate(done, axis=1)
         us = [*np.percentile(without, [20, 50, 80]), *np.percentile(with_it, [20, 50, 80])]
-        medians = [np.median(times[True] / times[False]) for times in done]
+        medians = [np.median(times[1] / times[0]) for times in done]
         ratios = [*np.percentile(with_it / without, [20, 50, 80]), min(medians), max(medians)]
         figures = [*(f"{x:.1f}" for x in us), *(f"{x:.4f}" for x in ratios)]
         rows.append([name, COMPARISONS[name].trainer, len(done), len(without), *figures])
         p20, p50, p80, least, most = figures[6:]
         print(f"{name:30} {us[1]:6.0f} us + {us[4] - us[1]:4.0f}  ratio {p50} ({p20} to {p80}; {least} to {most})")
-    write_csv(options.output / "callbacks.csv", columns, rows, machine() | versions("numba", "numpy"))
+    write_csv(options.output / "callbacks.csv", columns, rows, machine() | versions_used)
+    finished.remove()
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("callbacks"):
+        main()

@@ -24,6 +24,7 @@ from lightning_lip.bench.contenders.models import mlp
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.bench.studies.tracking import accuracy_of, batches_of, digits
 from lightning_lip.reporting.documents import machine, versions, write_csv
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 BATCH = 50
@@ -90,4 +91,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("constraint"):
+        main()

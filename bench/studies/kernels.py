@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from lightning_lip import LipschitzRegularizer, kernels
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.kernels.gpu.tables import predicted_traffic
+from lightning_lip.penalty.penalties import KNEE
 from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
 from lightning_lip.reporting.extras import install_command
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 Shapes = list[tuple[int, int]]
@@ -136,7 +138,7 @@ def kernel(weights: Sequence[nn.Parameter], r: int) -> Contender:
     def call() -> Tensor:
         grads = [w.grad for w in weights]
         return iteration.penalise_(
-            weights, grads, 1, kernels.PENALTY_CODES["product"], 0.0, COEFFICIENT, multiplicities
+            weights, grads, 1, kernels.PENALTY_CODES["product"], KNEE, COEFFICIENT, multiplicities
         )
 
     return call
@@ -277,4 +279,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("kernels"):
+        main()

@@ -1,8 +1,9 @@
 """What a step of the penalty moves and keeps on 1 to 1,024 GPUs, for the layers of a large model on a mesh.
 
 ``python -m lightning_lip.bench.studies.scale [--output FOLDER]`` writes ``scale.csv`` for Llama-2 7B and 70B, and
-prints it. Nothing is measured: this is arithmetic. ``tests/bench/studies/test_scale.py`` compares the bytes over the
-network and the bytes of the vectors with what the plugin counts on 2 and 4 processes.
+prints it. Nothing is measured: this is arithmetic, of milliseconds, so that an interrupt loses nothing.
+``tests/bench/studies/test_scale.py`` compares the bytes over the network and the bytes of the vectors with what the
+plugin counts on 2 and 4 processes.
 
 A weight W (m, n) is split over d data-parallel ranks by rows (FSDP2), and over t tensor-parallel ranks by rows
 (column-wise parallel) or by columns (row-wise). r is the block size; its p vectors' side is n, or m where only columns
@@ -26,6 +27,7 @@ from typing import Literal, NamedTuple
 
 from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import write_csv
+from lightning_lip.reporting.failures import told_in_one_line
 
 Parallel = Literal["columns", "rows"]
 """How tensor parallelism splits a layer: ``ColwiseParallel`` (by rows of W) or ``RowwiseParallel`` (by columns)."""
@@ -112,24 +114,25 @@ MODELS = {"Llama-2 7B": llama(4096, 11008, 4096, 32), "Llama-2 70B": llama(8192,
 MESHES = [(d, 1) for d in (1, 2, 4, 8, 16, 64, 256, 1024)] + [(d, 8) for d in (1, 2, 8, 32, 128)]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print and write the table."""
     parser = study_parser(__doc__)
     parser.add_argument("--block-size", type=int, default=8)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     columns = ["model", "gpus", "data_parallel", "tensor_parallel", "weights_GB", "read_GB", "sent_MB", "kept_MB"]
     columns += ["sent_by_fsdp_GB", "sent_percent_more"]
     print(" ".join(f"{c:>18}" for c in columns))
     rows = []
     for model, layers in MODELS.items():
         for d, t in MESHES:
-            one = traffic(layers, d, t, arguments.block_size)
+            one = traffic(layers, d, t, options.block_size)
             more = f"{100 * one.sent / one.sent_by_fsdp:.3f}" if d > 1 else ""
             numbers = (one.weights / 1e9, one.read / 1e9, one.sent / 1e6, one.kept / 1e6, one.sent_by_fsdp / 1e9)
             rows.append([model, d * t, d, t, *(f"{x:.4g}" for x in numbers), more])
             print(" ".join(f"{x!s:>18}" for x in rows[-1]))
-    write_csv(arguments.output / "scale.csv", columns, rows)
+    write_csv(options.output / "scale.csv", columns, rows)
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("scale"):
+        main()

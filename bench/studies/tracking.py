@@ -26,6 +26,7 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.penalty.penalties import PenaltyName
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.extras import extra
+from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
 
 BLOCK_SIZES = (1, 2, 4, 8, 16)
@@ -175,4 +176,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("tracking"):
+        main()

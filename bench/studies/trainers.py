@@ -3,7 +3,8 @@
 ``python -m lightning_lip.bench.studies.trainers [--output FOLDER]`` trains one small network under each strategy,
 precision and feature of the optimisation, in one to four CPU processes, and writes ``trainers.csv``. The distance is
 relative to what the penalty does: 0 is the same weights, 1 is as far off as without a penalty. Every case has a
-tolerance of its own, or the error that refuses it; ``tests/bench/studies/test_trainers.py`` holds each to that.
+tolerance of its own, or the error that refuses it; ``tests/bench/studies/test_trainers.py`` holds each to that. An
+interrupted run goes on with the cases that are left.
 
 The reference shares no code with the plugin: a plain PyTorch loop in fp64 on whole batches, whose loss holds
 ``coefficient * prod_l ||W_l||_2`` by ``torch.linalg.matrix_norm``.
@@ -40,7 +41,9 @@ from torch.nn import functional as F
 
 from lightning_lip import LipschitzPenalty
 from lightning_lip.bench.studies.options import run_process, study_parser
-from lightning_lip.reporting.documents import write_csv
+from lightning_lip.reporting.documents import versions, write_csv, write_text
+from lightning_lip.reporting.failures import told_in_one_line
+from lightning_lip.reporting.finished import Finished
 
 COEFFICIENT = 0.3
 N_BATCHES = 12
@@ -299,25 +302,36 @@ class Rows(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return inputs[mine], targets[mine]
 
 
-def run(cases: Sequence[Case], folder: Path) -> list[Row]:
-    """Run the cases, those of as many processes in one start of them, and compare their weights."""
+def run(cases: Sequence[Case], folder: Path, finished: Finished[Row]) -> list[Row]:
+    """Run the cases that are not finished, those of as many processes in one start of them, and compare their weights.
+
+    The rows are kept in `finished` as they come, also those before an interrupt; `folder` is for what processes leave.
+    """
     groups: dict[int, list[Case]] = {}
     for case in cases:
         setup = STRATEGIES[case.strategy]
-        groups.setdefault(1 if setup.spawned else setup.processes, []).append(case)
+        if repr(case) not in finished.results:
+            groups.setdefault(1 if setup.spawned else setup.processes, []).append(case)
     for processes, group in groups.items():
-        _launch(processes, [CASES.index(case) for case in group], folder)
-    rows = []
-    for case in cases:
-        stem = folder / str(CASES.index(case))
-        error = stem.with_suffix(".err")
-        if error.exists():
-            rows.append(Row(case, None, error.read_text()))
-            continue
-        got = torch.load(stem.with_suffix(".pt"))
-        want, without = (reference(case.feature, c) for c in (COEFFICIENT, 0.0))
-        rows.append(Row(case, float((got - want).norm() / (want - without).norm()), ""))
-    return rows
+        try:
+            _launch(processes, [CASES.index(case) for case in group], folder)
+        finally:
+            for case in group:
+                row = _row(case, folder / str(CASES.index(case)))
+                if row is not None:
+                    finished.add(case, row)
+    return [finished.results[repr(case)] for case in cases]
+
+
+def _row(case: Case, stem: Path) -> Row | None:
+    """Return the row of a case from the file that its process left; None if it has not ended."""
+    error, trained = stem.with_suffix(".err"), stem.with_suffix(".pt")
+    if error.exists():
+        return Row(case, None, error.read_text())
+    if not trained.exists():
+        return None
+    want, without = (reference(case.feature, c) for c in (COEFFICIENT, 0.0))
+    return Row(case, float((torch.load(trained) - want).norm() / (want - without).norm()), "")
 
 
 def _launch(processes: int, indices: list[int], folder: Path) -> None:
@@ -334,11 +348,14 @@ def _train_all(indices: Sequence[int], folder: Path) -> None:
     warnings.filterwarnings("ignore")
     for index in indices:
         stem = folder / str(index)
-        os.environ["TRAINED"] = str(stem.with_suffix(".pt"))
+        beside = stem.with_suffix(".trained")
+        os.environ["TRAINED"] = str(beside)
         try:
             train(CASES[index])
+            if os.environ.get("RANK", "0") == "0":
+                beside.replace(stem.with_suffix(".pt"))  # only now: a case that was interrupted has not ended
         except Exception as error:  # the table names it
-            stem.with_suffix(".err").write_text(f"{type(error).__name__}: {error}")
+            write_text(f"{type(error).__name__}: {error}", stem.with_suffix(".err"))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         os._exit(0)  # gloo can abort while the interpreter ends
@@ -356,21 +373,25 @@ def write(rows: Sequence[Row], path: Path) -> None:
     write_csv(path, columns, lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the table, or some of its cases as one of several processes."""
     parser = study_parser(__doc__)
     parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.train is not None:
-        _train_all(arguments.train, arguments.output)
+    options = parser.parse_args(arguments)
+    if options.train is not None:
+        _train_all(options.train, options.output)
         return
+    path, settings = options.output / "trainers.partial.jsonl", versions("lightning", "numpy")
+    finished = Finished(path, settings, lambda row: Row(Case(*row[0]), *row[1:]))
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(CASES, Path(folder))
-    write(rows, arguments.output / "trainers.csv")
+        rows = run(CASES, Path(folder), finished)
+    write(rows, options.output / "trainers.csv")
+    finished.remove()
     for row in rows:
         distance = row.error.split("\n")[0][:90] if row.distance is None else f"{row.distance:.1e}"
         print(f"{'ok ' if row.holds else 'BAD'} {row.case.name:60} {distance}")
 
 
 if __name__ == "__main__":
-    main()
+    with told_in_one_line("trainers"):
+        main()

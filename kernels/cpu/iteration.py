@@ -167,10 +167,10 @@ class CpuIteration:
             self._take_threads(threads_for[0])
             self._threads_for = threads_for
 
-    def _run(self, n_iterations: int, code: int, target_log: float = 0.0, scale: float = 0.0) -> None:
+    def _run(self, n_iterations: int, code: int, level: float = 1.0, scale: float = 0.0) -> None:
         if self._is_parallel:
             self._note_threads()
-        run(self._header_address, n_iterations, code, target_log, scale)
+        run(self._header_address, n_iterations, code, level, scale)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
@@ -226,7 +226,7 @@ class CpuIteration:
         grads: Sequence[Tensor | None],
         n_iterations: int,
         code: int,
-        target_log: float,
+        level: float,
         scale: float,
         multiplicities: Sequence[int],
     ) -> Tensor:
@@ -236,8 +236,8 @@ class CpuIteration:
             weights: As in :meth:`power_step`.
             grads: As in :meth:`rank_one_update_`.
             n_iterations: Reads of each weight; with 0 the present vectors serve.
-            code: A value of :data:`lightning_lip.kernels.reference.PENALTY_CODES`.
-            target_log: log M.
+            code: A value of :data:`lightning_lip.kernels.penalties.PENALTY_CODES`.
+            level: M, or the knee: :func:`lightning_lip.kernels.penalties.level_of`.
             scale: The factor of the penalty.
             multiplicities: How often each layer counts, shape (L,).
 
@@ -250,7 +250,7 @@ class CpuIteration:
         if multiplicities != self._multiplicities:
             self._table[:, at.MULTIPLICITY] = multiplicities
             self._multiplicities = multiplicities[:]
-        self._run(n_iterations, code, target_log, scale)
+        self._run(n_iterations, code, level, scale)
         if self._torch_grads:
             self._update_with_torch(grads)
         # The kernel wrote behind autograd's back.

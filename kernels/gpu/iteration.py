@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
@@ -158,7 +159,7 @@ class GpuIteration:
         grads: Sequence[Tensor | None],
         n_iterations: int,
         code: int,
-        target_log: float,
+        level: float,
         scale: float,
         multiplicities: Sequence[int],
     ) -> Tensor:
@@ -169,7 +170,7 @@ class GpuIteration:
             grads: L gradients or None.
             n_iterations: Iterations, each of which reads the weights once.
             code: A value of :data:`lightning_lip.kernels.penalties.PENALTY_CODES`.
-            target_log: log M.
+            level: M, or the knee: :func:`lightning_lip.kernels.penalties.level_of`.
             scale: The penalty's coefficient.
             multiplicities: How often each layer counts, length L.
 
@@ -188,11 +189,11 @@ class GpuIteration:
             self._weights_of_layers.copy_(torch.tensor(multiplicities, dtype=torch.float64))
             self._multiplicities = tuple(multiplicities)
         self._iterate(weights, n_iterations)
-        target_high, target_low = two_floats(target_log)
+        level_high, level_low = two_floats(math.log(level))
         scale_high, scale_low = two_floats(scale)
         with self._on_device():
             kernels.coefficients[(1,)](
-                self._scalars, self._weights_of_layers, self._factors, self._value, target_high, target_low,
+                self._scalars, self._weights_of_layers, self._factors, self._value, level_high, level_low,
                 scale_high, scale_low, len(self._shapes), CODE=code, BL=128, num_warps=WARPS,
             )  # fmt: skip
         self._update(grads)

@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 
 from lightning_lip.kernels.gpu.columns import N_SCALARS, SIGMA, is_finite
-from lightning_lip.kernels.penalties import PENALTY_CODES, PRODUCT_CAP
+from lightning_lip.kernels.penalties import PENALTY_CODES
 
-CAP: tl.constexpr = tl.constexpr(PRODUCT_CAP)
 PRODUCT: tl.constexpr = tl.constexpr(PENALTY_CODES["product"])
 SOFTPLUS_LOG: tl.constexpr = tl.constexpr(PENALTY_CODES["softplus_log"])
 HINGE_LOG: tl.constexpr = tl.constexpr(PENALTY_CODES["hinge_log"])
@@ -28,8 +27,8 @@ def coefficients(
     multiplicities,  # fp64 (L,)
     out,  # fp32 (L,): scale df/dsigma
     value,  # fp32 (1,): scale f
-    target_high,  # log M and the factor of the penalty, each as the sum of two fp32: Triton passes no fp64
-    target_low,
+    level_high,  # log M or log knee, and the factor, each as the sum of two fp32: Triton passes no fp64
+    level_low,
     scale_high,
     scale_low,
     n_layers,
@@ -37,7 +36,7 @@ def coefficients(
     BL: tl.constexpr,
 ):
     """One program: a built-in penalty and its derivative in closed form (kernels/penalties.py), in fp64."""
-    target = tl.full([], 0.0, tl.float64) + target_high + target_low
+    level = tl.full([], 0.0, tl.float64) + level_high + level_low
     scale = tl.full([], 0.0, tl.float64) + scale_high + scale_low
     total = tl.zeros([BL], tl.float64)
     for begin in range(0, n_layers, BL):
@@ -55,18 +54,18 @@ def coefficients(
     slope = tl.full([], 1.0, tl.float64)
     f = x
     if CODE == PRODUCT:
-        capped = tl.where(x > CAP, CAP, x)
+        capped = tl.where(x > level, level, x)
         slope = tl.exp(capped)
         f = slope * (1.0 + (x - capped))
         f = tl.where(slope == 0, 0.0, f)
     elif CODE == SOFTPLUS_LOG:
-        x -= target
+        x -= level
         e = tl.exp(-tl.abs(x))
         f = tl.where(x > 0, x, 0.0) + tl.log(1.0 + e)
         f = tl.where(x == x, f, x)
         slope = tl.where(x > 0, 1.0, e) / (1.0 + e)
     elif CODE == HINGE_LOG:
-        excess = x - target
+        excess = x - level
         excess = tl.where(excess <= 0, 0.0, excess)
         f = excess * excess
         slope = 2.0 * excess

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from lightning_lip.audit.checkpoints import load_network, read_tensors
 from lightning_lip.audit.report import print_report, rounded_up, write_json
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
+from lightning_lip.checks import (
+    check_integers,
+    check_model,
+    check_number,
+    check_type,
+    is_finite_number,
+    shown,
+)
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.models.inputs import call_arguments
 from lightning_lip.models.modules import eval_mode
 from lightning_lip.reporting.console import make_console
 from lightning_lip.reporting.documents import versions
+from lightning_lip.reporting.failures import check_options
 
 SCHEMA = 1
 PACKAGES = ("lightning-lip", "lightning")
@@ -62,13 +71,21 @@ def audit(
         What --json writes, documented at `lightning_lip.audit.document`.
 
     Raises:
+        UsageError: If an option is of another type.
         AuditError: If options, files or names make no audit.
         BoundError: If the certified upper bound is above `max_bound`, or there is none.
     """
-    if max_bound is not None and not 0 <= max_bound < math.inf:
-        raise AuditError(f"Expected --max-bound as a finite number of at least 0, got {max_bound}.")
-    if json not in (None, "-") and not Path(str(json)).absolute().parent.is_dir():
-        raise AuditError(f"There is no folder {Path(str(json)).parent} to write --json {json} to.")
+    check_options(audit, locals())
+    if max_bound is not None and not (is_finite_number(max_bound) and max_bound >= 0):
+        raise AuditError(f"Expected --max-bound as a finite number of at least 0, got {shown(max_bound)}.")
+    for option, name in {"the target": target, "--module": module, "--data": data, "--json": json}.items():
+        if name is not None and (not name or "\0" in name):
+            raise AuditError(f"Expected {option} to be a name, got {name!r}.")
+    if json is not None and json != "-":
+        if Path(json).is_dir():
+            raise AuditError(f"Expected --json to be a file or -, {json} is a folder.")
+        if not Path(json).absolute().parent.is_dir():
+            raise AuditError(f"There is no folder {Path(json).parent} to write --json {json} to.")
     try:
         model = load_network(target, module, unsafe_load_pickle)
         example = example_input(model, input_shape)
@@ -117,7 +134,20 @@ def document(
     - `layers`: the fields of :class:`~lightning_lip.certificates.Part` for each operator.
     - `operations`: the fields of :class:`~lightning_lip.graph.bound.GraphNode` for each operation of the forward pass.
     - `max_bound`, `passed`: the limit given, and whether `upper` keeps it; null without one.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If `n_inputs` or `max_bound` is out of range.
     """
+    check_type("target", target, str, "a name")
+    check_model(model, "document")
+    check_type("result", result, (Certificate, Uncertified), "what certify returned")
+    if not _tensors(example):
+        raise TypeError(f"Expected `example` to be an input of the model, got {shown(example)}.")
+    if n_inputs is not None:
+        check_integers(0, n_inputs=n_inputs)
+    if max_bound is not None:
+        max_bound = check_number("max_bound", max_bound)
     certificate = result if isinstance(result, Certificate) else None
     upper = None if certificate is None else certificate.upper
     contents = {
@@ -162,7 +192,11 @@ def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     example: Any = getattr(model, "example_input_array", None)
     if input_shape is not None:
-        example = torch.zeros(2, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
+        try:
+            example = torch.zeros(2, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
+        # Of sizes beyond 64 bits, which torch tells in three ways.
+        except (OverflowError, RuntimeError, TypeError) as error:
+            raise AuditError(f"--input-shape {input_shape} is too large: {error}") from error
     elif example is None:
         raise AuditError(
             "The shape of an input is not known: give it without the batch as --input-shape 1,28,28, or set the "
@@ -237,7 +271,10 @@ def _arrays(path: Path) -> dict[str, Tensor]:
             contents = dict(loaded) if path.suffix == ".npz" else loaded
         # A damaged file makes the readers of zip and NumPy fail in any way.
         except Exception as error:
-            raise AuditError(f"--data {path} cannot be read as arrays of numbers: {error}.") from error
+            raise AuditError(
+                f"--data {path} cannot be read as arrays of numbers: it is damaged, or holds other objects "
+                f"({type(error).__name__})."
+            ) from error
     if isinstance(contents, (Tensor, np.ndarray)):
         contents = [contents]
     if isinstance(contents, Sequence):

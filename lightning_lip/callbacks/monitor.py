@@ -26,15 +26,13 @@ from lightning_lip.callbacks.lightning.trainer import (
 )
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
+from lightning_lip.callbacks.tensorboard.history import History, check_histories
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_choice, check_integers, check_state, check_type
+from lightning_lip.checks import check_choice, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
-
-MAX_HISTORY = 512
-"""Steps that the figures show: with more, every other one is dropped and the spacing doubles."""
 
 
 @dataclass
@@ -44,11 +42,7 @@ class Source:
     tag: str
     regularizer: LipschitzRegularizer
     penalty: Callable[[Tensor], Tensor] | None
-    steps: list[int] = field(default_factory=list)
-    norms: list[list[float]] = field(default_factory=list)
-    shares: list[list[float]] = field(default_factory=list)
-    spacing: int = 1
-    seen: int = 0
+    history: History = field(default_factory=History)
 
     @property
     def names(self) -> list[str]:
@@ -59,17 +53,6 @@ class Source:
     def bound_tag(self) -> str:
         """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
         return f"{self.tag}/{self.regularizer.bound_kind}"
-
-    def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
-        """Keep what the figures show of a logging step, thinned to at most `MAX_HISTORY` steps."""
-        if self.seen % self.spacing == 0:
-            self.steps.append(step)
-            self.norms.append(norms)
-            self.shares.append(shares)
-        self.seen += 1
-        if len(self.steps) > MAX_HISTORY:
-            self.steps, self.norms, self.shares = self.steps[::2], self.norms[::2], self.shares[::2]
-            self.spacing *= 2
 
 
 class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
@@ -242,7 +225,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         for source in self._sources:
             metrics, norms, shares = _measure(source)
             if logging:
-                source.remember(logging_step(trainer), norms, shares)
+                source.history.remember(logging_step(trainer), norms, shares)
                 log_to_loggers(trainer, metrics)
                 self._last_logged = logging_step(trainer)
             kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
@@ -295,7 +278,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def state_dict(self) -> dict[str, Any]:
         if not self._sources:
             return self._loaded or {}
-        histories = {s.tag: [s.steps, s.norms, s.shares, s.spacing, s.seen] for s in self._sources}
+        histories = {source.tag: source.history.state() for source in self._sources}
         return {"histories": histories, "own": None if self._core is None else self._core.state_dict()}
 
     @override
@@ -303,6 +286,10 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         check_type("state", state_dict, Mapping, "a mapping")
         if state_dict:  # empty before training
             check_state(state_dict, ("histories", "own"), self.key)
+            check_histories(state_dict["histories"])
+            if state_dict["own"] is not None:
+                check_state(state_dict["own"], ("vectors",), "The state's `own`")
+                check_vectors("own['vectors']", state_dict["own"]["vectors"])
         self._keep_until_training(dict(state_dict) or None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -326,9 +313,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         if self._core is not None and state["own"] is not None:
             self._core.load_state_dict(state["own"])
         for source in self._sources:
-            empty: list[Any] = [[], [], [], 1, 0]
-            steps, norms, shares, source.spacing, source.seen = state["histories"].get(source.tag, empty)
-            source.steps, source.norms, source.shares = list(steps), list(norms), list(shares)
+            history = state["histories"].get(source.tag)
+            source.history = History() if history is None else History.of(history, len(source.names))
 
 
 def _penalties(trainer: Any) -> list[LipschitzPenalty]:
@@ -371,8 +357,9 @@ def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> 
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
             writer.add_histogram(f"{source.tag}/spectrum/{name}", values, step)
-    heat = heat_map(source.names, source.steps, source.norms)
-    chart = share_chart(source.names, source.steps, source.shares, source.regularizer.bound_kind)
+    history = source.history
+    heat = heat_map(source.names, history.steps, history.norms)
+    chart = share_chart(source.names, history.steps, history.shares, source.regularizer.bound_kind)
     for tag, figure in (("spectral_norms", heat), ("log_shares", chart)):
         if figure is not None:
             writer.add_figure(f"{source.tag}/{tag}", figure, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,9 @@ from lightning_lip.callbacks.lightning.trainer import (
 )
 from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
 from lightning_lip.operators.selection import Selection, Unknown
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, get_penalty
+from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.penalty.scale import gradient_norms, out_of_scale
 
 
 @dataclass
@@ -80,6 +82,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             the module's ``example_input_array``; without any, the bound is the product over the selected layers.
         name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
             the logged names, ``lipschitz/<name>/penalty``.
+        knee: The product beyond which ``"product"`` is linear in S = log product, so that its gradient stays in scale
+            where training begins at a large one; None or infinity for the paper's plain product.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
             normalisations) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them.
 
@@ -102,7 +106,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def __init__(
         self,
-        coefficient: float = 1e-3,
+        coefficient: float = COEFFICIENT,
         penalty: PenaltyName | Penalty = "product",
         layers: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
         exclude: str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]] | None = None,
@@ -114,18 +118,19 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         seed: int = 0,
         example_input: Any = None,
         name: str | None = None,
+        knee: float | None = KNEE,
         unknown: Unknown = "skip",
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
         self.coefficient = check_number("coefficient", coefficient)
-        get_penalty(penalty, target)
+        get_penalty(penalty, target, knee)
         check_integers(1, every_n_steps=every_n_steps)
         check_integers(0, warmup_steps=warmup_steps)
         self.every_n_steps = every_n_steps
         self.warmup_steps = warmup_steps
         check_choice("unknown", unknown, get_args(Unknown))
-        self._arguments |= {"penalty": penalty, "target": target, "unknown": unknown}
-        self._is_selected = self._sizes_are_shared = False
+        self._arguments |= {"penalty": penalty, "target": target, "knee": knee, "unknown": unknown}
+        self._is_selected = self._sizes_are_shared = self._is_compared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
         self._turns: dict[int, _Turn] = {}
@@ -147,6 +152,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
             **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
+            "knee": check_knee(self._arguments["knee"]),
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
             **{name: text for name, text in selections.items() if text},
@@ -207,6 +213,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
+        self._is_compared = self._n_steps > 0  # a training that goes on was compared when it began
         return regularizer
 
     @override
@@ -247,7 +254,10 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         if advance:
             self._iterated_by = optimizer
         scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
-        self.regularizer.accumulate_(scale, advance, parameters)
+        if self._is_compared:
+            self.regularizer.accumulate_(scale, advance, parameters)
+        else:
+            self._compare(scale, advance, parameters, trainer.is_global_zero)
 
     @override
     def on_train_batch_end(
@@ -290,6 +300,19 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def _warmup(self) -> float:
         return min(1.0, self._n_steps / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def _compare(self, scale: float | Tensor, advance: bool, parameters: list[Tensor] | None, tells: bool) -> None:
+        """Add the penalty as every step does, and warn where its gradient is out of scale with the loss's."""
+        regularizer = self.regularizer
+        moved = regularizer.penalised_parameters() if parameters is None else parameters
+        loss, penalty = gradient_norms(moved, lambda: regularizer.accumulate_(scale, advance, parameters))
+        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers.
+        self._is_compared = 0 < loss < math.inf
+        if self._is_compared and tells:
+            # Without warm-up: what is meant is the coefficient.
+            warning = out_of_scale(loss, penalty / (self._warmup() * self.every_n_steps), self.coefficient)
+            if warning is not None:
+                warnings.warn(f"{type(self).__name__}({self.coefficient:g}): {warning}", stacklevel=2)
 
     def _turn_of(self, trainer: Trainer, optimizer: Optimizer) -> _Turn:
         """Return an optimiser's part, which is found at its first step and when the number of its parameters changes.

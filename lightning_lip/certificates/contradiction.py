@@ -7,7 +7,8 @@ may move with another sample; and no two points may be further apart after the n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.tracing import TracedModel, as_traced
+from lightning_lip.graph.tracing import FAILURES, TracedModel, as_traced
+from lightning_lip.kernels.tensors import full_fp32
 from lightning_lip.models.inputs import batch_of_two, call_arguments, floating_dtype
 
 SLOPE_TOLERANCE = 1e-5
@@ -25,8 +27,16 @@ Softplus jumps by 2e-9."""
 N_BISECTIONS = 6
 """Steps towards the steepest place between two points; a jump grows by a factor of 2 with each."""
 
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, NotImplementedError)
-"""What a forward pass raises that does not run in a dtype or at a point."""
+GRADIENTS: tuple[Callable[[], AbstractContextManager[None]], ...] = (
+    torch.no_grad,
+    torch.enable_grad,
+    torch.inference_mode,
+    torch.no_grad,
+)
+"""The modes that the points are compared in, with gradients of the inputs recorded in the second, as in an attack.
+
+A forward pass may ask for its mode; it is traced in the first.
+"""
 
 Point = tuple[Tensor, ...]
 
@@ -47,7 +57,7 @@ def contradiction(network: NetworkBound, example_input: object, upper: float) ->
         upper: The bound of the Lipschitz constant.
     """
     model = network.traced.model
-    with as_traced(model):
+    with as_traced(model), full_fp32():
         given = batch_of_two(example_input, floating_dtype(model))
         own = floating_dtype(model) or _dtype_of(given)
         on_mps = any(tensor.device.type == "mps" for _, tensor in _named(model))  # which has no fp64
@@ -90,7 +100,10 @@ def _contradiction(measure: _Measure, upper: float) -> str | None:
             "a large point": tuple(30 * x for x in measure.noise()),
             "a small point": tuple(1e-3 * x for x in measure.noise()),
         }
-        values = {name: measure.compared(name, point) for name, point in points.items()}
+        values = {
+            name: measure.compared(name, point, mode)
+            for (name, point), mode in zip(points.items(), GRADIENTS, strict=True)
+        }
         measure.is_as_traced = True
         if not len(values["the example"]):
             return None
@@ -130,8 +143,8 @@ class _Measure:
     def _arguments(self, point: Point) -> list[Any]:
         leaves = list(self._leaves)
         for i, x in zip(self._at, point, strict=True):
-            # The forward pass may write into its input.
-            leaves[i] = x.clone()
+            # The forward pass may write into its input, which a leaf that requires gradients refuses.
+            leaves[i] = x.detach().requires_grad_(torch.is_grad_enabled()).clone()
         return leaves
 
     def _flat(self, outputs: Sequence[object]) -> Tensor:
@@ -143,6 +156,14 @@ class _Measure:
         args, kwargs = pytree.tree_unflatten(self._arguments(point), self._spec)
         outputs = torch.func.functional_call(self.traced.model, self._state, args, dict(kwargs), strict=False)
         return self._flat(pytree.tree_leaves(outputs))
+
+    def _value_in(self, mode: Callable[[], AbstractContextManager[None]], point: Point) -> Tensor:
+        """Return the model's value in a grad mode, or in the present one where it does not run in that one."""
+        try:
+            with mode():
+                return self.value(point)
+        except FAILURES:
+            return self.value(point)
 
     def traced_value(self, point: Point) -> Tensor:
         """Return the same by the operations of the graph."""
@@ -163,14 +184,20 @@ class _Measure:
         by_name = {node.name: value for node, value in known.items()}
         return self._flat([by_name[name] for name in traced.outputs if name in by_name])
 
-    def compared(self, name: str, point: Point) -> Tensor:
+    def compared(self, name: str, point: Point, mode: Callable[[], AbstractContextManager[None]]) -> Tensor:
         """Return the model's value at a point, where the graph's is the same.
+
+        Args:
+            name: What the point is called.
+            point: The inputs.
+            mode: The grad mode that the model runs in.
 
         Raises:
             ContradictionError: If it is not, or the model does not run.
         """
         try:
-            value, traced = self.value(point), self.traced_value(point)
+            # Outside of the mode no inference tensor, which may not be worked with in every place.
+            value, traced = self._value_in(mode, point).detach().clone(), self.traced_value(point)
         except FAILURES as error:
             raise ContradictionError(f"the forward pass fails at {name} in {self.dtype}: {error}") from error
         largest = float(value.nan_to_num(0.0, 0.0, 0.0).abs().max()) if value.numel() else 0.0
@@ -183,7 +210,8 @@ class _Measure:
             return value
         raise ContradictionError(
             f"at {name} the model returns other values than its traced graph (by up to {by:.3g}): its forward pass "
-            "depends on something else than its input and its weights, such as a counter or random numbers of Python"
+            "depends on something else than its input and its weights, such as a counter, random numbers of Python or "
+            "whether gradients are recorded"
         )
 
     def check_finite(self, values: dict[str, Tensor], upper: float) -> None:

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.graph.tracing import FAILURES
+from lightning_lip.kernels.tensors import full_fp32, without_autocast
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64
@@ -68,6 +69,7 @@ def largest_jacobian_norm(
         torch.inference_mode(False),
         torch.enable_grad(),
         without_autocast(),
+        full_fp32(),
         eval_mode(model),
         eager,
         kept[0],
@@ -89,17 +91,21 @@ def largest_jacobian_norm(
             arguments: tuple[Any, ...] = tuple(copies) if names is None else ()
             keywords = {} if names is None else dict(zip(names, copies, strict=True))
             own_dtype = next((p.dtype for p in parameters if p.is_floating_point()), tensors[0].dtype)
+            unmeasured = (
+                f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other data, "
+                "another jacobian_dtype, or none. The reason: "
+            )
             try:
                 with _OwnEps(rms_eps(None, own_dtype)):
                     outputs = torch.func.functional_call(model, state, arguments, keywords)
-                if not isinstance(outputs, Tensor):
-                    raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
+            except FAILURES as error:
+                raise ValueError(f"{unmeasured}{type(error).__name__}: {error}") from error
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
+            try:
                 norms = _jacobian_norms(inputs, outputs, generator)
             except RuntimeError as error:
-                raise ValueError(
-                    f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other "
-                    f"data, another jacobian_dtype, or none. The reason: {error}"
-                ) from error
+                raise ValueError(f"{unmeasured}{error}") from error
             if not norms.isfinite().all():
                 raise ValueError("A Jacobian of the network is not finite: NaN or infinity in the data or the weights.")
             largest = max(largest, norms.max().item())

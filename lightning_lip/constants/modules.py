@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_lip.checks import check_type
 from lightning_lip.constants.pooling import average_pool_constant, lp_pool_constant, max_pool_constant
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import keeps_forward
@@ -107,9 +108,11 @@ def lipschitz_constant(module: nn.Module) -> float:
         module: An activation, pooling, normalisation or dropout layer of torch.nn, or of a registered type.
 
     Raises:
+        TypeError: If `module` is no module.
         UnsupportedLayerError: If there is no finite constant, or none that is known; the message is the reason.
         ValueError: If a registered rule returns anything but a finite number of at least 0, or a parameter is NaN.
     """
+    check_type("module", module, nn.Module, "a torch.nn.Module")
     rule = registered_rule(module)
     if rule is None and _constant_of.dispatch(type(module)) is not _constant_of.dispatch(object):
         kind = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("torch.nn.modules."))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,47 +22,25 @@ from lightning_lip.graph.builder import (
     Dependent,
     GraphNode,
     Independent,
-    Refusal,
     Refused,
     RefusedError,
+    SampleAxisError,
+    arguments_of,
+    shape_of,
 )
-from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, only_floating
+from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, check_whole_module, only_floating
 from lightning_lip.graph.program import BoundProgram, log_up
-from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, trace
+from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal, listed
+from lightning_lip.graph.rules.fourier import has_complex_rule, is_complex
+from lightning_lip.graph.rules.written_out import written_out
+from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, operation_name, trace
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF, sum_up
+from lightning_lip.rigorous.rounding import sum_up
 
 __all__ = ["GraphNode", "NetworkBound"]
 
-REASONS = {
-    "scaled_dot_product_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_native_multi_head_attention": "dot-product attention, a product of activations, has no finite constant",
-    "_transformer_encoder_layer_fwd": "dot-product attention, a product of activations, has no finite constant",
-    "bmm": "a product of two activations has no finite Lipschitz constant",
-    "baddbmm": "a product of two activations has no finite Lipschitz constant",
-    "einsum": "products written as einsum have no rule: use F.linear or matmul with a weight",
-    "glu": "a product of two activations has no finite Lipschitz constant",
-    "bilinear": "a product of two activations has no finite Lipschitz constant",
-    "embedding": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "embedding_bag": "an embedding is a look-up, not a Lipschitz map: start at its output",
-    "lstm": "recurrent layers are not supported",
-    "gru": "recurrent layers are not supported",
-    "rnn_tanh": "recurrent layers are not supported",
-    "rnn_relu": "recurrent layers are not supported",
-    "lstm_cell": "recurrent layers are not supported",
-    "gru_cell": "recurrent layers are not supported",
-    "rnn_tanh_cell": "recurrent layers are not supported",
-    "rnn_relu_cell": "recurrent layers are not supported",
-    "hardshrink": "it is discontinuous",
-    "pow": "a power has no finite Lipschitz constant",
-    "square": "a power has no finite Lipschitz constant",
-    "exp": "it has no finite Lipschitz constant",
-    "log": "it has no finite Lipschitz constant",
-    "sqrt": "its slope is unbounded at 0",
-    "item": "a value of the activations becomes a number",
-}
-
-UNKNOWN = "its Lipschitz constant is not known: compute it in a module of its own and state it with register_constant"
+_UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
+"""Operations whose values are what the memory holds."""
 
 _SHAPES_ONLY = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
@@ -132,7 +112,7 @@ class NetworkBound:
         if refusals:
             raise UnsupportedLayerError(
                 "The network has no known Lipschitz bound, and an unknown constant is never counted as 1:\n  - "
-                + "\n  - ".join(str(refusal) for refusal in refusals)
+                + listed(list(refusals))
                 + "\nBound the part of the network without them, or state a module's constant with register_constant."
             )
         if not dependent:
@@ -197,9 +177,7 @@ class NetworkBound:
     def log_bound_up(self, norms: Sequence[float]) -> float:
         """Return an upper bound of the logarithm of the bound for L norms, rounding included.
 
-        The program's additions, exponentials and logarithms err by a few u each, of values that no more than the sum
-        of all logarithms and of log k at each of k branches can reach; 16 u a node is ample. Its constants are rounded
-        up.
+        Its constants are rounded up.
 
         Raises:
             ValueError: If the bound is NaN.
@@ -214,12 +192,7 @@ class NetworkBound:
             )
         if not math.isfinite(value):
             return value
-        constants = [log_up(node.constant) for node in self._nodes]
-        uses = [op.multiplicity for op in self.operators]
-        n_roundings = sum(uses) + len(constants) + 16
-        factors = [*zip(logs, uses, strict=True), *((log, 1) for log in constants)]
-        largest = n_roundings + sum(abs(log) * count for log, count in factors if math.isfinite(log))
-        return sum_up([value, 16 * UNIT_ROUNDOFF * n_roundings * largest])
+        return sum_up([value, self._program.rounding(logs)])
 
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""
@@ -237,10 +210,17 @@ def _walk_graph(builder: Builder, traced: TracedModel) -> list[Any]:
             builder.values[node] = _placeholder(builder, node, number)
         elif node.op == "output":
             leaves = [leaf for leaf in pytree.tree_leaves(node.args) if isinstance(leaf, torch.fx.Node)]
-            returned = [builder.values[leaf] for leaf in leaves if leaf.name in traced.outputs]
+            returned = [_real(builder, leaf) for leaf in leaves if leaf.name in traced.outputs]
         elif node in builder.live_nodes:
             builder.values[node] = _evaluate(builder, node)
     return returned
+
+
+def _real(builder: Builder, node: torch.fx.Node) -> Any:
+    value = builder.values[node]
+    if isinstance(value, Dependent) and is_complex(node):
+        return builder.refuse(node, "a complex output: bounds are for real numbers, such as view_as_real returns")
+    return value
 
 
 def _live_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
@@ -291,44 +271,115 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         part: Any = _independent(builder, node, {"0": source, "1": index})
         if isinstance(source, tuple):
             part = source[int(str(index))]
-        return part if part is not None else builder.refuse(node, "an index of a maximum jumps")
+        return part if part is not None else builder.refuse(node, "an index jumps")
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None:
         return builder.refuse(node, "a region with its own autocast or grad mode, or a control-flow operator, no rule")
-    arguments: dict[str, Any] = {}
     # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
     name = schema.name.removeprefix("aten::")
-    for position, argument in enumerate(schema.arguments):
-        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-        if position >= len(node.args) and argument.name not in node.kwargs:
-            given = argument.default_value if argument.has_default_value() else None
-        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
-        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
-            arguments[argument.name] = given
-        else:
-            arguments[argument.name] = pytree.tree_map(lambda leaf: _value(builder, leaf), given)
+    arguments = arguments_of(node, lambda leaf: _value(builder, leaf))
     leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
     refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
     if name in ("embedding", "embedding_bag") and refused:
         return builder.refuse(node, REASONS[name])
-    if refused:
-        return Refused(tuple(dict.fromkeys(refusal for leaf in refused for refusal in leaf.refusals)))
     if name in _SHAPES_ONLY:
         return _filled(builder, node, arguments)
-    if not any(isinstance(leaf, Dependent) for leaf in leaves):
+    dependent = [leaf for leaf in leaves if isinstance(leaf, Dependent)]
+    if refused or len(dependent) > 1:
+        written = _as_written(builder, node, next(iter(dependent), None))
+        if written is not None:
+            return written
+    if refused:
+        return _behind(builder, node, name, refused)
+    if not dependent:
+        if node.target is WHOLE_MODULE:
+            return _inside(builder, node)
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return builder.refuse(node, "its value is random")
         return _independent(builder, node, arguments)
-    if name not in RULES:
-        return builder.refuse(node, REASONS.get(name, UNKNOWN))
+    like = dependent[0]
     try:
-        check_arguments(name, arguments)
-        check_real(node)
-        return only_floating(node, RULES[name](builder, node, arguments))
+        return _by_rule(builder, node, name, arguments)
     except (RefusedError, UnsupportedLayerError) as error:
-        return builder.refuse(node, str(error))
+        reason = str(error)
     except UNREADABLE as error:
-        return builder.refuse(node, f"its arguments are not those that its rule reads: {type(error).__name__}: {error}")
+        reason = f"its arguments are not those that its rule reads: {type(error).__name__}: {error}"
+        return builder.refuse(node, reason, like)
+    return _as_written(builder, node, like) or builder.refuse(node, reason, like)
+
+
+def _as_written(builder: Builder, node: torch.fx.Node, like: Dependent | None) -> Dependent | Refused | None:
+    """Return the value of a known function of one variable that is written out, refused if it is discontinuous."""
+    try:
+        return written_out(builder, node)
+    except RefusedError as error:
+        return builder.refuse(node, str(error), like)
+
+
+def _by_rule(builder: Builder, node: torch.fx.Node, name: str, arguments: dict[str, Any]) -> Any:
+    if name not in RULES:
+        raise RefusedError(REASONS.get(name, UNKNOWN))
+    if has_complex_rule(name, node, builder.values):
+        known = {
+            key: [leaf for leaf in pytree.tree_leaves(argument, is_leaf=_is_value) if not _is_complex(leaf)]
+            for key, argument in arguments.items()
+        }
+        check_arguments(name, known)
+        result = RULES[name](builder, node, arguments)
+        return result if is_complex(node) else only_floating(node, result)
+    check_arguments(name, arguments)
+    check_real(node)
+    if node.target is WHOLE_MODULE:
+        check_whole_module(node, builder.traced)
+    return only_floating(node, RULES[name](builder, node, arguments))
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, Independent) and torch.as_tensor(leaf.compute()).is_complex()
+
+
+def _behind(builder: Builder, node: torch.fx.Node, name: str, refused: Sequence[Refused]) -> Refused:
+    """Return the value of an operation behind refused ones; if it would be refused by itself, that is told as well."""
+    refusals = dict.fromkeys(refusal for value in refused for refusal in value.refusals)
+    like = next((value.like for value in refused if value.like is not None), None)
+
+    def stand_in(leaf: Any) -> Any:
+        value = _value(builder, leaf)
+        if not isinstance(value, Refused):
+            return value
+        known = value.stand_in(leaf.meta.get("val"))
+        if known is None:
+            # Where the samples lie behind a refused operation is a guess: what rests on it is not told.
+            raise SampleAxisError
+        return known
+
+    with contextlib.suppress(SampleAxisError, *UNREADABLE):
+        try:
+            _by_rule(builder.scratch(), node, name, arguments_of(node, stand_in))
+        except SampleAxisError:
+            raise
+        except (RefusedError, UnsupportedLayerError) as error:
+            refusals.update(dict.fromkeys(builder.refuse(node, str(error)).refusals))
+    return Refused(tuple(refusals), like)
+
+
+def _inside(builder: Builder, node: torch.fx.Node) -> Any:
+    """Return the output of a module traced as one node by its own operations: of one that thresholds a weight, say."""
+    known = builder.values
+    output = node.args[0]
+    wanted, waiting = set(), [output]
+    while waiting:
+        source = waiting.pop()
+        if isinstance(source, torch.fx.Node) and source not in wanted:
+            wanted.add(source)
+            waiting.extend(source.all_input_nodes)
+    if any(source.name in builder.traced.written for source in wanted):
+        return builder.refuse(node, "the forward pass changes a buffer that it reads")
+    builder.live_nodes |= wanted
+    for source in builder.traced.graph.nodes:
+        if source in wanted and source not in known:
+            known[source] = _evaluate(builder, source)
+    return known[output]  # type: ignore[index]
 
 
 def _is_value(leaf: Any) -> bool:
@@ -351,6 +402,14 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 
     parameters = tuple({id(p): p for v in sources for p in v.parameters}.values())
     example = node.meta["val"]
+    if operation_name(node) in _UNSET:
+        if not example.is_floating_point():
+            return builder.refuse(node, "its values are what the memory holds")
+        # What is read of it shows: a sum, a scale or a weight that is NaN is refused.
+        sources, operation = (
+            (),
+            partial(torch.full, example.shape, math.nan, dtype=example.dtype, device=example.device),
+        )
     shape = tuple(int(n) for n in example.shape) if isinstance(example, Tensor) else ()
     described = tuple(leaf.identity if isinstance(leaf, Independent) else repr(leaf) for leaf in leaves)
     identity = builder.identity((str(target), str(spec), described))
@@ -360,7 +419,10 @@ def _independent(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any
 def _filled(builder: Builder, node: torch.fx.Node, arguments: dict[str, Any]) -> Independent:
     """Return the value of an operation that takes only the shape of its argument."""
     first, *rest = arguments.items()
-    stand_in = torch.empty(first[1].shape, dtype=node.meta["val"].dtype, device=node.meta["val"].device)
+    # A refused argument has a shape as well.
+    stand_in = torch.empty(
+        shape_of(node.all_input_nodes[0]), dtype=node.meta["val"].dtype, device=node.meta["val"].device
+    )
     target: Any = node.target
     own = {key: v for key, v in rest if not _is_value(v)}
     shape = tuple(int(n) for n in node.meta["val"].shape)

@@ -6,15 +6,18 @@ import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
-from lightning_lip.graph.tracing import TracedModel, module_path
+from lightning_lip.graph.refusals import Refusal
+from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, module_path
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.rigorous.intervals import Interval
 from lightning_lip.rigorous.rounding import sqrt_up
 
 
@@ -74,23 +77,25 @@ class Independent:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """An operation without a known finite constant: the module's path, its type, the operation and the reason."""
-
-    path: str
-    module: str
-    operation: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path or '(the model itself)'} ({self.module}), {self.operation}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class Refused:
-    """A value behind a refused operation; it matters only if the output depends on it."""
+    """A value behind a refused operation; it matters only if the output depends on it.
+
+    Attributes:
+        refusals: The operations without a known constant that it depends on.
+        like: A value that it was computed from, for where the samples may lie: what follows is looked at too.
+    """
 
     refusals: tuple[Refusal, ...]
+    like: Dependent | None = None
+
+    def stand_in(self, example: object) -> Dependent | None:
+        """Return what stands for this value of an example's shape where later operations are looked at, if known."""
+        if self.like is None or not is_real(example):
+            return None
+        shape, axis = tuple(example.shape), self.like.axis
+        if axis >= len(shape) or shape[axis] != self.like.shape[axis]:
+            return None
+        return Dependent(shape, axis, self.like.term, self.like.inputs)
 
 
 Rule = Callable[["Builder", torch.fx.Node, dict[str, Any]], Any]
@@ -118,6 +123,13 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 class RefusedError(Exception):
     """Raised by rules: this operation has no known constant; the message is the reason."""
+
+
+class SampleAxisError(RefusedError):
+    """Raised by rules: this operation takes the axis of the samples for something else."""
+
+    def __init__(self, reason: str = "it mixes the samples of a batch") -> None:
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
@@ -148,9 +160,16 @@ class Builder:
         self.operators: list[LinearOperator] = []
         self.report: dict[torch.fx.Node, GraphNode] = {}
         self.values: dict[torch.fx.Node, Any] = {}
+        self.ranges: dict[torch.fx.Node, Interval] = {}
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
+
+    def scratch(self) -> Builder:
+        """Return a builder of the same values, whose operators and audit do not count."""
+        other = Builder(self.traced)
+        other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
+        return other
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
@@ -186,10 +205,10 @@ class Builder:
                 module = module._modules["_orig_mod"]
         return self.traced.names.get(id(module), path), module
 
-    def refuse(self, node: torch.fx.Node, reason: str) -> Refused:
-        """Return a refused value that names the operation and its module."""
+    def refuse(self, node: torch.fx.Node, reason: str, like: Dependent | None = None) -> Refused:
+        """Return a refused value that names the operation and its module; `like` is one of the values it takes."""
         path, module = self.module_of(node)
-        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),))
+        return Refused((Refusal(path, type(module).__name__, str(node.target), reason),), like)
 
     def note(self, node: torch.fx.Node, how: str, constant: float = 1.0, operator: str | None = None) -> None:
         """Enter a node in the audit."""
@@ -220,7 +239,7 @@ class Builder:
         new_shape = shape_of(node) if shape is None else tuple(shape)
         new_axis = value.axis if axis is None else axis
         if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
-            raise RefusedError("it mixes the samples of a batch")
+            raise SampleAxisError
         return Dependent(new_shape, new_axis, term, value.inputs)
 
     def combine(self, kind: Combination, values: Sequence[Dependent], constants: Sequence[float] = ()) -> Term:
@@ -241,6 +260,21 @@ class Builder:
         within = [self.program.combine(kind, members) for _, members in groups]
         return self.program.combine("norm" if kind == "sum" else "max", within)
 
+    def join(
+        self,
+        node: torch.fx.Node,
+        kind: Combination,
+        values: Sequence[Dependent],
+        scales: Sequence[float],
+        axes: Sequence[int],
+    ) -> Dependent:
+        """Return the value of an operation on several branches, whose samples lie along `axes` of its result."""
+        if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
+            raise SampleAxisError
+        self.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
+        inputs = frozenset().union(*(v.inputs for v in values))
+        return Dependent(shape_of(node), axes[0], self.combine(kind, values, scales), inputs)
+
 
 def _check_finite(*constants: float) -> None:
     """Refuse NaN, which no comparison finds, and infinity.
@@ -251,6 +285,31 @@ def _check_finite(*constants: float) -> None:
     for constant in constants:
         if not math.isfinite(constant):
             raise RefusedError(f"its constant is {constant}")
+
+
+def arguments_of(node: torch.fx.Node, value: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return an operation's arguments by the names of its schema, each node replaced by its value."""
+    arguments: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+        if position >= len(node.args) and argument.name not in node.kwargs:
+            given = argument.default_value if argument.has_default_value() else None
+        # What a module traced as one node computes inside has no values; of what it stores the rule wants the nodes.
+        if node.target is WHOLE_MODULE and argument.name in ("output", "stored"):
+            arguments[argument.name] = given
+        else:
+            arguments[argument.name] = pytree.tree_map(value, given)
+    return arguments
+
+
+def is_real(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor of floating-point numbers whose shape does not depend on values."""
+    return is_sized(example) and example.is_floating_point()
+
+
+def is_sized(example: object) -> TypeGuard[Tensor]:
+    """Whether an example is a tensor whose shape does not depend on values."""
+    return isinstance(example, Tensor) and all(isinstance(n, int) for n in example.shape)
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
@@ -271,7 +330,7 @@ def dimensions(value: Dependent, dims: Any) -> list[int]:
     else:
         chosen = [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
     if value.axis in chosen:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return chosen
 
 
@@ -301,6 +360,6 @@ def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
     shape = shape_of(node)
     axis = value.axis + len(shape) - len(value.shape)
     if shape[axis] != value.shape[value.axis]:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     copies = math.prod(shape) // max(1, math.prod(value.shape))
     return (sqrt_up(copies) if copies > 1 else 1.0), axis

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.builder import Dependent, Independent, Refused, RefusedError
+from lightning_lip.graph.tracing import TracedModel
 
 UNREADABLE = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, ArithmeticError)
 """What a rule raises where an argument is of another kind than it reads: a tensor for a number, say."""
@@ -61,6 +62,29 @@ def check_real(node: torch.fx.Node) -> None:
     for value in pytree.tree_leaves(node.meta["val"]):
         if isinstance(value, Tensor) and value.is_complex():
             raise RefusedError("its value is complex: bounds are for real numbers")
+
+
+def check_whole_module(node: torch.fx.Node, traced: TracedModel) -> None:
+    """Check that a module traced as one node is a map of what it is given: its constant is stated for that.
+
+    Raises:
+        RefusedError: If it writes into its arguments, or reads a value of the network's input that is none of them.
+    """
+    output, inputs, _, index = node.args
+    if traced.modules[int(str(index))].writes:
+        raise RefusedError("a module with a stated constant writes into its input: let it work on a copy")
+    waiting, seen = [output], set(inputs)  # type: ignore[arg-type]
+    while waiting:
+        source = waiting.pop()
+        if source in seen or not isinstance(source, torch.fx.Node):
+            continue
+        seen.add(source)
+        if source.op == "placeholder" and source.name in traced.inputs:
+            raise RefusedError(
+                "a module with a stated constant reads a value of the network's input that it is not given as an "
+                "argument"
+            )
+        waiting.extend(source.all_input_nodes)
 
 
 def only_floating(node: torch.fx.Node, result: Any) -> Any:

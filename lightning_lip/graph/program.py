@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_lip.rigorous.rounding import UNIT_ROUNDOFF
+
 Combination = Literal["sum", "norm", "max"]
 """``sum L``, ``sqrt(sum L^2)`` or ``max L`` of the constants of several branches."""
 
@@ -101,6 +103,23 @@ class BoundProgram:
                 position += 1
             results.append(_combined(kind, values))
         return torch.where(results[-1] <= FLOOR / 2, -math.inf, results[-1])
+
+    def rounding(self, log_sigma: Sequence[float]) -> float:
+        """Return how far rounding moves :meth:`evaluate` in fp64 at most, for given logarithms of the norms.
+
+        Its additions, exponentials and logarithms err by a few u each, of values that no more than the sum of all
+        terms' logarithms and of log k at each of k branches can reach; 16 u for each number that enters is ample.
+        """
+        lives = [log_up(read()) for read in self.lives]
+        terms = [term for _, branch in [*self.instructions, ("sum", [self.result])] for term in branch]
+        logs = [
+            log
+            for term in terms
+            for log in (term.constant, *(log_sigma[i] for i in term.operators), *(lives[i] for i in term.lives))
+        ]
+        n_roundings = len(logs) + len(terms) + 16
+        largest = n_roundings + math.fsum(abs(log) for log in logs if math.isfinite(log))
+        return 16 * UNIT_ROUNDOFF * n_roundings * largest
 
     def _tables(
         self, steps: Sequence[tuple[Combination, list[Term]]], log_sigma: Tensor

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,19 @@ from lightning_lip.models.modules import (
     walk,
 )
 from lightning_lip.models.sharding import refuse_sharded
+
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""What a forward pass raises that does not run in a dtype or at a point, or that torch.export does not take."""
 
 WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
 """Modules whose graph hides what they are (a quotient, a difference, a power), so that they are traced as one node."""
@@ -60,27 +74,36 @@ class WholeModule:
 
     Attributes:
         module: The module.
-        called: A module of its class with its attributes as they were at the call, and its live parameters, buffers and
-            submodules.
+        called: A module of its class with its attributes, and those of the modules in it, as they were at the call, and
+            the live parameters and buffers.
+        writes: Whether the call wrote into a tensor that it was given.
     """
 
     module: nn.Module
     called: nn.Module
+    writes: bool
 
     @property
     def counting(self) -> nn.Module:
         """Return the module whose constant counts: the live one, unless the forward pass calls it in another state."""
+        return self.module if _is_as_it_was(self.module, self.called, set()) else self.called
+
+
+def _is_as_it_was(now: Any, then: Any, seen: set[int]) -> bool:
+    """Whether a value is what it was at a call, by the copy made then: the same numbers, texts, modules, containers."""
+    if now is then or id(now) in seen:
+        return True
+    if type(now) is not type(then) or isinstance(now, Tensor):
+        return False
+    seen.add(id(now))
+    if isinstance(now, nn.Module):
         # The mode, and what marks the output, are the trace's own.
-        now, then = (
-            {k: v for k, v in vars(m).items() if k not in ("training", "forward")} for m in (self.module, self.called)
-        )
-        same = now.keys() == then.keys() and all(then[k] is v or _is_equal(then[k], v) for k, v in now.items())
-        return self.module if same else self.called
-
-
-def _is_equal(one: object, other: object) -> bool:
-    """Whether two attributes are equal numbers, texts or containers of those."""
-    return type(one) is type(other) and not isinstance(one, Tensor) and repr(one) == repr(other)
+        now, then = ({k: v for k, v in vars(m).items() if k not in ("training", "forward")} for m in (now, then))
+    if isinstance(now, dict):
+        return list(now) == list(then) and all(_is_as_it_was(now[key], then[key], seen) for key in now)
+    if isinstance(now, (list, tuple, deque)):
+        return len(now) == len(then) and all(_is_as_it_was(a, b, seen) for a, b in zip(now, then, strict=True))
+    return repr(now) == repr(then)
 
 
 @dataclass(frozen=True)
@@ -136,9 +159,9 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
-    args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
     modules: list[WholeModule] = []
     with as_traced(model), _traced_whole(model, modules):
+        args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
         try:
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
@@ -146,8 +169,9 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
                 program = program.run_decompositions({})
         except UnsupportedLayerError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        except FAILURES as error:
             check_example(model, args, kwargs)
+            _refuse_inference_tensors(model, error)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
                 "is not known (control flow that depends on the input's values has none in general). Trace the part "
@@ -165,6 +189,21 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     read = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     written = {placeholder: name for placeholder, name in read.items() if name in changed}
     return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names)
+
+
+def _refuse_inference_tensors(model: nn.Module, error: Exception) -> None:
+    """Say what is wrong with a model that was made in inference mode, where it could not be traced.
+
+    Raises:
+        UnsupportedLayerError: If it was.
+    """
+    made = [name for name, tensor in model.named_parameters() if tensor.is_inference()]
+    if made:
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} was made under torch.inference_mode() ({made[0]!r} is an inference tensor), which "
+            "torch.export does not take. Make or load the model outside of it, or give a copy that is made outside of "
+            "it: copy.deepcopy(model)."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -210,29 +249,27 @@ def _detached_from_trainer(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _traced_whole(model: nn.Module, modules: list[WholeModule]) -> Iterator[None]:
     """Let the modules that are traced as one node mark their output; fills `modules`."""
-    replaced: list[tuple[nn.Module, bool, Any]] = []
+    replaced: dict[int, tuple[nn.Module, bool, Any]] = {}
 
     def mark(module: nn.Module) -> None:
-        forward, own = module.forward, vars(module).get("forward")
+        forward = module.forward
 
         def marked(*args: Any, **kwargs: Any) -> Tensor:
-            called = _as_it_is(module)
-            vars(called).pop("forward")
-            if own is not None:
-                vars(called)["forward"] = own
-            modules.append(WholeModule(module, called))
-            stored, index = [*module.parameters(), *module.buffers()], len(modules) - 1
+            called = _as_it_is(module, {}, replaced)
+            stored = [*module.parameters(), *module.buffers()]
+            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            versions = [x._version for x in inputs]
             output = forward(*args, **kwargs)
             if not isinstance(output, Tensor):
                 raise UnsupportedLayerError(
                     f"A module with a registered constant must return one tensor; {type(module).__name__} returned "
                     f"{type(output).__name__}."
                 )
-            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            result: Tensor = WHOLE_MODULE(output, inputs, stored, index)
+            modules.append(WholeModule(module, called, versions != [x._version for x in inputs]))
+            result: Tensor = WHOLE_MODULE(output, inputs, stored, len(modules) - 1)
             return result
 
-        replaced.append((module, "forward" in vars(module), vars(module).get("forward")))
+        replaced[id(module)] = module, "forward" in vars(module), vars(module).get("forward")
         vars(module)["forward"] = marked
 
     for module in model.modules():
@@ -241,19 +278,44 @@ def _traced_whole(model: nn.Module, modules: list[WholeModule]) -> Iterator[None
     try:
         yield
     finally:
-        for module, had, forward in replaced:
+        for module, had, forward in replaced.values():
             if had:
                 vars(module)["forward"] = forward
             else:
                 del vars(module)["forward"]
 
 
-def _as_it_is(module: nn.Module) -> nn.Module:
-    """Return a module of the same class with the present attributes; parameters, buffers and submodules are shared."""
-    kept = object.__new__(type(module))
-    for key, value in vars(module).items():
-        is_own = isinstance(value, (list, set)) or (isinstance(value, dict) and not key.startswith("_"))
-        vars(kept)[key] = copy.copy(value) if is_own else value
+def _as_it_is(value: Any, copies: dict[int, Any], replaced: Mapping[int, tuple[nn.Module, bool, Any]]) -> Any:
+    """Return a value with the modules and containers in it copied as they are; other objects and tensors are shared.
+
+    Parameters and buffers stay those of the module's own dictionaries, where a new value is seen.
+
+    Args:
+        value: A module, a container or anything else.
+        copies: The copies that were made so far, by the id of what they are of.
+        replaced: The forwards that stand aside for the trace.
+    """
+    if id(value) in copies:
+        return copies[id(value)]
+    kept: Any = value
+    if isinstance(value, nn.Module):
+        kept = copies[id(value)] = object.__new__(type(value))
+        for key, entry in vars(value).items():
+            is_live = key in ("_parameters", "_buffers") or key.endswith("_hooks")
+            vars(kept)[key] = entry if is_live else _as_it_is(entry, copies, replaced)
+        _, had, forward = replaced.get(id(value), (value, "forward" in vars(value), vars(value).get("forward")))
+        vars(kept).pop("forward", None)
+        if had:
+            vars(kept)["forward"] = forward
+    elif isinstance(value, (list, dict, deque)) and type(value).__module__ in ("builtins", "collections"):
+        kept = copies[id(value)] = copy.copy(value)
+        places: Iterable[Any] = value if isinstance(value, dict) else range(len(value))
+        for place in places:
+            kept[place] = _as_it_is(value[place], copies, replaced)
+    elif isinstance(value, set):
+        kept = copy.copy(value)
+    elif type(value) is tuple:
+        kept = tuple(_as_it_is(entry, copies, replaced) for entry in value)
     return kept
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip.checks import shown
+from lightning_lip.models.modules import parameters_kept
 
 
 def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
@@ -26,13 +27,14 @@ BATCH = 2
 
 
 def check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    """Check that the forward pass runs on the example, where it could not be traced on it.
+    """Check that the forward pass runs on the example, where it could not be traced on it; parameters are kept.
 
     Raises:
         ValueError: If it fails.
     """
     try:
-        model(*args, **kwargs)
+        with parameters_kept(model):
+            model(*args, **kwargs)
     # The user's forward pass may raise anything.
     except Exception as error:
         given = [*map(_described, args), *(f"{name}={_described(value)}" for name, value in kwargs.items())]

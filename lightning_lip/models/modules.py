@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     """Give everything that a forward pass may change its value back at the end of the context.
 
     That is: the modules' attributes, what lists, dicts, sets and deques among them hold, the values of buffers and
-    other tensors that are no parameters, and the generators of random numbers of torch, Python and NumPy.
+    other tensors that are no parameters, the attributes of objects that serve as hooks of the forward pass, and the
+    generators of random numbers of torch, Python and NumPy.
     """
     undo: list[Callable[[], object]] = []
     seen: set[int] = set()
@@ -116,6 +118,9 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         for key, value in attributes.items():
             if key not in _HOOKS:
                 _keep(value, undo, seen)
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not isinstance(hook, (FunctionType, MethodType, nn.Module)):
+                _keep(getattr(hook, "__dict__", None), undo, seen)
     python = random.getstate()
     _keep(np.random.mtrand._rand, undo, seen)
     with torch.random.fork_rng():
@@ -152,6 +157,17 @@ def _keep(value: object, undo: list[Callable[[], object]], seen: set[int]) -> No
         entries = value
     for entry in entries:
         _keep(entry, undo, seen)
+
+
+@contextlib.contextmanager
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Give the model's parameters their values back at the end of the context; it holds a copy of them meanwhile."""
+    kept = [(p, p.detach().clone()) for p in model.parameters() if not is_lazy(p) and not p.is_meta]
+    try:
+        yield
+    finally:
+        for parameter, values in kept:
+            _restore_tensor(parameter, values)
 
 
 @torch.no_grad()

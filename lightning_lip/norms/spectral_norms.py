@@ -93,7 +93,7 @@ class SpectralNorms:
                 iteration.rank_one_update_(given, coefficients[indices].to(device))
 
     def penalise_(
-        self, code: int, log_target: float, factor: float, advance: bool, allowed: Collection[int] | None
+        self, code: int, level: float, factor: float, advance: bool, allowed: Collection[int] | None
     ) -> Tensor | None:
         """Iterate, and add the gradient of ``factor * penalty`` to the weights' ``.grad``, in one call of a kernel.
 
@@ -101,7 +101,7 @@ class SpectralNorms:
 
         Args:
             code: A built-in penalty of the product: a value of :data:`lightning_lip.kernels.PENALTY_CODES`.
-            log_target: log M.
+            level: M, or the knee: :func:`lightning_lip.kernels.penalties.level_of`.
             factor: The factor of the penalty.
             advance: Whether to iterate; with False the present vectors serve.
             allowed: The ids of the weights that may get a gradient; None for all. Frozen weights get none.
@@ -138,7 +138,7 @@ class SpectralNorms:
                 elif grads[index] is None:
                     grads[index] = own.grad = torch.zeros_like(own)
         n_iterations = self.n_iterations if advance else 0
-        return iteration.penalise_(weights, grads, n_iterations, code, log_target, factor, self._multiplicities)
+        return iteration.penalise_(weights, grads, n_iterations, code, level, factor, self._multiplicities)
 
     def _whole(self) -> kernels.Iteration | None:
         """Return the iteration that serves all operators, in their order, if there is one such."""

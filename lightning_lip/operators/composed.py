@@ -67,20 +67,30 @@ class TracedParametrizationOperator(ParametrizedMatrixOperator):
 
 
 class TracedConvolutionOperator(ConvolutionOperator):
-    """A convolution whose parametrised kernel is as it is in the graph.
+    """A convolution whose kernel is as it is in the graph: parametrised, computed in the forward pass, or a constant.
 
     Args:
         name: The layer's name.
-        module: The layer.
+        module: The layer, or a convolution of its geometry whose own weight does not count.
         domain_shape: Shape of one input, (c_in, *spatial).
         compute: Returns the kernel, by the graph's own operations, differentiable in the parameters.
+        parameters: What the kernel is computed from; None for those of the layer's parametrization.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, domain_shape: Sequence[int], compute: Callable[[], Tensor]
+        self,
+        name: str,
+        module: nn.Module,
+        domain_shape: Sequence[int],
+        compute: Callable[[], Tensor],
+        parameters: tuple[nn.Parameter, ...] | None = None,
     ) -> None:
         super().__init__(name, module, domain_shape)
-        self._source = TracedParametrizationOperator(name, module, compute)
+        self._source = (
+            TracedParametrizationOperator(name, module, compute)
+            if parameters is None
+            else ComputedMatrixOperator(name, module, compute, parameters)
+        )
 
 
 class DiagonalOperator(LinearOperator):

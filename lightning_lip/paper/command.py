@@ -13,6 +13,7 @@ from lightning_lip.paper.regimes.settings import CRITERIA, PAPER_SETTING, Plan, 
 from lightning_lip.paper.settings import EPOCHS, REPORTED_SEED, SCALINGS, TUNING_SEED
 from lightning_lip.reporting.documents import out_folder
 from lightning_lip.reporting.extras import require_extras
+from lightning_lip.reporting.failures import check_options
 
 SEEDS = {"default": 10, "quick": 3, "full": 40}
 TUNING_SEEDS = {"default": 20, "quick": 3, "full": 20}
@@ -61,10 +62,11 @@ def reproduce(
         those of budget.json, documented at `lightning_lip.paper.budgets.study.budget_results`.
 
     Raises:
-        UsageError: If the options make no experiment.
+        UsageError: If an option is of another type, or the options make no experiment.
         MissingExtraError: If the `paper` extra is not installed.
         RunError: If a run fails; the message names its regime and seed.
     """
+    check_options(reproduce, locals())
     if workers is not None and workers < 1:
         raise UsageError(f"Expected --workers of at least 1, got {workers}.")
     folder = out_folder(out)

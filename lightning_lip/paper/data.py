@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_lip.errors import DataError
 from lightning_lip.paper.settings import BATCH_SIZE, SCALINGS
 from lightning_lip.reporting.extras import extra
 
@@ -23,10 +24,6 @@ UNITS = {"boston": "thousand dollars", "diabetes": "progression points"}
 """The units of the targets, and so of every MAE."""
 
 TRAIN_SHARE = 0.8
-
-
-class DataError(ValueError):
-    """An installed package holds another version of the data set."""
 
 
 class Dataset(NamedTuple):

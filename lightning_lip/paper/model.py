@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_lip.checks import check_integers, check_number
+
 
 class PaperRegressor(pl.LightningModule):
     """The ReLU network 13-20-20-20-1 of the paper, with MSE loss and Adam.
@@ -24,6 +26,9 @@ class PaperRegressor(pl.LightningModule):
         depth: The number of hidden layers.
         learning_rate: Of Adam.
         seed: Of the initialisation.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -34,6 +39,9 @@ class PaperRegressor(pl.LightningModule):
         learning_rate: float = 1e-3,
         seed: int = 0,
     ) -> None:
+        check_integers(1, in_features=in_features, width=width)
+        check_integers(0, depth=depth, seed=seed)
+        check_number("learning_rate", learning_rate)
         super().__init__()
         self.save_hyperparameters()
         self.learning_rate = learning_rate

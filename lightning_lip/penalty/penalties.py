@@ -9,37 +9,49 @@ formed: 120 layers of norm 3 overflow fp32, their logarithms do not. The six bui
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_lip.checks import check_number, got
+from lightning_lip.checks import check_number, got, is_finite_number, shown
 from lightning_lip.kernels.penalties import (
-    PRODUCT_CAP,
+    LARGEST_KNEE,
     built_in,
     hinge_log,
     layer_sum,
     layer_sum_squares,
+    level_of,
     log,
     product,
     softplus_log,
 )
 
 __all__ = [
-    "PRODUCT_CAP",
+    "COEFFICIENT",
+    "KNEE",
+    "LARGEST_KNEE",
     "Penalty",
     "PenaltyName",
+    "check_knee",
     "check_value",
     "get_penalty",
     "hinge_log",
     "layer_sum",
     "layer_sum_squares",
+    "level_of",
     "log",
     "product",
     "softplus_log",
 ]
+
+COEFFICIENT = 1e-3
+"""The default factor of the penalty; chosen with :data:`KNEE` by bench/studies/knee.py."""
+
+KNEE = 100.0
+"""The default product beyond which ``"product"`` is linear in S."""
 
 Penalty = Callable[[Tensor, Tensor], Any]
 """``penalty(log_sigma, log_bound) -> value``: tensors of shapes (L,), () -> (), differentiable in both arguments.
@@ -50,21 +62,35 @@ Not ``-> Tensor``: LightningCLI would then take functions only whose return is a
 PenaltyName = Literal["product", "softplus_log", "hinge_log", "log", "layer_sum", "layer_sum_squares"]
 
 
-def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0) -> Penalty:
-    """Return the function for a penalty's name, with its target M bound; a callable is returned as it is.
+def check_knee(knee: object) -> float:
+    """Return the knee of ``product`` as a float, infinite for None.
+
+    Raises:
+        ValueError: If it is neither None nor a positive number.
+    """
+    if knee is None or (isinstance(knee, float) and knee == math.inf):
+        return math.inf
+    if not is_finite_number(knee) or knee <= 0:
+        raise ValueError(f"Expected `knee` to be a positive number, or None for the plain product, got {shown(knee)}.")
+    return float(knee)
+
+
+def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0, knee: float | None = KNEE) -> Penalty:
+    """Return the function for a penalty's name, with its target or knee bound; a callable is returned as it is.
 
     Args:
         penalty: One of the names of :data:`PenaltyName`, or a callable ``(log_sigma (L,), log_bound ()) -> ()``.
         target: M of ``softplus_log`` and ``hinge_log``; positive and finite.
+        knee: The product beyond which ``product`` is linear in S; None for none.
 
     Raises:
-        ValueError: If the name is unknown or `target` is not a positive finite number.
+        ValueError: If the name is unknown, or `target` or `knee` is not a positive number.
         TypeError: If `penalty` is neither a string nor a callable of two tensors.
     """
-    target = check_number("target", target, positive=True)
+    target, knee = check_number("target", target, positive=True), check_knee(knee)
     if isinstance(penalty, str):
         if penalty in get_args(PenaltyName):
-            return built_in(penalty, target)
+            return built_in(penalty, level_of(penalty, target, knee))
         names = ", ".join(repr(name) for name in get_args(PenaltyName))
         raise ValueError(f"Unknown penalty {penalty!r}: expected one of {names}, or a callable of your own.")
     if not callable(penalty) or isinstance(penalty, type):

@@ -31,7 +31,7 @@ from lightning_lip.operators.composed import DiagonalOperator
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import Penalty, PenaltyName, check_value, get_penalty
+from lightning_lip.penalty.penalties import KNEE, Penalty, PenaltyName, check_knee, check_value, get_penalty, level_of
 from lightning_lip.reporting.messages import tell
 
 
@@ -56,6 +56,7 @@ class LipschitzRegularizer:
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
             counts k times k times.
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
+        knee: Where ``"product"`` becomes linear in S, its logarithm; None or infinity for the paper's plain product.
         layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
         exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
@@ -99,6 +100,7 @@ class LipschitzRegularizer:
         penalty: PenaltyName | Penalty = "product",
         *,
         target: float = 1.0,
+        knee: float | None = KNEE,
         layers: Selection | None = None,
         exclude: Selection | None = None,
         block_size: int = 8,
@@ -110,7 +112,7 @@ class LipschitzRegularizer:
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
-        self._penalty = get_penalty(penalty, target)
+        self._penalty = get_penalty(penalty, target, knee)
         self._model = model
         reshard(model)
         check_choice("unknown", unknown, get_args(Unknown))
@@ -123,7 +125,7 @@ class LipschitzRegularizer:
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
-        self._log_target = math.log(target)
+        self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
@@ -213,7 +215,7 @@ class LipschitzRegularizer:
         allowed = None if parameters is None else {id(p) for p in parameters}
         if self._code is not None and not isinstance(scale, Tensor):
             factor = self.coefficient * scale
-            value = self._norms.penalise_(self._code, self._log_target, factor, advance, allowed)
+            value = self._norms.penalise_(self._code, self._level, factor, advance, allowed)
             if value is not None:
                 return value
         return self._add_grad_in_parts_(scale, advance, allowed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +19,8 @@ from lightning_lip.checks import (
     check_state,
     check_type,
     check_vectors,
+    is_finite_number,
+    shown,
 )
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
@@ -355,7 +356,8 @@ class LipschitzProjector:
         check_vectors("others", state["others"])
         check_type("slack", state["slack"], Mapping, "a mapping from names of layers to numbers")
         for name, slack in state["slack"].items():
-            check_type(f"slack[{name!r}]", slack, Real, "a number")
+            if not is_finite_number(slack):
+                raise ValueError(f"Expected `slack[{name!r}]` to be a finite number, got {shown(slack)}.")
         self._n_steps = state["n_steps"]
         for layer in self._clipped:
             layer.load(state["blocks"].get(layer.name))

@@ -22,8 +22,10 @@ def out_folder(out: str) -> Path:
     """Return the folder of `--out`, which need not exist yet.
 
     Raises:
-        UsageError: If it is a file.
+        UsageError: If it is a file, or no name.
     """
+    if not out or "\0" in out:
+        raise UsageError(f"Expected --out to be the name of a folder, got {out!r}.")
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"Expected --out to be a folder, {out} is a file.")
@@ -35,8 +37,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Let a file be written whole or not at all; its folder is made if it is missing.
 
     Yields:
-        A path beside it, with the same suffix, to write to. What is there at the end takes the file's place; an error,
-        such as a full disk, or an interrupt leaves the file as it was.
+        A path beside it, with the same suffix, to write to. What is there at the end takes the file's place, once it is
+        on the disk: a power cut leaves the old file or the new one. An error, such as a full disk, or an interrupt
+        leaves the file as it was.
 
     Raises:
         OSError: If the file cannot be written.
@@ -47,6 +50,8 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield beside
+        with beside.open("r+b") as file:  # Windows flushes only what may be written to
+            os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

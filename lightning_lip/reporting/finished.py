@@ -20,7 +20,8 @@ class Finished(Generic[Result]):
     """The results of finished tasks, in a file of one JSON line each, below a line of what they depend on.
 
     The results in a file are used if its settings, the package's sources and the machine are the same; otherwise the
-    file is replaced. It is written at once, so that a folder that cannot be written to is found before any work.
+    file is replaced. A line that was cut, by a kill, a full disk or a power cut, is left out, and its task done again.
+    The file is written at once, so that a folder that cannot be written to is found before any work.
 
     Args:
         path: The file; its folder is made if it is missing.
@@ -37,9 +38,8 @@ class Finished(Generic[Result]):
     def __init__(self, path: Path, settings: object, decode: Callable[[Any], Result]) -> None:
         self._path = path
         about = json.dumps([repr(settings), _sources(), machine(), os.environ.get("LIGHTNING_LIP_BACKEND")])
-        # The last line is empty, or was cut by an interrupt or a full disk.
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        kept = lines[1:] if lines[:1] == [about] else []
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        kept = [line for line in lines[1:] if _is_json(line)] if lines[:1] == [about] else []
         self.results: dict[str, Result] = {task: decode(result) for task, result in map(json.loads, kept)}
         write_text("".join(f"{line}\n" for line in (about, *kept)), path)
 
@@ -62,6 +62,15 @@ class Finished(Generic[Result]):
     def remove(self) -> None:
         """Remove the file: everything is done."""
         self._path.unlink()
+
+
+def _is_json(line: str) -> bool:
+    """Whether a line was written whole: no beginning of a JSON list is JSON."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _sources() -> str:

@@ -1,6 +1,11 @@
-"""Information for the user while a program runs, as Lightning gives its own."""
+"""Beside Lightning's own messages: information for the user, as Lightning gives it; and runs without its advice."""
 
 from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from lightning_utilities.core import rank_zero
@@ -12,3 +17,19 @@ def tell(text: str) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     rank_zero.rank_zero_info(text)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence Lightning's advice on hardware and workers: it does not apply to runs of seconds."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -78,6 +78,15 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def excepthook(error: threading.ExceptHookArgs) -> None:
+    """Leave an OSError of a thread to the thread that waits for it; for ``threading.excepthook``.
+
+    TensorBoard's writer prints a traceback at a full disk, and raises the same where it is flushed or closed.
+    """
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
 def _report(futures: dict[Future[Result], Task], on_done: Callable[[Task, Result], None]) -> None:
     waiting = set(futures)
     while waiting:
@@ -113,6 +122,7 @@ def _start_worker(lifeline: Connection) -> None:
     """Prepare a worker: one thread, no reaction to the keyboard, no life after its parent's."""
     os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.excepthook = excepthook
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
 
 

@@ -108,6 +108,9 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        of_bits = func is torch.ops.aten.view.dtype
+        if of_bits and (given["dtype"].is_floating_point or given["self"].is_floating_point()):
+            raise TypeError("a view as another dtype reads the bits anew, which are others in another dtype.")
         arguments = pytree.tree_map(self._converted, given)
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write

@@ -31,7 +31,7 @@ def test_the_report_shows_layers_constants_interval_and_limit(networks, capsys):
     assert "1.12891" in shown
     assert "the largest slope at 4 inputs" in shown
     assert "The certified bound is at most" in shown
-    assert "--max-bound 5 is kept." in shown
+    assert "--max-bound 5.0 is kept." in shown
     assert "give --data" not in shown
 
 

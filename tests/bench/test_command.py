@@ -124,7 +124,7 @@ def test_threads_are_put_back(small_run, tmp_path, monkeypatch):
     [
         (["--models", "resnet50"], "--models to name some of paper, mnist, resnet18, vit, gpt2"),
         (["--models", ","], "--models to name some of"),
-        (["--threads", "0"], "--threads of at least 1, got 0"),
+        (["--threads", "0"], "--threads to be 1 to 1024, got 0"),
         (["--out", __file__], "--out to be a folder"),
         (["--device", "tpu-ish"], "--device cpu, cuda"),
         (["--device", "meta"], "--device cpu, cuda"),

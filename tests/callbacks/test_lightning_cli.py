@@ -38,6 +38,7 @@ ARGUMENTS = {
         "seed": 1,
         "example_input": "batch:0",
         "name": "a",
+        "knee": 50.0,
         "unknown": "refuse",
     },
     "LipschitzMonitor": {

@@ -13,7 +13,6 @@ from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty
-from lightning_lip.callbacks.monitor import MAX_HISTORY, Source
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -162,6 +161,51 @@ def test_resumed_history(fit, tmp_path):
     assert torch.equal(resumed["own"]["vectors"]["net.2"], uninterrupted["own"]["vectors"]["net.2"])
 
 
+def test_a_history_of_other_layers_is_not_drawn_beside_these(fit, tmp_path):
+    def monitor(layers, epochs, ckpt_path=None):
+        settings = {"logger": TensorBoardLogger(tmp_path, name=""), "log_every_n_steps": 4, "ckpt_path": ckpt_path}
+        return fit(LipschitzMonitor(layers), max_epochs=epochs, **settings)[1]
+
+    monitor(None, 1).save_checkpoint(tmp_path / "three.ckpt")
+    histories = monitor(["net.0", "net.2"], 2, tmp_path / "three.ckpt").callbacks[0].state_dict()["histories"]
+    assert histories["lipschitz"][0] == [15, 19, 23]
+    assert [len(row) for row in histories["lipschitz"][1]] == [2, 2, 2]
+
+
+HISTORY = [[3, 7], [[1.0, math.nan], [math.inf, 2]], [[0.0, math.nan], [math.inf, 0.5]], 1, 2]
+VECTORS = {"net.0": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"histories": None}, TypeError, "`histories` to be a mapping"),
+        ({"histories": {"a": "steps"}}, TypeError, r"`histories\['a'\]` to be a list \[steps"),
+        ({"histories": {"a": HISTORY[:4]}}, ValueError, r"`histories\['a'\]` to be a list \[steps"),
+        ({"histories": {"a": [[0.5, 7], *HISTORY[1:]]}}, ValueError, r"`histories\['a'\]: steps\[0\]` to be an int"),
+        ({"histories": {"a": [[-1, 7], *HISTORY[1:]]}}, ValueError, r"`histories\['a'\]: steps\[0\]` to be an int"),
+        ({"histories": {"a": [*HISTORY[:3], 0, 2]}}, ValueError, r"`histories\['a'\]: spacing` .* at least 1, got 0"),
+        ({"histories": {"a": [*HISTORY[:4], "2"]}}, ValueError, r"`histories\['a'\]: seen` .* at least 0, got '2'"),
+        ({"histories": {"a": [[3, 7], [["x", 1], [2, 3]], *HISTORY[2:]]}}, TypeError, "norms and shares"),
+        ({"histories": {"a": [[3, 7], 5, *HISTORY[2:]]}}, TypeError, r"`histories\['a'\]` to be a list"),
+        ({"histories": {"a": [[3], *HISTORY[1:]]}}, ValueError, "1 steps, 2 and 2 rows, of lengths"),
+        ({"histories": {"a": [[3, 7], [[1.0], [2, 3]], *HISTORY[2:]]}}, ValueError, r"lengths \[1, 2\]"),
+        ({"own": "vectors"}, TypeError, "The state's `own` expected a state"),
+        ({"own": {}}, ValueError, "The state's `own` expected a state"),
+        ({"own": {"vectors": [1]}}, TypeError, r"`own\['vectors'\]` to be a mapping"),
+        ({"own": {"vectors": {"net.0": torch.ones(4)}}}, TypeError, r"`own\['vectors'\]\['net.0'\]`"),
+        ({"own": {"vectors": {"net.0": None}}}, TypeError, r"`own\['vectors'\]\['net.0'\]`"),
+    ],
+)
+def test_a_state_is_checked_value_by_value(changed, error, message):
+    right = {"histories": {"lipschitz": HISTORY}, "own": {"vectors": VECTORS}}
+    monitor = LipschitzMonitor()
+    monitor.load_state_dict(right)
+    with pytest.raises(error, match=message):
+        monitor.load_state_dict(right | changed)
+    assert monitor.state_dict() == right
+
+
 def test_changes_no_mode_and_no_buffer(train, make_module):
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
 
@@ -191,15 +235,6 @@ def test_weights_that_are_not_finite_stop_no_training(train, make_module):
     _, events = train([LipschitzMonitor()], module=module)
     assert math.isnan(events.Scalars("lipschitz/product")[-1].value)
     assert {"lipschitz/spectral_norms", "lipschitz/log_shares"} <= set(events.Tags()["images"])
-
-
-def test_history_is_thinned():
-    source = Source("lipschitz", None, None)
-    for step in range(5 * MAX_HISTORY):
-        source.remember(step, [1.0], [0.0])
-    assert len(source.steps) <= MAX_HISTORY
-    assert len(source.norms) == len(source.shares) == len(source.steps)
-    assert set(source.steps) == set(range(0, 5 * MAX_HISTORY, source.spacing))
 
 
 @pytest.mark.parametrize("n_layers", [1, 4, 100])

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import warnings
 
 import lightning.pytorch as lightning
 import pytest
@@ -203,6 +205,97 @@ def test_every_n_steps_scales_the_coefficient(fit, make_module):
     seen.clear()
     fit(Recorder(COEFFICIENT, warmup_steps=4), module=module)
     assert seen == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 9, rel=1e-4)
+
+
+@pytest.mark.parametrize("knee", [100.0, None])
+def test_a_large_product_does_not_destroy_a_training_unless_it_is_plain(fit, make_module, knee):
+    torch.manual_seed(0)
+    layers = [layer for n in (4, 32, 32, 32, 32) for layer in (nn.Linear(n, 32), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(32, 1))
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight.mul_(8 / torch.linalg.matrix_norm(layer.weight, 2))  # a product of 3e5
+
+    def sgd(parameters):
+        return torch.optim.SGD(parameters, lr=10.0)
+
+    def loss(output, target):  # small, so that what moves the weights is the penalty
+        return 1e-9 * nn.functional.mse_loss(output, target)
+
+    penalty = LipschitzPenalty() if knee else LipschitzPenalty(knee=None)
+    module = make_module(lightning, optimizer=sgd, net=net, loss=loss)
+    before = math.prod(svd_norms(module))
+    fit(penalty, module=module)
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    assert before > 1e4
+    if knee is None:
+        assert not weights.norm() < 1e3
+    else:
+        assert weights.isfinite().all()
+        assert math.prod(svd_norms(module)) < before
+
+
+SCALE = "penalty's gradient"
+
+
+def told_of_scale(record):
+    return [str(w.message) for w in record if SCALE in str(w.message)]
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_steps": 100}, {"every_n_steps": 5}], ids=str)
+def test_a_penalty_out_of_scale_is_told_once_with_a_coefficient_to_try(
+    fit, make_module, regression_data, served, options
+):
+    module = make_module(lightning)
+    x, y = next(iter(regression_data))
+    nn.functional.mse_loss(module(x), y).backward()
+    loss = math.hypot(*(layer.weight.grad.norm() for layer in module.net[::2]))
+    sigma = svd_norms(module)
+    true = 100 * math.hypot(*(math.prod(sigma) / s for s in sigma)) / loss
+    module.zero_grad()
+    with pytest.warns(UserWarning, match=SCALE) as record:
+        fit(LipschitzPenalty(100.0, **options), module=module, max_epochs=2)
+    (told,) = told_of_scale(record)
+    assert len(served) > 2
+    words = r"LipschitzPenalty\(100\): At .* is ([\d.e+]+) times the .* Try coefficient=([\d.e-]+), .*"
+    ratio, tried = map(float, re.fullmatch(words, told).groups())
+    assert ratio == pytest.approx(true, rel=0.05)  # whatever the warm-up and the steps left out
+    assert 0.015 < true * tried / 100 < 0.06
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        fit(LipschitzPenalty(tried, **options))
+        fit(LipschitzPenalty())
+    assert not told_of_scale(record)
+
+
+def test_a_training_that_goes_on_is_not_compared_again(fit, tmp_path):
+    penalty = LipschitzPenalty(100.0)
+    with pytest.warns(UserWarning, match=SCALE):
+        _, trainer = fit(penalty)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    for resumed, path in ((penalty, None), (LipschitzPenalty(100.0), tmp_path / "half.ckpt")):
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            fit(resumed, module=trainer.lightning_module, max_epochs=2, ckpt_path=path)
+        assert not told_of_scale(record)
+    with pytest.warns(UserWarning, match=SCALE):
+        fit(penalty)  # another model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_is_compared_at_the_first_finite_step(fit, make_module, fused):
+    def ratio(**settings):
+        module = make_module(lightning, optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-9, fused=fused))
+        with pytest.warns(UserWarning, match=SCALE) as record:
+            fit(LipschitzPenalty(100.0), module=module, **settings)
+        (told,) = told_of_scale(record)
+        return float(re.search(r"is ([\d.e+]+) times", told)[1])
+
+    # The scale overflows in the first steps, which are skipped.
+    plugins = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**30))
+    got = ratio(plugins=plugins, max_epochs=30, limit_train_batches=1)
+    assert plugins.scaler.get_scale() < 2.0**29
+    assert got == pytest.approx(ratio(), rel=0.1)
 
 
 class TwoNetworks(TwoNets):

@@ -142,3 +142,15 @@ def test_a_layer_that_counts_its_calls_for_itself_is_certified():
     model.calls = 0
     assert certify(model, X).certified
     assert model.calls == 0
+
+
+@pytest.mark.parametrize(
+    "asks", [lambda x: torch.is_grad_enabled(), lambda x: torch.is_inference_mode_enabled(), lambda x: x.requires_grad]
+)
+def test_a_forward_that_asks_whether_gradients_are_recorded_is_refused(asks):
+    result = certify(Lambda(lambda m, x: 5 * x if asks(x) else x), X)
+    assert "whether gradients are recorded" in result.refused[0]
+
+
+def test_a_forward_that_runs_without_gradients_only_is_certified():
+    assert certify(Lambda(lambda m, x: torch.mul(x, 3, out=torch.empty_like(x))), X).upper == pytest.approx(3.0)

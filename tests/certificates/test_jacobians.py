@@ -198,3 +198,18 @@ def test_a_compiled_network(path):
     compiled = torch.compile(model, backend="aot_eager")
     compiled(data())
     assert largest_jacobian_norm(compiled, data()) == largest_jacobian_norm(model, data())
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, KeyError, TypeError, ZeroDivisionError])
+def test_a_forward_that_does_not_take_fp64_is_named_with_its_error(error):
+    class Fp32(nn.Module):
+        def forward(self, x):
+            if x.dtype != torch.float32:
+                raise error("fp32 only")
+            return 2 * x
+
+    with pytest.raises(
+        ValueError, match=rf"cannot be measured on the data in torch.float64.*{error.__name__}: .*fp32 only"
+    ):
+        largest_jacobian_norm(Fp32(), torch.randn(2, 3))
+    assert largest_jacobian_norm(Fp32(), torch.randn(2, 3), dtype=torch.float32) == pytest.approx(2.0)

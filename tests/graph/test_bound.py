@@ -146,7 +146,12 @@ def test_constants_are_rounded_up():
         (lambda m, x: x[:, :2] + x.mean(1), "mixes the samples"),
         (lambda m, x: x * x, "product of two activations"),
         (lambda m, x: x * F.logsigmoid(x), "product of two activations"),
-        (lambda m, x: x * F.hardsigmoid(x), "product of two activations"),
+        (lambda m, x: x * F.hardsigmoid(x.flip(1)), "product of two activations, not the first known"),
+        (lambda m, x: x.tanh() * x.flip(1), "product of two activations, not the second known"),
+        (lambda m, x: x.tanh() / x.cos(), "quotient of two activations, not the second known .* 0"),
+        (lambda m, x: x * (x > 0.5), r"mul.Tensor: it is discontinuous: it jumps by 0.5 at 0.5"),
+        (lambda m, x: torch.where(x < 1, x, 0.0), "discontinuous: it jumps by -?1 at 1"),
+        (lambda m, x: x.sign(), "discontinuous: it jumps by 2 at 0"),
         (lambda m, x: torch.div(x, 1 + x.abs(), rounding_mode="floor"), "quotient of two activations"),
         (lambda m, x: torch.div(x, 1 + x.abs(), rounding_mode="trunc"), "quotient of two activations"),
         (lambda m, x: x / x.abs(), "quotient of two activations"),
@@ -158,13 +163,13 @@ def test_constants_are_rounded_up():
         (lambda m, x: torch.bmm(x[:, None], x[:, :, None]), "product of two activations"),
         (lambda m, x: F.glu(x), "product of two activations"),
         (lambda m, x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]), "attention"),
-        (lambda m, x: torch.einsum("bi,oi->bo", x, m.a.weight), "einsum|product"),
+        (lambda m, x: torch.einsum("bi,oi->o", x, m.a.weight), "mixes the samples"),
         (lambda m, x: x**2, "power"),
         (lambda m, x: x.exp(), "no finite"),
         (lambda m, x: F.hardshrink(x), "discontinuous"),
-        (lambda m, x: torch.where(x > 0, x, 2 * x), "not known"),
+        (lambda m, x: torch.where(x > 0, x, x.flip(1)), "comparison"),
         (lambda m, x: torch.fft.rfft(x).real, "not known"),
-        (lambda m, x: x.round(), "not known"),
+        (lambda m, x: x.round(), "step function"),
         (lambda m, x: F.dropout(x, 0.5, True), "random"),
         (lambda m, x: F.rrelu(x, training=True), "random"),
         (lambda m, x: x + torch.randn(4), "random"),
@@ -176,7 +181,8 @@ def test_constants_are_rounded_up():
         (lambda m, x: x.norm(p=0.5, dim=1), "order"),
         (lambda m, x: F.batch_norm(x, None, None, training=True), "mixes the samples"),
         (lambda m, x: F.layer_norm(x, (2, 4)), "mixes the samples"),
-        (lambda m, x: x.cumsum(1), "not known"),
+        (lambda m, x: x.cumsum(0), "mixes the samples"),
+        (lambda m, x: x.cumprod(1), "not known"),
         (lambda m, x: torch.addmm(x, x, m.a.weight), "bias depends"),
         (lambda m, x: torch.clamp(x, min=x.sin()), "argument `min` depends"),
         (lambda m, x: torch.ones(3).clamp(x[:, 0].new_ones(1), x[:, :3]), "nonlinear|depends"),
@@ -185,7 +191,7 @@ def test_constants_are_rounded_up():
         (lambda m, x: F.group_norm(x.t()[..., None], 2), "batch for channels"),
         (lambda m, x: F.max_pool1d(x.t(), 2), "mixes the samples"),
         (lambda m, x: F.conv1d(x[:, None], x[:1, None, :2]), "mixes the samples|depends"),
-        (lambda m, x: torch.matmul(x[:, None], torch.ones(2, 4, 3)), "not a matrix"),
+        (lambda m, x: torch.matmul(x[:, None], torch.ones(2, 4, 3)), "mixes the samples"),
         (lambda m, x: x.min(1)[1] * 1.0, "jumps"),
     ],
 )
@@ -204,16 +210,16 @@ def test_what_has_no_bound_is_refused(function, reason):
 def test_refusals_name_every_module():
     bilinear = Lambda(lambda m, x: m.b(x, x), b=nn.Bilinear(3, 3, 2))
     both = Lambda(
-        lambda m, x: torch.cat([m.one(x), m.two(x[:, None])[0][:, 0], m.three(x)], 1),
+        lambda m, x: torch.cat([m.one(x), m.two(x[:, None], x[None])[0][:, 0], m.three(x)], 1),
         one=bilinear,
-        two=nn.GRU(3, 2, batch_first=True),
+        two=nn.GRU(3, 3, batch_first=True),
         three=nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)),
     )
     with pytest.raises(UnsupportedLayerError) as caught:
         NetworkBound.trace(both, torch.randn(2, 3))
     message = str(caught.value)
     assert "one.b (Bilinear)" in message
-    assert "two (GRU), aten.gru.input: recurrent" in message
+    assert "two (GRU), aten.gru.input: its initial state depends" in message
     assert "three" not in message
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lip.certificates.interval import certify
+from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.builder import RULES
@@ -147,3 +148,63 @@ def test_an_argument_that_a_rule_does_not_read_is_named_with_its_cause(monkeypat
     monkeypatch.setitem(RULES, "relu", unreadable)
     reason = refusal_of(lambda m, x: torch.relu(m.a(x)), a=linear(4, 4))
     assert "aten.relu.default: its arguments are not those that its rule reads: TypeError: float()" in reason
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * torch.empty(4, dtype=torch.float64),
+        lambda m, x: x + torch.empty_like(m.w),
+        lambda m, x: F.linear(x, m.w.new_empty(3, 4)),
+        lambda m, x: x * torch.empty(4, dtype=torch.int64),
+    ],
+)
+def test_what_the_memory_happens_to_hold_is_refused(function):
+    assert not certify(Lambda(function, w=torch.ones(4, dtype=torch.float64)), X).certified
+
+
+def test_an_empty_tensor_that_is_filled_is_certified():
+    assert certify(Lambda(lambda m, x: x * torch.empty(4, dtype=torch.float64).fill_(2.0)), X).upper == pytest.approx(2)
+
+
+class Reader(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.context = function, 0.0
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@pytest.fixture
+def stated(monkeypatch):
+    monkeypatch.setattr(constants, "_RULES", {})
+    constants.register_constant(Reader, lambda module: 1.0)
+
+
+def with_context(m, x):
+    m.reader.context = 0.5 * x
+    return m.reader(0.1 * x)
+
+
+@pytest.mark.usefixtures("stated")
+@pytest.mark.parametrize(
+    ("forward", "inside", "reason"),
+    [
+        (with_context, lambda m, x: x + m.context, "a value of the network's input that it is not given"),
+        (lambda m, x: m.reader(x.clone()), lambda m, x: x.mul_(0.01) * 100, "writes into its input"),
+    ],
+)
+def test_a_module_with_a_stated_constant_is_a_map_of_what_it_is_given(forward, inside, reason):
+    assert reason in refusal_of(forward, reader=Reader(inside))
+
+
+@pytest.mark.usefixtures("stated")
+def test_a_module_that_is_traced_as_one_may_act_on_a_weight():
+    weight = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    model = Lambda(lambda m, x: F.linear(x, m.shrink(m.weight)), weight=weight, shrink=nn.Softshrink(0.1))
+    expected = torch.linalg.matrix_norm(F.softshrink(weight, 0.1), 2).item()
+    assert value_of(model, X) == pytest.approx(expected)
+    counting = Reader(lambda m, x: m.count.add_(1) * x)
+    counting.count = nn.Buffer(torch.zeros((), dtype=torch.float64))
+    assert "changes a buffer" in refusal_of(lambda m, x: x * m.reader(m.weight[0]), weight=weight, reader=counting)

@@ -180,6 +180,27 @@ def test_an_error_of_the_package_is_a_refusal():
     assert (outcome.kind, outcome.detail[:25]) == ("refused", "No output of the model de")
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (torch.full((3, 4), float("nan")), "Expected `data` without NaN"),
+        (torch.zeros(0, 4), "No data to measure"),
+        (torch.zeros(3, 4, dtype=torch.long), "Expected floating-point inputs in `data`"),
+        (torch.zeros(3, 5), "The Jacobian of Model cannot be measured"),
+    ],
+)
+def test_what_the_package_says_of_data_is_a_refusal(data, words):
+    given = data
+
+    def certify(model, example, data=None):
+        del data
+        return lightning_lip.certify(model, example, data=given)
+
+    outcome = check(planted("self.m(x)"), certify)
+    assert outcome.kind == "refused"
+    assert outcome.detail.startswith(words)
+
+
 def changing(change):
     def certify(model, example, data=None):
         result = lightning_lip.certify(model, example, data)

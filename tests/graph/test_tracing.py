@@ -1,4 +1,7 @@
+import copy
+import math
 import random
+from collections import deque
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ from support.truth import norm, value_of
 from torch import nn
 
 from lightning_lip.certificates.interval import certify
+from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.models.modules import state_kept
+from lightning_lip.operators.recorded import RecordedConvolution
 
 
 def test_a_region_with_its_own_autocast_is_refused():
@@ -87,7 +92,7 @@ def test_an_example_that_the_forward_does_not_take_is_told_from_one_that_cannot_
         certify(model, example)
 
 
-@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError])
+@pytest.mark.parametrize("error", [TypeError, ValueError, AttributeError, AssertionError, KeyError, StopIteration])
 def test_errors_of_the_export_are_refusals(error):
     def function(m, x):
         if type(x) is not torch.Tensor:  # the export's stand-in
@@ -238,3 +243,165 @@ def test_a_parametrization_that_counts_is_as_it_was(refused):
     result = certify(Lambda(lambda m, x: m.layer(x) ** 2 if refused else m.layer(x), layer=layer), torch.randn(2, 3))
     assert not result.certified
     assert counting.uses == before
+
+
+class Steps(nn.Module):
+    """``x -> gain x``, with the gain kept in one place or another inside of the module."""
+
+    def __init__(self, parent=None):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.settings = {"gains": [1.0], "queue": deque([1.0])}
+        self.gain = nn.Parameter(torch.ones(()))
+        self.pair = (nn.Module(), 1)
+        self.pair[0].gain = 1.0
+        object.__setattr__(self, "parent", parent)
+
+    def total(self):
+        settings = self.inner.settings
+        return settings["gains"][0] * settings["queue"][0] * self.pair[0].gain * self.gain.detach().item()
+
+    def forward(self, x):
+        return self.total_traced() * x
+
+    def total_traced(self):
+        settings = self.inner.settings
+        return settings["gains"][0] * settings["queue"][0] * self.pair[0].gain * self.gain
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    monkeypatch.setattr(constants, "_RULES", {})
+    constants.register_constant(Steps, Steps.total)
+
+
+SETTINGS = {
+    "list": lambda m, gain: m.inner.settings["gains"].__setitem__(0, gain),
+    "deque": lambda m, gain: m.inner.settings["queue"].__setitem__(0, gain),
+    "module in a tuple": lambda m, gain: setattr(m.pair[0], "gain", gain),
+    "dict": lambda m, gain: m.inner.settings.update(gains=[gain]),
+}
+
+
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_of_modules_inside_one_that_is_traced_as_one_are_those_of_the_call(change):
+    def function(m, x):
+        change(m.steps, 5.0)
+        first = m.steps(x)
+        change(m.steps, 1.0)
+        return m.steps(first)
+
+    model = Lambda(function, steps=Steps())
+    bound = NetworkBound.trace(model, X)
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(5.0)
+    assert certify(model, X).upper == pytest.approx(5.0)
+    with torch.no_grad():
+        model.steps.gain.mul_(2)
+    # The parameter is read anew.
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(20.0)
+
+
+@pytest.mark.usefixtures("steps")
+def test_settings_that_the_forward_leaves_alone_are_read_anew():
+    model = nn.Sequential(Steps())
+    bound = NetworkBound.trace(model, X)
+    SETTINGS["list"](model[0], 3.0)
+    assert math.exp(bound.log_bound(torch.zeros(0))) == pytest.approx(3.0)
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_module_that_knows_its_parent_is_copied_once():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.append(Steps(parent=model))
+    assert certify(model, X).certified
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused_by_its_name():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    refused = certify(model, X).refused[0]
+    assert "made under torch.inference_mode() ('0.weight'" in refused
+    assert certify(copy.deepcopy(model), X).certified
+
+
+def test_an_example_that_was_made_in_inference_mode_is_taken():
+    with torch.inference_mode():
+        example = torch.randn(2, 4)
+        assert NetworkBound.trace(nn.ReLU(), example).explain()
+    assert certify(nn.Linear(4, 3), example).certified
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.sum() > 0,
+        lambda x: bool((x > 0).any()),
+        lambda x: x[0, 0].item() > 0,
+        lambda x: x.tolist()[0][0] > 0,
+        lambda x: int(x.abs().max()) > 2,
+        lambda x: float(x.mean()) > 0,
+        lambda x: len(x.nonzero()) > 7,
+        lambda x: torch.equal(x, x.abs()),
+        lambda x: torch.allclose(x, x.abs()),
+        lambda x: x.numpy().sum() > 0,
+        lambda x: not x.isfinite().all(),
+        lambda x: x.unique().numel() > 3,
+        lambda x: max(x[0], key=float) > 0,
+    ],
+)
+def test_no_value_of_the_input_reaches_a_python_decision(asks):
+    """So one export is enough: the traced forward pass holds no numbers of the input that could change the graph."""
+    model = Lambda(lambda m, x: 3 * x if asks(x) else x)
+    example = torch.randn(2, 4)
+    asks(example)
+    with pytest.raises(UnsupportedLayerError, match="cannot be traced"):
+        NetworkBound.trace(model, example)
+
+
+def test_what_a_forward_does_to_parameters_where_it_cannot_be_traced_is_undone():
+    def function(m, x):
+        m.a.weight.data.mul_(2)
+        return m.a(x)
+
+    model = Lambda(function, a=nn.Linear(4, 4))
+    before = model.a.weight.detach().clone()
+    assert "cannot be traced" in certify(model, X).refused[0]
+    assert torch.equal(model.a.weight, before)
+
+
+class Seen:
+    """A hook that keeps what it has seen."""
+
+    def __init__(self):
+        self.shapes, self.with_gradients = [], 0
+
+    def __call__(self, module, inputs, *output):
+        self.shapes.append(tuple(inputs[0].shape))
+        self.with_gradients += torch.is_grad_enabled()
+
+
+def test_hooks_that_are_objects_are_as_they_were():
+    model, before, after = nn.Sequential(nn.Conv1d(1, 2, 3)), Seen(), Seen()
+    model[0].register_forward_pre_hook(before)
+    model[0].register_forward_hook(after)
+    recorded = RecordedConvolution("0", model[0])
+    x = torch.randn(2, 1, 5)
+    assert certify(model, x, data=x).certified
+    assert before.shapes == after.shapes == []
+    assert before.with_gradients == after.with_gradients == 0
+    assert recorded.spatial is None
+    model(torch.randn(2, 1, 7))
+    assert (before.shapes, after.with_gradients, recorded.spatial) == ([(2, 1, 7)], 1, (7,))
+
+
+def test_an_autocast_region_that_is_left_open_is_refused():
+    def function(m, x):
+        torch.autocast("cpu", torch.bfloat16).__enter__()
+        try:
+            return m.a(x)
+        finally:
+            torch.clear_autocast_cache()
+            torch.set_autocast_enabled("cpu", False)
+
+    assert "cannot be traced" in certify(Lambda(function, a=nn.Linear(4, 4)), X).refused[0]

@@ -6,15 +6,18 @@ import math
 import lightning.pytorch as lightning
 import pytest
 import torch
+from support.iterations import check_a_product_beyond_fp32, penalise
 from support.truth import blocks
 from torch import nn
 
 from lightning_lip import LipschitzPenalty, LipschitzRegularizer, kernels
 from lightning_lip.kernels import PENALTY_CODES, choose_backend, iterations_for, penalty_slope
 from lightning_lip.kernels.cpu.iteration import CpuIteration
-from lightning_lip.kernels.penalties import PRODUCT_CAP
+from lightning_lip.kernels.penalties import LARGEST_KNEE, level_of
 from lightning_lip.kernels.reference import ReferenceIteration
 from lightning_lip.penalty.penalties import get_penalty
+
+LOG_LARGEST = math.log(LARGEST_KNEE)
 
 
 def test_the_device_chooses(monkeypatch):
@@ -77,18 +80,19 @@ def test_reference_iteration_needs_a_step_first():
         ReferenceIteration([weight], blocks([weight], 2)).rank_one_update_([weight], torch.ones(1))
 
 
-@pytest.mark.parametrize("log_bound", [-3.0, -0.5, 0.7, 5.0, 25.0, PRODUCT_CAP - 1, PRODUCT_CAP + 3])
+@pytest.mark.parametrize("knee", [5.0, math.inf])
+@pytest.mark.parametrize("log_bound", [-3.0, -0.5, 0.7, 1.6, 5.0, 25.0, LOG_LARGEST - 1, LOG_LARGEST + 3])
 @pytest.mark.parametrize("name", list(PENALTY_CODES))
-def test_slopes_count_every_use_of_a_layer(name, log_bound):
+def test_slopes_count_every_use_of_a_layer(name, log_bound, knee):
     uses = [1, 3, 1]
     repeats = torch.tensor(uses, dtype=torch.float64)
     log_sigma = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64)
     log_sigma = (log_sigma + (log_bound - (repeats * log_sigma).sum()) / repeats.sum()).requires_grad_()
     repeated = log_sigma.repeat_interleave(repeats.long())
-    value = get_penalty(name, target=2.0)(repeated, repeated.sum())
+    value = get_penalty(name, 2.0, knee)(repeated, repeated.sum())
     (slope,) = torch.autograd.grad(value, log_sigma)
     sigma = log_sigma.detach().exp()
-    got, got_slope = penalty_slope(PENALTY_CODES[name], sigma, uses, math.log(2.0))
+    got, got_slope = penalty_slope(PENALTY_CODES[name], sigma, uses, level_of(name, 2.0, knee))
     assert not got.requires_grad
     torch.testing.assert_close(got, value.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got_slope, slope / sigma, rtol=1e-12, atol=1e-12)
@@ -109,7 +113,7 @@ def test_slopes_count_every_use_of_a_layer(name, log_bound):
 def test_a_zero_layer_has_no_slope_and_leaves_the_others_theirs(name, value, slopes, inference):
     with torch.inference_mode(inference):
         sigma = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
-        got, got_slopes = penalty_slope(PENALTY_CODES[name], sigma, [3, 2, 1], 0.0)
+        got, got_slopes = penalty_slope(PENALTY_CODES[name], sigma, [3, 2, 1], 1.0)
     assert got.item() == pytest.approx(value, rel=1e-12)
     assert got_slopes.tolist() == pytest.approx(slopes, rel=1e-12)
 
@@ -117,10 +121,29 @@ def test_a_zero_layer_has_no_slope_and_leaves_the_others_theirs(name, value, slo
 @pytest.mark.parametrize("name", list(PENALTY_CODES))
 def test_slopes_that_are_not_finite_count_as_zero(name):
     sigma = torch.tensor([math.nan, 2.0], dtype=torch.float64)
-    value, slopes = penalty_slope(PENALTY_CODES[name], sigma, [1, 1], 0.0)
+    value, slopes = penalty_slope(PENALTY_CODES[name], sigma, [1, 1], 1.0)
     assert value.isnan()
     own = {"log": 0.5, "layer_sum": 1.0, "layer_sum_squares": 4.0}.get(name, 0.0)
     assert slopes.tolist() == pytest.approx([0.0, own], rel=1e-12)
+
+
+@pytest.mark.parametrize("knee", [100.0, LARGEST_KNEE])
+@pytest.mark.parametrize("kind", [ReferenceIteration, CpuIteration])
+def test_a_product_beyond_fp32_has_the_gradient_of_its_knee(kind, knee):
+    check_a_product_beyond_fp32(kind, knee)
+
+
+@pytest.mark.parametrize("kind", [ReferenceIteration, CpuIteration])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 3e38], ids=str)
+@pytest.mark.parametrize("name", list(PENALTY_CODES))
+def test_a_norm_that_is_not_finite_leaves_no_gradient_that_is_not(kind, bad, name):
+    # 3e38 is finite, the norm of 8 x 8 of it is not.
+    weights = [torch.full((8, 8), bad), torch.eye(4)]
+    grads = [torch.ones_like(w) for w in weights]
+    iteration = kind(weights, blocks(weights, 2))
+    for _ in range(2):
+        penalise(iteration, weights, grads, name)
+        assert all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("penalty", ["product", "layer_sum"])

@@ -4,6 +4,7 @@ The file is also the script that its tests run on every rank: ``test_sharded.py 
 """
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegulariz
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.penalty.scale import gradient_norms
 
 SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (260, 256)]
 """(m, n): over two ranks and more, shards are uneven and empty; two share a stack; the last is iterated by itself."""
@@ -101,6 +103,10 @@ def check_shards(mesh, placements, n_calls, cases=CASES):
         # The 15 iterations at the start and one more leave 1e-24 of the ninth vector, 0.8^(2 * 8 * 16).
         regularizer = LipschitzRegularizer(model, 1.0, penalty="layer_sum")
         regularizer.add_grad_()
+        # Of whole gradients, on each rank: the layers' penalties have gradients of norm 1.
+        loss, penalty = gradient_norms(list(model.parameters()), regularizer.add_grad_)
+        assert loss == pytest.approx(math.sqrt(len(SIZES)), rel=1e-2), (placements, loss)
+        assert penalty == pytest.approx(math.sqrt(len(SIZES)), rel=1e-2), (placements, penalty)
         model.zero_grad()
         with Count() as count:
             value = regularizer.add_grad_()

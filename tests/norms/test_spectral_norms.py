@@ -298,7 +298,7 @@ def test_one_call_follows_replaced_weights_and_loaded_blocks():
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
     start = copy.deepcopy(model.state_dict())
     norms = norms_of(model)
-    arguments = (PENALTY_CODES["layer_sum"], 0.0, 1.0, True, None)
+    arguments = (PENALTY_CODES["layer_sum"], 1.0, 1.0, True, None)
     for factor in (1.0, 3.0):
         model.load_state_dict({key: factor * value for key, value in start.items()}, assign=True)
         assert norms.penalise_(*arguments).item() == pytest.approx(truth(model).sum().item(), rel=1e-5)
@@ -318,5 +318,5 @@ def test_one_call_is_refused_where_no_kernel_serves_all(case):
         model[0].double()
     if case == "removed":
         del model[0].weight
-    assert norms.penalise_(PENALTY_CODES["log"], 0.0, 1.0, True, None) is None
+    assert norms.penalise_(PENALTY_CODES["log"], 1.0, 1.0, True, None) is None
     assert all(p.grad is None for p in model.parameters())

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lightning_lip.paper.data import DataError, Dataset, load_boston, load_diabetes, split
+from lightning_lip.errors import DataError
+from lightning_lip.paper.data import Dataset, load_boston, load_diabetes, split
 from lightning_lip.paper.settings import SCALINGS
 
 

@@ -9,7 +9,8 @@ import torch
 from support.truth import PENALTIES
 
 from lightning_lip.penalty.penalties import (
-    PRODUCT_CAP,
+    KNEE,
+    LARGEST_KNEE,
     PenaltyName,
     get_penalty,
     hinge_log,
@@ -41,7 +42,7 @@ def evaluate(penalty, sigma, dtype=torch.float64):
 @pytest.mark.parametrize("target", [0.5, 1.0, 7.0])
 @pytest.mark.parametrize("sigma", [[0.3], [2.0, 0.7, 1.9], [1e-3, 1e-4], [40.0, 30.0, 9.0], [1.0, 1.0]], ids=str)
 def test_value_and_slope_are_the_closed_form(name, target, sigma):
-    value, slope = evaluate(get_penalty(name, target), sigma)
+    value, slope = evaluate(get_penalty(name, target, knee=None), sigma)
     sigma = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
     expected_value, expected_slope = with_slopes(lambda sigma: PENALTIES[name](sigma, target), sigma)
     # S - log M cancels where the product is about M: absolute, not relative.
@@ -67,15 +68,29 @@ def slope_in_log_bound(penalty, s):
 
 
 @pytest.mark.parametrize("distance", [-1.0, -1e-9, 0.0, 1e-9, 1.0, 50.0, 1e4])
-def test_product_is_continued_linearly_beyond_its_cap(distance):
-    value, slope = slope_in_log_bound(product, PRODUCT_CAP + distance)
-    cap = math.exp(PRODUCT_CAP)
+@pytest.mark.parametrize(
+    ("knee", "where"), [(0.5, 0.5), (100, 100.0), (1e20, LARGEST_KNEE), (None, LARGEST_KNEE), (math.inf, LARGEST_KNEE)]
+)
+def test_product_is_continued_linearly_beyond_its_knee(knee, where, distance):
+    s = math.log(where) + distance
+    value, slope = slope_in_log_bound(get_penalty("product", knee=knee), s)
     if distance <= 0:
-        assert value == pytest.approx(math.exp(PRODUCT_CAP + distance), **FLOAT64)
-        assert slope == pytest.approx(math.exp(PRODUCT_CAP + distance), **FLOAT64)
+        assert value == pytest.approx(math.exp(s), **FLOAT64)
+        assert slope == pytest.approx(math.exp(s), **FLOAT64)
     else:
-        assert value == pytest.approx(cap * (1 + distance), **FLOAT64)
-        assert slope == pytest.approx(cap, **FLOAT64)
+        assert value == pytest.approx(where * (1 + distance), **FLOAT64)
+        assert slope == pytest.approx(where, **FLOAT64)
+
+
+def test_product_is_plain_as_a_function_and_has_its_knee_by_name():
+    assert slope_in_log_bound(product, math.log(1e6))[1] == pytest.approx(1e6)
+    assert slope_in_log_bound(get_penalty("product"), math.log(1e6))[1] == pytest.approx(KNEE)
+
+
+@pytest.mark.parametrize("knee", [0.0, -1.0, math.nan, -math.inf, "1", True])
+def test_knee_must_be_a_positive_number_or_none(knee):
+    with pytest.raises(ValueError, match="`knee` to be a positive number, or None for the plain product, got"):
+        get_penalty("product", knee=knee)
 
 
 def test_softplus_log_has_a_slope_of_at_most_one():

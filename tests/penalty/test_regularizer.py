@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from lightning_lip import LipschitzRegularizer
-from lightning_lip.penalty.penalties import PRODUCT_CAP
+from lightning_lip.penalty.penalties import KNEE, LARGEST_KNEE
 
 # Relative to the largest entry of the gradient. The float64 truth carries the rounding of its own SVD.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5}
@@ -256,9 +256,9 @@ def test_a_deep_net_with_large_norms_overflows_nowhere(penalty):
     regularizer = exact(model)
     assert regularizer.log_bound().item() == pytest.approx(120 * math.log(3), rel=1e-6)
     assert regularizer.bound().item() == pytest.approx(3.0**120, rel=1e-4)  # 120 roundings of fp32
-    assert regularizer.value().item() == pytest.approx(
-        COEFFICIENT * math.exp(PRODUCT_CAP) * (1 + 120 * math.log(3) - PRODUCT_CAP), rel=1e-5
-    )
+    for knee, where in ((KNEE, KNEE), (7.0, 7.0), (None, LARGEST_KNEE)):
+        value = COEFFICIENT * where * (1 + 120 * math.log(3) - math.log(where))
+        assert exact(model, knee=knee).value().item() == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("penalty", NAMES)

@@ -30,6 +30,29 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == '{"a": [1, null]}\n'
 
 
+def test_a_file_is_on_the_disk_before_it_takes_the_others_place(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    flushed = []
+
+    def flush(descriptor):
+        flushed.append((os.pread(descriptor, 100, 0), path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    documents.write_text("new", path)
+    assert flushed == [(b"new", "old")]
+    assert path.read_text() == "new"
+
+    def fail(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        documents.write_text("newer", path)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     "write",
     [

@@ -55,6 +55,21 @@ def test_a_line_that_was_cut_is_done_again(tmp_path):
     assert [json.loads(line)[0] for line in path.read_text().splitlines()[1:]] == ["'whole'", "'next'"]
 
 
+@pytest.mark.parametrize(
+    "cut", [b"[\"'cut'\", [2, 3", b"[\"'cut'\", [2, 3\n", b"[\"'cut\xc3\n", b"\0\0\0\n", b"[\"'a'\", 5]"]
+)
+def test_a_last_line_of_any_bytes_is_left_out_unless_it_is_whole(tmp_path, cut):
+    path = tmp_path / "file"
+    Finished(path, "settings", same).add("whole", [1])
+    with path.open("ab") as file:
+        file.write(cut)
+    again = Finished(path, "settings", same)
+    whole = ["'whole'", "'a'"] if cut.endswith(b"]") else ["'whole'"]
+    assert list(again.results) == whole
+    again.add("next", 1)
+    assert [json.loads(line)[0] for line in path.read_text().splitlines()[1:]] == [*whole, "'next'"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_command_does_what_is_left(tmp_path, workers):
     console = Console(file=io.StringIO(), width=120)

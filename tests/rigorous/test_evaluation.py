@@ -232,6 +232,8 @@ def _(x):
         (lambda m, x: F.linear(x, fp32_only(m.w)), "expected fp32"),
         (lambda m, x: x * thirds(m.a), "returns another dtype"),
         (lambda m, x: x * (m.b.double() * 1e300).sum(), "overflows in fp32"),
+        (lambda m, x: x[:, :2] * m.a[:1].view(torch.bfloat16), "reads the bits anew"),
+        (lambda m, x: F.linear(x, m.w.view(torch.int32).view(torch.float32)), "reads the bits anew"),
     ],
 )
 def test_what_cannot_be_computed_in_fp64_is_refused_by_name(function, reason):

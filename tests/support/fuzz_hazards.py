@@ -96,6 +96,9 @@ CHANGED = (
     "nn.Softshrink(0.5) -> {m}.lambd = {0.1|0.0} ;; {out} = {m}({x}) ;; {m}.lambd = 0.5 ;; {out}",
     "nn.LeakyReLU(0.1) -> {m}.negative_slope = 4.0 ;; {out} = {m}({x}) ;; {m}.negative_slope = 0.1 ;; {out}",
     "nn.Dropout(0.5) -> {m}.train() ;; {out} = {m}({x}) ;; {m}.eval() ;; {out}",
+    "fuzz_modules.Nested() -> {m}.inner.factor = {5.0|-3.0} ;; {out} = {m}({x}) ;; {m}.inner.factor = 1.0 ;; {out}",
+    "fuzz_modules.Reader() -> {m}.context = {x} ;; {out} = {m}({x} * 0.1) ;; {m}.context = None ;; {out}",
+    "fuzz_modules.Reader() -> {m}({x}.clone())",
     "nn.LayerNorm({last}) -> {m}.eps = 1e-9 ;; {out} = {m}({x}) ;; {m}.eps = 1e-5 ;; {out}",
 )
 CHANGED_POOLS = (
@@ -124,7 +127,8 @@ STATE = (
     "nn.Buffer(torch.zeros({last})) -> {m}.add_({x}.detach().flatten(0, -2).mean(0)) ;; {x} + {m}",
     "nn.Buffer(torch.zeros({last})) -> {m} = {x}.detach().flatten(0, -2)[0] ;; {x} - {m}",
     "None -> {m} = {m} or 0 ;; {m} += 1 ;; {x} * {m}", "random.shuffle([1, 2, 3]) -> {x} * 2",
-    "0 -> {m} += 1 ;; {x} * 2",
+    "0 -> {m} += 1 ;; {x} * 2", "{x} * (3 if torch.is_grad_enabled() else 1)", "{x} * (3 if {x}.requires_grad else 1)",
+    "{x} if torch.is_inference_mode_enabled() else {x} * 2",
 )  # fmt: skip
 
 _NAN = "{float('nan')|float('inf')|-float('inf')}"
@@ -178,6 +182,8 @@ MIXING = (
     "nn.BatchNorm1d({channels}, track_running_stats=False) -> {m}.eval()({x})", "torch.cat([{x}[1:], {x}[:1]])",
     "F.avg_pool1d({x}.flatten(1).T.unsqueeze(0), 2).squeeze(0)", "{x}.expand(2, *{x}.shape)",
     "nn.Linear(2, 2) -> {m}({x}.flatten(1).T).T", "nn.PReLU(2) -> {m}({x}.flatten(1).T)", "{x}.median(0)[0] + {x}",
+    "aten.native_group_norm({x}, None, None, 2 * {channels}, 1, {places}, 1, 0.1)[0]",
+    "aten.native_group_norm({x}, None, None, 2, {places}, {channels}, {1|{places}}, 0.1)[0]",
     "{x}.unsqueeze(0).expand(3, *[-1] * ({rank})).flatten(0, 1)", "F.adaptive_avg_pool1d({x}.flatten(1).T, 1)",
     "nn.Conv1d(2, 2, 1) -> {m}({x}.flatten(1).unsqueeze(0)).squeeze(0)", "{x}.flatten(1).T.unfold(1, 2, 1)",
     "nn.Conv1d({last}, 2, 1) -> {m}({x}.flatten(0, -2).T)",

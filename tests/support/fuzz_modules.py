@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from lightning_lip.constants import register_constant
+
 
 class Adapter(nn.Module):
     """A low-rank update of a weight that is added while it is switched on, as LoRA's."""
@@ -46,6 +48,33 @@ class Counting(nn.Module):
     def forward(self, weight):
         self.uses += 1
         return weight * self.uses
+
+
+class Nested(nn.Module):
+    """A factor that a module inside holds, with the constant that it states."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.factor = 1.0
+
+    def forward(self, x):
+        return self.inner.factor * x
+
+
+class Reader(nn.Module):
+    """Adds a tensor that it is not given as an argument, or works in place, and states a constant of 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.context = None
+
+    def forward(self, x):
+        return 100 * x.mul_(0.01) if self.context is None else x + self.context
+
+
+register_constant(Nested, lambda module: abs(module.inner.factor))
+register_constant(Reader, lambda module: 1.0)
 
 
 def parametrized(layer, parametrization, key="weight"):

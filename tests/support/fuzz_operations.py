@@ -40,13 +40,38 @@ LINEAR = (
     "fuzz_modules.parametrized(nn.Linear({last}, 3), fuzz_modules.Scaled(4.0), 'bias') -> {m}({x})",
     "nn.Bilinear({last}, {last}, 2) -> {m}({x}, {x})",
     "torch.einsum('b...i->b...i', {x})",
+    f"{_MATRIX} -> torch.einsum({{'b...i,oi->b...o'|'b...i,oi->bo...'|'b...i,oi->b...'|'...i,oi'}}, {{x}}, {{m}})",
+    "nn.Parameter(torch.randn({channels}, {last}, {k})) -> torch.einsum('bc...i,cio->bc...o', {x}, {m})",
+    "nn.Buffer(torch.randn({last})) -> torch.matmul({x}, {m})",
+    f"{_MATRIX} -> torch.tensordot({{x}}, {{m}}, dims=([-1], [1]))",
+    "nn.Parameter(torch.randn({channels}, {last}, {k})) -> torch.bmm({x}.flatten(1, -2).transpose(0, 1), {m})",
+    "nn.Parameter(torch.randn({channels}, {last}, {k})) -> "
+    "torch.baddbmm({m}[:, :1], {x}.flatten(1, -2).transpose(0, 1), {m}, alpha={2|-0.5})",
 )
+
+RECURRENT = {
+    2: (
+        "nn.{RNN|LSTM|GRU}Cell({last}, 3, bias={True|False}) -> "
+        "({m}({x})[0] if isinstance({m}, nn.LSTMCell) else {m}({x}))",
+        "nn.RNNCell({last}, 2, nonlinearity='relu') -> {m}({x})",
+        "nn.GRUCell({last}, {last}) -> {m}({x}, {x}.tanh())",
+        "nn.LSTMCell({last}, {last}) -> {m}({x}, ({x}, 3 * {x}.sin()))[{0|1}]",
+    ),
+    3: (
+        "nn.{RNN|LSTM|GRU}({last}, 2, {1|2}, bidirectional={True|False}, batch_first=True) -> {m}({x})[0]",
+        "nn.{RNN|GRU}({last}, 2, bias={True|False}) -> {m}({x}.transpose(0, 1))[{0|1}].transpose(0, 1)",
+        "nn.RNN({last}, 2, nonlinearity='relu', batch_first=True) -> {m}({x})[0]",
+        "nn.LSTM({last}, 3, proj_size={0|2}, batch_first=True) -> {m}({x})[1][{0|1}].transpose(0, 1)",
+    ),
+}
 
 _CONV = "groups={1|1|{channels}}, stride={1-3}, dilation={1-2}, padding={0-1}"
 _KERNELS = "torch.randn({channels}, {channels}, *[{1|2|3}] * ({rank} - 2))"
 
 CONVOLUTIONS = {
     None: (
+        f"nn.Parameter({_KERNELS}) -> (F.conv1d, F.conv2d, F.conv3d)[{{rank}} - 3]"
+        "({x}, ({m} - {m}.mean(1, keepdim=True)) / ({m}.var() + 0.1).sqrt())",
         f"nn.Parameter({_KERNELS}) -> "
         "torch.convolution({x}, {m}, None, [{1|2}], [{0|1}], [{1|2}], {True|False}, [0], 1)",
         f"nn.Parameter({_KERNELS}) -> (F.conv1d, F.conv2d, F.conv3d)[{{rank}} - 3]({{x}}, {{m}}, "
@@ -104,6 +129,22 @@ POINTWISE = (
     "{x} - torch.tanh({x})", "torch.sub({x}, {x}.tanh(), alpha=1)", "{x}.square()", "{x}.exp()", "{x}.round()",
     "{x}.sign()", "torch.exp({x}.clamp(max=1.0))", "{x}.pow(1)", "{x}.pow(3)", "{x}.fmod(1.0)",
     "F.glu(torch.cat([{x}, {x}], 1), 1)", "torch.sqrt({x}.abs())", "{x}.frac()",
+    "{0.5|-2.0} * {x} * ({1.0|0.3} + torch.{erf|tanh|sigmoid}({x} / {1.4142|-0.5}))",
+    "0.5 * {x} * (1 + torch.tanh({0.79788456|1.3} * ({x} + {0.044715|0.1} * {x}.pow(3))))",
+    "{x} * torch.{sigmoid|tanh|erf|sin|atan}({x} + {1|-0.3})", "{x} * F.relu6({x} + {3|-1}) / {6|-2}",
+    "{x} * ({x} + {0.5|2}).clamp({-1.0|0}, {1.0|2.0})", "{x} * torch.tanh(F.softplus({x}, {1|2.0}))",
+    "{x} * torch.log1p({x}.exp()).tanh()", "{x} * ({x} {>|<|>=|<=} {0|0.4})", "{x} * ({x} > 0).to({x}.dtype)",
+    "torch.where({x} > {0|1}, {x}, {2 * {x}|2 * {x} - 1|0.0|{x}.expm1()|{y}})", "{x}.masked_fill({x} {<|>} {0|1}, 0.0)",
+    "{x} / (1 + torch.exp(-{x}))", "1 / (1 + torch.exp({1|-2} * {x}))", "torch.exp(-{x}.{square|abs}() {+|-} {x})",
+    "{x} * torch.exp(-{x}.square())", "torch.exp(-{x}.square() / {2|0.1} + 1)", "{x} * torch.rsqrt(1 + {x}.square())",
+    "1 / (1 + {2|0.5} * {x}.{square|abs}())", "torch.sqrt({x} * {x} + {0.1|0})", "{x} + torch.sin({2|0.5} * {x}) ** 2",
+    "torch.log2({x}.abs() + {1|0.2})",
+    "{x} * {x}.sign()", "{x} * torch.sign({x} - 1)", "{x}.tanh() * {y}.{sigmoid|sin|relu}()",
+    "{x}.clamp(max={1.0|0.1}).{exp|exp2|expm1}()", "torch.{log|log2|log10|log1p|sqrt|rsqrt}({x}.abs() + {0.3|0})",
+    "({x}.relu() + {0.5|0}).reciprocal()", "{x}.clamp(-1, {1|2}).{square()|pow(3)|pow(2.5)}",
+    "({x}.relu() + {0.5|0}) ** {-1.5|-2|1.5|0.5}", "{x}.tanh() / ({y}.sigmoid() + {1|0})",
+    "{2.0|{buffer}} / (1 + {x}.abs())",
+    "{x}.softmax({d}) * {x}.cos()", "({x}.tanh() * {buffer}).sigmoid() * {y}.sin()",
 )  # fmt: skip
 
 SHAPE = (
@@ -142,11 +183,25 @@ SHAPE = (
     "aten._pad_circular({x}, {pad})", "F.pad({x}, [0] * (2 * {rank} - 2) + [{0|2}, 2])", "{x}.clone()",
     "aten.contiguous({x})", "aten.alias({x})", "{x}.detach()", "{x} + {x}.detach()", "aten.lift_fresh({x})",
     "aten.lift_fresh_copy({x})", "{x}.to(torch.float64)", "{x}.to({y})", "{x}.type_as({y})",
-    "aten._to_copy({x}, dtype=torch.float64)", "torch.channel_shuffle({x}, {2|{channels}})",
+    "aten._to_copy({x}, dtype=torch.float64)",
+    "{x}.sort({d}, descending={True|False})[{0|0|1}]", "{x}.transpose(0, 1).msort()", "{x}.topk({1|2}, {d})[0]",
+    "{x}.topk(2, {d}, sorted=False)[0]", "{x}.kthvalue({1|2}, {d}, keepdim={True|False})[0]",
+    "{x}.{cummax|cummin}({D})[0]", "{x}.cumsum({D})", "{x}.diff(dim={D}, n={1|2})",
+    "{x}.diff(dim=-1, prepend=torch.ones_like({x}[..., :1]))",
+    "nn.Buffer(torch.randint({last}, ({last},))) -> torch.zeros_like({x}).index_add(-1, {m}, {x}, alpha={1|-2})",
+    "nn.Buffer(torch.randint({last}, ({last},))) -> ({x} * 2).index_add(-1, {m}, {y})",
+    "nn.Buffer(torch.randint({last}, ({last},))) -> torch.zeros_like({x}).scatter_add(-1, {m}.expand({x}.shape), {x})",
+    "nn.Buffer(torch.randint({last}, ({last},))) -> {y}.scatter_reduce(-1, {m}.expand({x}.shape), {x}, "
+    "'{sum|amax|amin|mean|prod}', include_self={True|False})",
+    "torch.slice_scatter({x}, {y}[..., 1:], -1, 1)", "torch.select_scatter({x}, {y}.select({d}, 0), {d}, -1)",
+    "torch.diagonal_scatter({x}, {y}.diagonal(0, -2, -1), 0, -2, -1)", "aten.copy({x}, {y}[:, :1])",
+    "F.fold({x}.flatten(1).unsqueeze(2).expand(-1, -1, 4), (2, 2), 1)", "torch.zeros_like({x}).copy_({y})",
+    "torch.channel_shuffle({x}, {2|{channels}})",
     "aten.native_channel_shuffle({x}, 2)", "torch.cat([{x}, {x}[:, :1]], 1).contiguous()",
 )  # fmt: skip
 
 IMAGES = (
+    "F.fold(F.unfold({x}, {2|(1, 2)}), {x}.shape[-2:], {2|(1, 2)})",
     "F.unfold({x}, {2|(2, 3)}, {1|2}, {0|1}, {1|2})",
     "F.pixel_shuffle(torch.cat([{x}] * 4, 1), 2)",
     "F.pixel_unshuffle({x}[..., :2, :2], 2)",
@@ -254,7 +309,8 @@ REDUCTIONS = (
     "torch.linalg.vector_norm({x}, {2|1|3|2.5|float('inf')|0.5|0|-1}, {dim?}, keepdim={True|False})",
     "torch.linalg.norm({x}, dim={d})", "{x}.norm(p={2|1|3|float('inf')|0}, dim={dims}, keepdim={True|False})",
     "aten.frobenius_norm({x}, {dims})", "aten.norm({x}, {2|3|1}, [{d}], {True|False})", "{x}.norm()", "{x}.std({d})",
-    "{x}.var({d})", "{x}.prod({d})", "{x}.cumsum({d})", "{x}.median({d})[0]", "{x}.nanmean({d})",
+    "{x}.std({dim?}, correction={0|1|0.5}, keepdim={True|False})",
+    "{x}.var({d})", "{x}.prod({d})", "{x}.cumprod({d})", "{x}.median({d})[0]", "{x}.nanmean({d})",
 )  # fmt: skip
 
 PRODUCTS = (
@@ -274,12 +330,41 @@ PRODUCTS = (
     "torch.concatenate([{x}, 2 * {y}], {d})", "torch.stack([{x}, {y}], {0|1|-1})",
     "torch.cat([{x}, torch.ones_like({x})], 1)", "{x} @ {y}.mT", "torch.bmm({x}, {y}.mT)", "{x} * {x}.shape[0]",
     "{x} * (len({x}) + 0.5)", "{x} + torch.zeros_like({x})", "torch.addcmul({x}, {buffer}, {y})",
-    "torch.lerp({x}, {y}, {0.3|-2.0})", "{x} * torch.arange({last}).to({x})",
+    "torch.lerp({x}, {y}, {0.3|-2.0})", "torch.lerp({x}, {buffer}, torch.rand({last}).to({x}))",
+    "torch.addcmul({x}, {y}, {buffer}, value={-2|0.5})", "torch.addcmul({x}, {x}, {y})",
+    "torch.cdist({x}, {y}, p={2.0|1.0|3.0|0.5})", "nn.Buffer(torch.randn(3, {last})) -> torch.cdist({x}, {m})",
+    "{x} * ({x}.norm(dim=-1, keepdim=True) / ({x}.norm(dim=-1, keepdim=True).mean(1, keepdim=True) + 1e-3))",
+    "{out} = {x}.norm(dim=-1, keepdim=True) ;; {x} * ({out} / ({out}.mean(1, keepdim=True) + {1e-3|0.0}))",
+    "{x} * torch.arange({last}).to({x})",
 )  # fmt: skip
 
 
+SPECTRA = (
+    "torch.fft.irfft(torch.fft.rfft({x}, {None|4}, {d}, '{ortho|forward|backward}'), dim={d})",
+    "torch.view_as_real(torch.fft.{fft|ifft}({x}, dim={D}, norm={None|'ortho'}))",
+    "torch.fft.rfft({x}).{abs()|real|imag}",
+    "torch.fft.irfft(torch.view_as_complex(torch.stack([{x}, {y}], -1)), {None|3})",
+    "torch.fft.ifft({x}).abs()",
+    "torch.fft.{fft2|ifft2|rfft2|fftn|ifftn|rfftn}({x}, dim=(-1,)).abs()",
+    "torch.fft.irfftn(torch.fft.rfftn({x}, dim=[-1]), dim=[-1])",
+    "torch.fft.irfft2(torch.fft.rfft2({x}, dim=(1, -1)), {x}.shape[1:2] + {x}.shape[-1:], (1, -1))",
+    "torch.fft.fftshift(torch.fft.fft({x}), dim=-1).conj().real",
+    "torch.fft.ifftshift({x}, dim={D})",
+    "nn.Parameter(torch.randn({last}) + 0j) -> torch.fft.ifft(torch.fft.fft({x}) * {m}).real",
+    "nn.Parameter(torch.randn({last}, 2) + 1j) -> (torch.fft.fft({x}) @ {m}).real",
+    "aten.view_as_complex(torch.stack([{x}, {x}], -1)).resolve_conj().imag",
+    "aten.resolve_neg(torch.fft.fft({x})).real",
+    "aten._conj(torch.fft.fft({x})).real",
+    "aten.conj(torch.fft.fft({x})).real",
+    "torch.fft.ifft2(torch.fft.fft2({x}, dim=(1, -1)), dim=(1, -1)).real",
+    "aten._neg_view({x})",
+    "torch.fft.fft({x}).conj().imag",
+)
+
 OPERATIONS: tuple[Production, ...] = (
     *productions("linear", LINEAR),
+    *(p for rank, templates in RECURRENT.items() for p in productions("recurrent", templates, rank)),
+    *productions("spectrum", SPECTRA),
     *(p for rank, templates in CONVOLUTIONS.items() for p in productions("convolution", templates, rank)),
     *productions("pointwise", POINTWISE),
     *productions("shape", SHAPE),

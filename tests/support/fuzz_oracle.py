@@ -48,9 +48,9 @@ FOREIGN = (
     RuntimeError,
     TypeError,
 )
-"""What no call of `certify` may raise; `ValueError` only in the package's own words."""
+"""What no call of `certify` may raise; `ValueError` and `TypeError` in the package's own words only."""
 
-PACKAGE = Path(lightning_lip.__file__).parent
+PACKAGE = {Path(package.__file__).parent for package in (lightning_lip, lightning_lip.kernels)}
 
 Point = list[Tensor]
 
@@ -128,13 +128,16 @@ def _raised(error: BaseException) -> Outcome:
     """Return a refusal if the error is raised by the package, in its own words, else a failure."""
     frames = traceback.extract_tb(error.__traceback__)
     # An error of Python itself, in a line of the package, has no `raise`.
-    own = PACKAGE in Path(frames[-1].filename).parents and (frames[-1].line or "").startswith("raise ")
-    if own and isinstance(error, (ValueError, UnsupportedLayerError)):
+    own = _is_own(frames[-1]) and (frames[-1].line or "").startswith("raise ")
+    if own and isinstance(error, (ValueError, TypeError, UnsupportedLayerError)):
         return Outcome("refused", _words(str(error).partition("\n")[0]), str(error))
-    where = next(
-        (f"{Path(f.filename).name}: {f.name}" for f in reversed(frames) if PACKAGE in Path(f.filename).parents), ""
-    )
+    where = next((f"{Path(f.filename).name}: {f.name}" for f in reversed(frames) if _is_own(f)), "")
     return Outcome("failed", f"raw exception: {type(error).__name__}", f"{where}: {error}"[:600])
+
+
+def _is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a frame is of the package."""
+    return not PACKAGE.isdisjoint(Path(frame.filename).parents)
 
 
 def _returned(result: Any) -> Outcome:

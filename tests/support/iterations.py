@@ -1,18 +1,33 @@
 """What the tests of the kernels share: a penalised step with its defaults, forked processes, Numba's cache."""
 
+import math
 import multiprocessing
 import os
 import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
+import torch
+
 from lightning_lip.kernels import PENALTY_CODES
 
 
-def penalise(iteration, weights, grads, penalty="product", n_iterations=1, target_log=0.0, scale=1.0, uses=None):
+def penalise(iteration, weights, grads, penalty="product", n_iterations=1, level=1.0, scale=1.0, uses=None):
     """Make a penalised step of an iteration, each layer used once if nothing else is said."""
     uses = [1] * len(weights) if uses is None else uses
-    return iteration.penalise_(weights, grads, n_iterations, PENALTY_CODES[penalty], target_log, scale, uses)
+    return iteration.penalise_(weights, grads, n_iterations, PENALTY_CODES[penalty], level, scale, uses)
+
+
+def check_a_product_beyond_fp32(kind, knee):
+    """Check a step of an implementation on four weights whose product of norms is 1e40, more than fp32 holds."""
+    weights = [1e10 * torch.eye(n) for n in (3, 4, 5, 6)]
+    grads = [torch.zeros_like(w) for w in weights]
+    start = [torch.eye(n)[:1] for n in (3, 4, 5, 6)]
+    value = penalise(kind(weights, start), weights, grads, level=knee, scale=1e-3)
+    assert float(value) == pytest.approx(1e-3 * knee * (1 + 40 * math.log(10) - math.log(knee)), rel=1e-5)
+    for grad in grads:
+        assert float(grad.norm()) == pytest.approx(1e-3 * knee / 1e10, rel=1e-5)
 
 
 def in_a_fork(function, *arguments):

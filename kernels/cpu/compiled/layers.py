@@ -40,10 +40,9 @@ from lightning_lip.kernels.cpu.compiled.emitter import I64, compiled, f32, f64, 
 from lightning_lip.kernels.cpu.compiled.products import band_width, form_images, form_products, row_of, update
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import finish
-from lightning_lip.kernels.penalties import PENALTY_CODES, PRODUCT_CAP
+from lightning_lip.kernels.penalties import PENALTY_CODES
 
 PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CODES.values()
-_LARGEST_PRODUCT = math.exp(PRODUCT_CAP)
 
 
 @compiled
@@ -123,7 +122,7 @@ def _iterate(header: I64) -> None:
 
 
 @compiled
-def _weigh(header: I64, code: int, target_log: float, factor: float) -> None:
+def _weigh(header: I64, code: int, level: float, factor: float) -> None:
     """Write ``c = factor d penalty / d sigma`` and the value of one of :mod:`lightning_lip.penalty.penalties`."""
     n_layers = header[at.LAYERS]
     sigma = f64(header[at.SIGMA], n_layers)
@@ -139,21 +138,23 @@ def _weigh(header: I64, code: int, target_log: float, factor: float) -> None:
                 log_bound += math.log(product)
                 product = 1.0
     slope = 1.0
-    is_short = code == PRODUCT and log_bound == 0.0 and product <= _LARGEST_PRODUCT
+    is_short = code == PRODUCT and log_bound == 0.0 and product <= level
+    log_level = 0.0
     if not is_short:
         log_bound += math.log(product)
+        log_level = math.log(level)
     if is_short:
         slope = value = product
     elif code == PRODUCT:
-        slope = math.exp(min(log_bound, PRODUCT_CAP))
-        value = slope * (1.0 + max(log_bound - PRODUCT_CAP, 0.0))
+        slope = math.exp(min(log_bound, log_level))
+        value = slope * (1.0 + max(log_bound - log_level, 0.0))
     elif code == SOFTPLUS_LOG:
         # exp of a negative number only: it cannot overflow.
-        small = math.exp(-abs(log_bound - target_log))
-        value = max(log_bound - target_log, 0.0) + math.log1p(small)
-        slope = (1.0 if log_bound > target_log else small) / (1.0 + small)
+        small = math.exp(-abs(log_bound - log_level))
+        value = max(log_bound - log_level, 0.0) + math.log1p(small)
+        slope = (1.0 if log_bound > log_level else small) / (1.0 + small)
     elif code == HINGE_LOG:
-        slope = 2.0 * max(log_bound - target_log, 0.0)
+        slope = 2.0 * max(log_bound - log_level, 0.0)
         value = 0.25 * slope * slope
     elif code == LOG:
         value = log_bound
@@ -176,7 +177,7 @@ def entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
     The checksum is a closure's variable, which Numba's cache takes into its key.
     """
 
-    def run(header_address: int, n_iterations: int, code: int, target_log: float, factor: float) -> None:
+    def run(header_address: int, n_iterations: int, code: int, level: float, factor: float) -> None:
         """Iterate (`n_iterations` >= 0), weigh (`code` >= 0) and update the gradients (`code` >= -1)."""
         _ = checksum
         header = i64(header_address, at.N_HEADER)
@@ -185,7 +186,7 @@ def entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
             for _ in range(max(n_iterations, 1)):
                 _iterate(header)
         if code >= 0:
-            _weigh(header, code, target_log, factor)
+            _weigh(header, code, level, factor)
         if code < at.COEFFICIENTS_GIVEN:
             return
         if header[at.THREADS] > 1:

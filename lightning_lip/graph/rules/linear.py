@@ -17,6 +17,7 @@ from lightning_lip.graph.builder import (
     Dependent,
     Independent,
     RefusedError,
+    SampleAxisError,
     broadcast,
     only_input,
     rule,
@@ -50,7 +51,7 @@ _CONVOLUTIONS: dict[tuple[int, bool], type[Any]] = {
 }
 
 
-def _matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple[Hashable, LinearOperator]:
+def matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple[Hashable, LinearOperator]:
     """Return the operator of a matrix that multiplies a value, and the key of its identity."""
     if not isinstance(weight, Independent):
         raise RefusedError("a product of two activations has no finite Lipschitz constant")
@@ -110,8 +111,9 @@ def _apply(
     return builder.chain(node, value, operator=builder.operator(key, operator))
 
 
-@rule("linear", "addmm", "mm", "matmul")
-def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+@rule("linear", "addmm", "mm")
+def linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Return the product of a value and a matrix, on either side."""
     if "mat1" in a or "mat2" in a:
         left, right = a.get("mat1", a.get("self")), a["mat2"]
         factor = max(1.0, abs(float(a.get("alpha", 1)))) if "mat1" in a else 1.0
@@ -124,12 +126,12 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     else:
         left, right, factor = a["self"], a["other"], 1.0
     value, weight = (left, right) if isinstance(left, Dependent) else (right, left)
-    key, operator = _matrix_operator(builder, node, weight)
+    key, operator = matrix_operator(builder, node, weight)
     rank = len(value.shape)
     # x W contracts the last dimension of x, W x the one before it (the last of a vector, which holds the batch).
     contracted = rank - 1 if value is left else max(rank - 2, 0)
     if value.axis == contracted:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     if factor != 1.0:
         return builder.chain(node, value, factor, operator=builder.operator(key, operator))
     # Only F.linear's matrix has its outputs for rows, which a normalisation scales: that of x W has them for columns.
@@ -140,9 +142,11 @@ def _linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
 def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     value = only_input(a)
     weight = a["weight"]
+    if not isinstance(weight, Independent):
+        raise RefusedError("its kernel depends on the network's input")
     rank = len(weight.shape) - 2
     if value.axis != 0 or len(value.shape) != rank + 2:
-        raise RefusedError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
+        raise SampleAxisError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
     transposed = bool(a.get("transposed", "transpose" in str(node.target)))
     padding = a["padding"] if isinstance(a["padding"], str) else per_dimension(a["padding"], rank)
     geometry = {
@@ -155,15 +159,17 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         "transposed": transposed,
     }
     (name, module), key = builder.module_of(node), "weight"
+    is_parameter = False
     if weight.owner is not None:
         owner, _, owned = weight.owner
+        is_parameter = owned in owner._parameters
         # Of the convolutions that share a kernel, the one that runs here knows its padding.
-        if owned not in owner._parameters or module._parameters.get("weight") is not owner._parameters[owned]:
+        if not is_parameter or module._parameters.get("weight") is not owner._parameters[owned]:
             module, name, key = weight.owner
-    elif not _is_parametrized(builder, node, weight, module):
-        raise RefusedError("its kernel is computed in the forward pass: only torch.nn.utils.parametrize is known")
     kind = _CONVOLUTIONS[rank, transposed]
-    own = keeps_forward(module, kind) and key == "weight"
+    # A kernel that the forward pass computes (a standardised one) is none of the module's own.
+    is_parametrized = weight.owner is None and _is_parametrized(builder, node, weight, module)
+    own = (is_parameter or is_parametrized) and keeps_forward(module, kind) and key == "weight"
     own = own and all(getattr(module, k) == v for k, v in geometry.items() if k != "padding")
     if own and module.padding_mode != "zeros":
         # The module pads by itself, then convolves without padding: one operator at the size before the padding.
@@ -172,14 +178,18 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
         value = unpadded or value
     elif own:
         own = module.padding == padding
-    convolution = module if own else _shell(kind, geometry, weight, module, key)
+    convolution = module if own else _shell(kind, geometry, weight)
+    if is_parameter and not own:
+        # The owner's own dictionary where it serves: a weight that is assigned later is seen.
+        convolution._parameters = module._parameters if key == "weight" else {"weight": module._parameters[key]}
     domain = value.shape[1:]
-    full = name if key == "weight" else f"{name}.{key}"
-    operator = ConvolutionOperator(full, convolution, domain)
-    identity: Hashable = id(module._parameters.get(key))
-    if weight.owner is None:
-        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute)
-        identity = ("computed", weight.identity)
+    full = name if key == "weight" else f"{name}.{key}" if name else key
+    identity: Hashable = id(module._parameters[key]) if is_parameter else ("computed", weight.identity)
+    if is_parameter:
+        operator = ConvolutionOperator(full, convolution, domain)
+    else:
+        parameters = None if own else weight.parameters
+        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute, parameters)
     # A kernel of size 1 is one operator at all sizes of its input.
     padded = (str(convolution.padding), convolution.padding_mode)
     details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
@@ -203,21 +213,14 @@ def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Depen
     return value
 
 
-def _shell(kind: type[Any], geometry: dict[str, Any], weight: Any, module: nn.Module, key: str) -> nn.Module:
-    """Return a module with the geometry of a functional convolution, around the live weight of its owner."""
-    if not isinstance(weight, Independent) or weight.owner is None or key not in module._parameters:
-        raise RefusedError("its kernel is neither a parameter nor that of a convolution of torch.nn")
+def _shell(kind: type[Any], geometry: dict[str, Any], weight: Independent) -> nn.Module:
+    """Return a module with the geometry of a functional convolution; its weight is a placeholder."""
     settings = {k: v for k, v in geometry.items() if k not in ("transposed", "kernel_size", "output_padding")}
     channels = [weight.shape[1] * geometry["groups"], weight.shape[0]]
     if geometry["transposed"]:
         settings["output_padding"] = geometry["output_padding"]
         channels = [weight.shape[0], weight.shape[1] * geometry["groups"]]
     shell: nn.Module = kind(*channels, geometry["kernel_size"], bias=False, device="meta", **settings)
-    if key == "weight":
-        # The owner's own dictionary: a weight that is assigned later is seen.
-        shell._parameters = module._parameters
-    else:
-        shell._parameters["weight"] = module._parameters[key]
     return shell
 
 
@@ -228,7 +231,7 @@ def _batch_norm(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any
     if a.get("training") or variance is None or mean is None:
         raise RefusedError("without running statistics it mixes the samples of a batch")
     if value.axis == 1:
-        raise RefusedError("it takes the batch for channels")
+        raise SampleAxisError("it takes the batch for channels")
     result = batch_normalised(builder, node, value, weight, variance, a["eps"])
     # The decomposed form returns statistics beside the output.
     return result if isinstance(node.meta["val"], Tensor) else (result, None, None, None, None)
@@ -297,11 +300,9 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     """Return the value of a product or quotient of which one side does not depend on the input."""
     first, second = a["self"], a["other"]
     divides = "div" in _base_name(node)
-    if isinstance(first, Dependent) and isinstance(second, Dependent):
-        raise RefusedError(f"a {'quotient' if divides else 'product'} of two activations has no finite constant")
     value, factor = (first, second) if isinstance(first, Dependent) else (second, first)
-    if divides and (value is second or a.get("rounding_mode") is not None):
-        raise RefusedError("a reciprocal or a rounded quotient has no finite Lipschitz constant")
+    if divides and a.get("rounding_mode") is not None:
+        raise RefusedError("a rounded quotient has no finite Lipschitz constant")
     copies, axis = broadcast(node, value)
     if isinstance(factor, (int, float)):
         if not math.isfinite(factor) or (divides and factor == 0):
@@ -321,7 +322,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
         return diagonal(builder, node, value, scale, factor, constant=copies, axis=axis, kind=kind)
 
     def largest() -> float:
-        return float(_magnitudes(tensor, scale).max()) * (1 + 1e-15)
+        return float(magnitudes(tensor, scale).max()) * (1 + 1e-15)
 
     if not math.isfinite(largest()):
         raise RefusedError("its factor is not finite")
@@ -330,7 +331,7 @@ def scale(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent
     return builder.chain(node, value, largest() * copies, axis=axis)
 
 
-def _magnitudes(source: Independent, compute: Callable[[], Tensor]) -> Tensor:
+def magnitudes(source: Independent, compute: Callable[[], Tensor]) -> Tensor:
     """Return upper bounds of the magnitudes of what is computed from `source`, but for a rounding in fp64."""
     # Read at each step of a training: a stored tensor is exact as it is.
     return compute().detach().abs() if source.owner is not None else evaluated(compute).magnitudes()
@@ -341,8 +342,8 @@ def _prelu(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependen
     value, weight = only_input(a), a["weight"]
 
     def slope() -> float:
-        return leaky_relu(_magnitudes(weight, weight.compute))
+        return leaky_relu(magnitudes(weight, weight.compute))
 
     if value.axis == 1 and math.prod(weight.shape) > 1:
-        raise RefusedError("it takes the batch for channels")
+        raise SampleAxisError("it takes the batch for channels")
     return builder.chain(node, value, live=slope)

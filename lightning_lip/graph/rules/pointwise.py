@@ -15,6 +15,8 @@ from lightning_lip.graph.builder import (
     Dependent,
     Independent,
     RefusedError,
+    SampleAxisError,
+    arguments_of,
     broadcast,
     dimensions,
     only_input,
@@ -22,13 +24,13 @@ from lightning_lip.graph.builder import (
     shape_of,
     size_along,
 )
+from lightning_lip.graph.rules.fourier import real_of
 from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
-from lightning_lip.rigorous.rounding import sqrt_up
-
-# The overloads themselves: a name alone would take log_sigmoid for a sigmoid, and a rounded quotient for a quotient.
-_PRODUCTS = {torch.ops.aten.mul.Tensor, torch.ops.aten.multiply.Tensor}
-_QUOTIENTS = {torch.ops.aten.div.Tensor, torch.ops.aten.divide.Tensor, torch.ops.aten.true_divide.Tensor}
-_DIFFERENCES = {torch.ops.aten.sub.Tensor, torch.ops.aten.subtract.Tensor, torch.ops.aten.rsub.Tensor}
+from lightning_lip.graph.rules.ranges import range_of, reciprocal_range
+from lightning_lip.graph.tracing import operation_name
+from lightning_lip.models.inputs import BATCH
+from lightning_lip.rigorous.intervals import Interval, exactly
+from lightning_lip.rigorous.rounding import divide_up, exp_up, multiply_up, sqrt_up, up
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "sigmoid": lambda a: constants.SIGMOID,
@@ -96,9 +98,10 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     elif "use_input_stats" in a and not a["use_input_stats"]:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
     elif value.axis != 0:
-        raise RefusedError("it takes the batch for channels")
-    elif "HxW" in a and (a["N"], a["C"], a["HxW"]) != (*value.shape[:2], math.prod(value.shape[2:])):
-        raise RefusedError("it takes the samples of a batch for one")
+        raise SampleAxisError("it takes the batch for channels")
+    elif "HxW" in a and (a["N"] % BATCH or a["N"] * a["C"] * a["HxW"] != math.prod(value.shape)):
+        # It takes the elements, of which each sample's lie one after the other, for N samples.
+        raise SampleAxisError("it takes the samples of a batch for one")
     weight = a.get("weight")
     constant = constants.normalisation(eps)
     tensor = node.meta["val"]
@@ -119,34 +122,7 @@ def _add(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     scales = [f * copies for (_, f), (copies, _) in zip(branches, placed, strict=True)]
     if len(branches) == 1:
         return builder.chain(node, branches[0][0], scales[0], axis=placed[0][1])
-    recognised = _tanhshrink(node)
-    if recognised is not None and alpha == 1 and isinstance(builder.values.get(recognised), Dependent):
-        return builder.chain(node, builder.values[recognised])
-    return _joined(builder, node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
-
-
-def _tanhshrink(node: torch.fx.Node) -> torch.fx.Node | None:
-    """Return x if the node is x - tanh(x), whose slope lies in [0, 1), or its negative; `alpha` is not looked at."""
-    x, other = node.args[:2]
-    if node.target in _DIFFERENCES and isinstance(x, torch.fx.Node) and isinstance(other, torch.fx.Node):
-        return x if other.target is torch.ops.aten.tanh.default and other.args[0] is x else None
-    return None
-
-
-def _joined(
-    builder: Builder,
-    node: torch.fx.Node,
-    kind: Any,
-    values: list[Dependent],
-    scales: list[float],
-    axes: list[int],
-) -> Dependent:
-    shape = shape_of(node)
-    if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
-        raise RefusedError("it mixes the samples of a batch")
-    builder.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
-    inputs = frozenset().union(*(v.inputs for v in values))
-    return Dependent(shape, axes[0], builder.combine(kind, values, scales), inputs)
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
 
 
 @rule("maximum", "minimum", "where", "masked_fill")
@@ -160,7 +136,7 @@ def _select(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     scales = [copies for copies, _ in placed]
     if len(branches) == 1:
         return builder.chain(node, branches[0], scales[0], axis=placed[0][1])
-    return _joined(builder, node, "norm", branches, scales, [axis for _, axis in placed])
+    return builder.join(node, "norm", branches, scales, [axis for _, axis in placed])
 
 
 @rule("cat", "concat", "concatenate", "stack")
@@ -171,8 +147,8 @@ def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     stacked = "stack" in str(node.target)
     axes = [v.axis + (1 if stacked and dim <= v.axis else 0) for v in branches]
     if not stacked and dim in axes:
-        raise RefusedError("it mixes the samples of a batch")
-    return _joined(builder, node, "norm", branches, [1.0] * len(branches), axes)
+        raise SampleAxisError
+    return builder.join(node, "norm", branches, [1.0] * len(branches), axes)
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "linalg_vector_norm", "norm", "frobenius_norm")
@@ -211,7 +187,7 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if any(v.axis != 0 for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")
     shape = shape_of(node)
-    joined = values[0] if len(values) == 1 else _joined(builder, node, "norm", values, [1.0] * len(values), [0])
+    joined = values[0] if len(values) == 1 else builder.join(node, "norm", values, [1.0] * len(values), [0])
     try:
         constants.lipschitz_constant(module)
     except UnsupportedLayerError as error:
@@ -224,41 +200,173 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
 
 @rule("mul", "multiply", "div", "divide", "true_divide")
 def _product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
-    if isinstance(a["self"], Dependent) and isinstance(a["other"], Dependent):
-        recognised = recognised_product(builder, node)
-        if recognised is not None:
-            value, constant = recognised
-            return builder.chain(node, value, constant, how="x sigmoid(c x) or x / (1 + |x|), written out")
-    return scale(builder, node, a)
+    divides = "div" in str(node.target)
+    if isinstance(a["other"], Dependent) and (divides or isinstance(a["self"], Dependent)):
+        return _bounded_product(builder, node, a, divides)
+    return scale(builder, node, {**a, "self": real_of(builder, a["self"]), "other": real_of(builder, a["other"])})
 
 
-def recognised_product(builder: Builder, node: torch.fx.Node) -> tuple[Dependent, float] | None:
-    """Return the value and the constant of x sigmoid(c x) or x / (1 + |x|), written out; None for anything else."""
-    multiplies = node.target in _PRODUCTS
-    pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if multiplies else [])
-    for x, other in pairs:
-        value = builder.values.get(x) if isinstance(x, torch.fx.Node) else None
-        if not isinstance(x, torch.fx.Node) or not isinstance(other, torch.fx.Node) or not isinstance(value, Dependent):
+def _bounded_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any], divides: bool) -> Dependent:
+    """Return the value of f g, or of f / g, for bounded factors.
+
+    ``|f g - f' g'| <= sup|g| |f - f'| + sup|f| |g - g'|``, elementwise; a quotient is the product of f and 1 / g, whose
+    slope is at most ``1 / g^2``.
+
+    Raises:
+        RefusedError: If a factor that matters is not bounded.
+    """
+    arguments = arguments_of(node, lambda leaf: leaf)
+    first, second = (range_of(builder, arguments[key]) for key in ("self", "other"))
+    what, slope = "product", 1.0
+    if divides:
+        if a.get("rounding_mode") is not None:
+            raise RefusedError("a rounded quotient of two activations is a step function")
+        what, second = "quotient", reciprocal_range(second)
+        slope = multiply_up(second.magnitude, second.magnitude)
+    factors = [(a["self"], second.magnitude), (a["other"], multiply_up(first.magnitude, slope))]
+    branches = [(v, factor) for v, factor in factors if isinstance(v, Dependent)]
+    unbounded = [i for i, bound in enumerate((first, second)) if not math.isfinite(bound.magnitude)]
+    if len(branches) == 1 and 1 in unbounded:
+        raise RefusedError("a reciprocal has no finite Lipschitz constant, unless its argument keeps away from 0")
+    if len(branches) == 1 and unbounded:
+        raise RefusedError("a reciprocal times a tensor that can change has no rule")
+    if unbounded:
+        which = "neither" if len(unbounded) == 2 else f"not the {('first', 'second')[unbounded[0]]}"
+        away = " (a divisor must keep away from 0)" if divides and 1 in unbounded else ""
+        raise RefusedError(f"a {what} of two activations, {which} known to be bounded{away}, has no known constant")
+    placed = [broadcast(node, v) for v, _ in branches]
+    scales = [multiply_up(factor, copies) for (_, factor), (copies, _) in zip(branches, placed, strict=True)]
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
+
+
+def _slope_of_power(x: Interval, exponent: Any) -> float:
+    """Return the largest ``|p x^(p-1)|`` on a range: at an end of it, where it is finite at all."""
+    if not isinstance(exponent, (int, float)) or not (float(exponent).is_integer() or x.low >= 0):
+        raise RefusedError("a power of what may be negative")
+    if exponent == 0:
+        return 0.0
+    if x.high < 0:
+        x = -x
+    if exponent < 1 and x.low <= 0:
+        kind = "reciprocal" if exponent == -1 else "power below 1"
+        raise RefusedError(f"a {kind} has no finite Lipschitz constant, unless its argument keeps away from 0")
+    if exponent > 1 and not math.isfinite(x.magnitude):
+        raise RefusedError("a power has no finite Lipschitz constant, unless its argument is bounded")
+    base = x.magnitude if exponent >= 1 else x.low
+    return abs(exponent) * math.pow(base, exponent - 1) * (1 + 1e-14)
+
+
+def _slope_of_exponential(x: Interval, rate: float = 1.0) -> float:
+    if x.high == math.inf:
+        raise RefusedError("it has no finite Lipschitz constant, unless its argument is bounded from above")
+    return rate * exp_up(up(rate * x.high)) * (1 + 1e-15)
+
+
+def _slope_of_logarithm(x: Interval, shift: float = 0.0, rate: float = 1.0) -> float:
+    low = math.nextafter(x.low + shift, -math.inf) if shift and x.low else x.low + shift
+    if not low > 0:
+        raise RefusedError("it has no finite Lipschitz constant, unless its argument keeps away from where it ends")
+    return divide_up(rate, low)
+
+
+_ON_RANGES: dict[str, Callable[[Interval, dict[str, Any]], float]] = {
+    "pow": lambda x, a: _slope_of_power(x, a["exponent"]),
+    "square": lambda x, a: _slope_of_power(x, 2),
+    "sqrt": lambda x, a: _slope_of_power(x, 0.5),
+    "rsqrt": lambda x, a: _slope_of_power(x, -0.5),
+    "reciprocal": lambda x, a: _slope_of_power(x, -1),
+    "exp": lambda x, a: _slope_of_exponential(x),
+    "expm1": lambda x, a: _slope_of_exponential(x),
+    "exp2": lambda x, a: _slope_of_exponential(x, up(math.log(2))),
+    "log": lambda x, a: _slope_of_logarithm(x),
+    "log2": lambda x, a: _slope_of_logarithm(x, rate=up(up(1 / math.log(2)))),
+    "log10": lambda x, a: _slope_of_logarithm(x, rate=up(up(1 / math.log(10)))),
+    "log1p": lambda x, a: _slope_of_logarithm(x, 1.0),
+}
+
+
+@rule(*_ON_RANGES)
+def _on_range(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """A function that is Lipschitz where its argument lies: the largest slope on that range."""
+    value = only_input(a)
+    name = operation_name(node)
+    found = range_of(builder, arguments_of(node, lambda leaf: leaf)["self"])
+    return builder.chain(node, value, _ON_RANGES[name](found, a))
+
+
+@rule("addcmul")
+def _add_product(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``self + value tensor1 tensor2``, where one factor does not depend on the input."""
+    first, factors = a["self"], (a["tensor1"], a["tensor2"])
+    if all(isinstance(factor, Dependent) for factor in factors):
+        raise RefusedError("a product of two activations has no known constant: write it as a product and a sum")
+    size = abs(float(a["value"]))
+    branches, scales = [], []
+    if isinstance(first, Dependent):
+        branches, scales = [first], [1.0]
+    if any(isinstance(factor, Dependent) for factor in factors):
+        branches.append(scale(builder, node, {"self": factors[0], "other": factors[1]}))
+        scales.append(size)
+    placed = [broadcast(node, v) for v in branches]
+    scales = [multiply_up(s, copies) for s, (copies, _) in zip(scales, placed, strict=True)]
+    return builder.join(node, "sum", branches, scales, [axis for _, axis in placed])
+
+
+@rule("lerp")
+def _interpolate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``(1 - w) self + w end``: each branch times the largest factor."""
+    weight = a["weight"]
+    if isinstance(weight, Dependent):
+        raise RefusedError("its weight depends on the network's input")
+    if isinstance(weight, Independent) and weight.live:
+        raise RefusedError("its weight can change: write it as a sum of products")
+    w = range_of(builder, arguments_of(node, lambda leaf: leaf)["weight"])
+    sizes = ((exactly(1.0) - w).magnitude, w.magnitude)
+    branches = [(v, size) for v, size in zip((a["self"], a["end"]), sizes, strict=True) if isinstance(v, Dependent)]
+    placed = [broadcast(node, v) for v, _ in branches]
+    scales = [multiply_up(size, copies) for (_, size), (copies, _) in zip(branches, placed, strict=True)]
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [axis for _, axis in placed])
+
+
+@rule("std")
+def _deviation(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """``||x - mean x|| / sqrt(n - c)``, *exact*: 1 / sqrt(n - c), as the projection has norm 1."""
+    value = only_input(a)
+    dims = dimensions(value, a.get("dim"))
+    correction = a.get("correction")
+    correction = float(a.get("unbiased", True)) if correction is None else float(correction)
+    left = size_along(value, dims) - correction
+    if not left > 0:
+        raise RefusedError(f"with a correction of {correction:g} its divisor is not positive")
+    keep = bool(a.get("keepdim", False))
+    axis = value.axis if keep else value.axis - sum(1 for d in dims if d < value.axis)
+    return builder.chain(node, value, divide_up(1.0, math.nextafter(math.sqrt(left), 0.0)), axis=axis)
+
+
+@rule("cdist")
+def _distances(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """All distances ``|x_i - y_j|_p``: each is Lipschitz in x_i and in y_j, which stand in as many as the other has.
+
+    The gradient of a p-norm has q-norm 1, 1 / p + 1 / q = 1: its Euclidean norm is at most 1 for p >= 2, and at most
+    n^(1/p - 1/2) for p < 2 in n dimensions.
+    """
+    p, n_features = float(a["p"]), a["x1"].shape[-1]
+    if not p >= 1:
+        raise RefusedError(f"the distance of order {p:g} has no rule")
+    slope = 1.0 if p >= 2 else math.pow(n_features, 1 / p - 0.5) * (1 + 1e-14)
+    shape = shape_of(node)
+    values, scales, axes = [], [], []
+    for at, value in enumerate((a["x1"], a["x2"])):
+        if not isinstance(value, Dependent):
             continue
-        if multiplies and other.target is torch.ops.aten.sigmoid.default:
-            inner = other.args[0]
-            if inner is x or _multiple_of(inner, x):
-                return value, constants.SILU
-        if node.target in _QUOTIENTS and _one_plus_magnitude(other, x):
-            return value, 1.0
-    return None
-
-
-def _multiple_of(node: Any, x: torch.fx.Node) -> bool:
-    if not isinstance(node, torch.fx.Node) or node.target not in _PRODUCTS:
-        return False
-    return any(a is x and isinstance(b, (int, float)) for a, b in (node.args[:2], node.args[1::-1]))
-
-
-def _one_plus_magnitude(node: torch.fx.Node, x: torch.fx.Node) -> bool:
-    if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
-        return False
-    return any(
-        isinstance(a, torch.fx.Node) and a.target is torch.ops.aten.abs.default and a.args[0] is x and b == 1
-        for a, b in (node.args[:2], node.args[1::-1])
-    )
+        rank = len(value.shape)
+        if value.axis == rank - 1:
+            raise SampleAxisError
+        # The points of the second are along the last dimension.
+        axis = len(shape) - 1 if at and value.axis == rank - 2 else value.axis + len(shape) - rank
+        if shape[axis] != value.shape[value.axis]:
+            raise SampleAxisError
+        values.append(value)
+        scales.append(multiply_up(slope, sqrt_up(math.prod(shape) / max(1, math.prod(value.shape[:-1])))))
+        axes.append(axis)
+    return builder.join(node, "sum", values, scales, axes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,17 @@ from lightning_lip.constants.pooling import (
     sized_average_pool_constant,
     upsample_constant,
 )
-from lightning_lip.graph.builder import Builder, Dependent, Independent, RefusedError, only_input, rule, shape_of
+from lightning_lip.graph.builder import (
+    Builder,
+    Dependent,
+    Independent,
+    RefusedError,
+    SampleAxisError,
+    dimensions,
+    only_input,
+    rule,
+    shape_of,
+)
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.rigorous.rounding import sqrt_up
 
@@ -24,11 +35,11 @@ SAME = (
 )  # fmt: skip
 MOVES = (
     "view", "_unsafe_view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze",
-    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "adjoint", "slice",
+    "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "numpy_T", "mT", "adjoint", "slice",
     "select", "narrow", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split",
     "unsafe_chunk", "flip", "roll", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle",
     "expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "tile", "unfold", "im2col", "index_select",
-    "index", "gather", "diagonal", "rot90", "tril", "triu",
+    "index", "gather", "diagonal", "rot90", "tril", "triu", "fft_fftshift", "fft_ifftshift",
     "view_copy", "permute_copy", "transpose_copy", "slice_copy", "select_copy", "unsqueeze_copy", "squeeze_copy",
     "expand_copy", "split_copy", "split_with_sizes_copy", "unbind_copy", "unfold_copy", "diagonal_copy",
 )  # fmt: skip
@@ -77,16 +88,21 @@ def _indices(argument: Any) -> Any:
 
 
 def _moved(builder: Builder, node: torch.fx.Node, value: Dependent, numbers: Tensor) -> Dependent:
+    copies, axis = _copies(value, numbers)
+    return builder.chain(
+        node, value, sqrt_up(copies) if copies > 1 else 1.0, how="moves elements", shape=numbers.shape, axis=axis
+    )
+
+
+def _copies(value: Dependent, numbers: Tensor) -> tuple[int, int]:
+    """Return how often an element is copied at most, and the samples' axis, by the elements' numbers from 1 on."""
     flat = numbers.long() - 1
     counts = torch.bincount(flat.flatten().clamp(min=-1) + 1, minlength=2)[1:]
     copies = int(counts.max())
     inner = torch.Size(value.shape[value.axis + 1 :]).numel()
     size = value.shape[value.axis]
     sample = torch.where(flat < 0, -1, (flat // inner) % size // (size // BATCH))
-    axis = _sample_axis(sample)
-    return builder.chain(
-        node, value, sqrt_up(copies) if copies > 1 else 1.0, how="moves elements", shape=numbers.shape, axis=axis
-    )
+    return copies, _sample_axis(sample)
 
 
 def _sample_axis(sample: Tensor) -> int:
@@ -102,13 +118,13 @@ def _sample_axis(sample: Tensor) -> int:
         expected = expected.view(-1, *[1] * (sample.dim() - axis - 1))
         if bool(((sample == expected) | (sample < 0)).all()):
             return axis
-    raise RefusedError("it mixes the samples of a batch")
+    raise SampleAxisError
 
 
 def _spatial(value: Dependent, rank: int) -> tuple[int, ...]:
     """Return the last `rank` sizes, none of which may hold the batch."""
     if value.axis >= len(value.shape) - rank:
-        raise RefusedError("it mixes the samples of a batch")
+        raise SampleAxisError
     return value.shape[len(value.shape) - rank :]
 
 
@@ -172,4 +188,112 @@ def _upsample(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depen
     rank = _rank(node)
     arguments = dict(list(a.items())[1:])
     constant = upsample_constant(node.target, arguments, _spatial(value, rank), shape_of(node)[-rank:])  # type: ignore[arg-type]
+    return builder.chain(node, value, constant)
+
+
+@rule("sort", "msort", "topk", "kthvalue", "median", "cummax", "cummin")
+def _ordered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
+    """Order statistics: continuous, and everywhere a selection of elements.
+
+    *Exact*: 1 where each element is selected once; sqrt(n) for running maxima, which one element may all be. The
+    indices beside the values jump: they are refused where they are used.
+    """
+    value = only_input(a)
+    if a.get("sorted") is False:
+        raise RefusedError("unsorted, topk returns its values in no stated order")
+    (dim,) = dimensions(value, a.get("dim", 0 if "msort" in str(node.target) else None))[-1:]
+    running = "cum" in str(node.target)
+    n = value.shape[dim]
+    shape = shape_of(node)
+    axis = value.axis - (1 if len(shape) < len(value.shape) and dim < value.axis else 0)
+    result = builder.chain(node, value, sqrt_up(n) if running and n > 1 else 1.0, shape=shape, axis=axis)
+    return result if isinstance(node.meta["val"], Tensor) else (result, None)
+
+
+@rule("scatter_add", "index_add", "scatter_reduce")
+def _scattered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Sums, means or maxima of elements at given places, each element once.
+
+    For sums of c elements and fewer, *exact*: the matrix A has one 1 in each column and c in a row, so that A A^T is
+    diagonal: sqrt(c). A maximum or a mean of elements, itself among them, moves by no more than all of them together.
+    """
+    index, source = a["index"], a["src"] if "src" in a else a["source"]
+    if not isinstance(index, Independent):
+        raise RefusedError("its index depends on the network's input")
+    how, size = a.get("reduce", "sum"), abs(float(a.get("alpha", 1)))
+    if how not in ("sum", "amax", "amin", "mean"):
+        raise RefusedError(f"the reduction {how!r} has no rule")
+    branches = [(v, part) for v, part in ((a["self"], 1.0), (source, size)) if isinstance(v, Dependent)]
+    dim = a["dim"] % max(1, len(shape_of(node)))
+    if any(v.axis == dim or v.shape[v.axis] != shape_of(node)[v.axis] for v, _ in branches):
+        raise SampleAxisError
+    if how != "sum":
+        return builder.join(
+            node, "norm", [v for v, _ in branches], [1.0] * len(branches), [v.axis for v, _ in branches]
+        )
+    places = index.compute().cpu()
+    zeros, ones = torch.zeros(shape_of(node), device="cpu"), torch.ones(source.shape, device="cpu")
+    add = zeros.index_add if "index_add" in str(node.target) else zeros.scatter_add
+    together = int(add(dim, places, ones).max()) if zeros.numel() else 0
+    scales = [size * sqrt_up(together) if v is source and together > 1 else part for v, part in branches]
+    return builder.join(node, "sum", [v for v, _ in branches], scales, [v.axis for v, _ in branches])
+
+
+@rule("slice_scatter", "select_scatter", "diagonal_scatter", "copy")
+def _placed(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Write one tensor into places of another: each element of the result is one of either. *Exact* for each branch."""
+    branches, scales, axes = [], [], []
+    for key in ("self", "src"):
+        value = a[key]
+        if not isinstance(value, Dependent):
+            continue
+        arguments = {k: _zeros(v) if k in ("self", "src") else v for k, v in a.items()}
+        numbers = torch.arange(1, 1 + torch.Size(value.shape).numel(), dtype=torch.float64, device="cpu")
+        arguments[key] = numbers.reshape(value.shape)
+        copies, axis = _copies(value, node.target(**arguments))  # type: ignore[operator]
+        if copies:
+            branches.append(value)
+            scales.append(sqrt_up(copies) if copies > 1 else 1.0)
+            axes.append(axis)
+    if not branches:
+        raise RefusedError("of the network's input nothing is left")
+    return builder.join(node, "norm", branches, scales, axes)
+
+
+def _zeros(value: Dependent | Independent) -> Tensor:
+    return torch.zeros(value.shape, dtype=torch.float64, device="cpu")
+
+
+@rule("col2im")
+def _fold(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Sum overlapping blocks: *exact*, the root of the largest number of elements at one place, as in scatter_add."""
+    value = only_input(a)
+    if len(value.shape) != 3 or value.axis != 0:
+        raise SampleAxisError("it takes the batch for channels or places")
+    arguments = dict(list(a.items())[1:])
+    places = math.prod(per_dimension(a["kernel_size"], 2))
+    ones = torch.ones(1, places, value.shape[2], device="cpu")
+    together = int(torch.ops.aten.col2im(ones, **arguments).max())
+    return builder.chain(node, value, sqrt_up(together) if together > 1 else 1.0)
+
+
+@rule("cumsum", "diff")
+def _along(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    """Cumulative sums and differences along a dimension of n elements.
+
+    *Exact*: differences D have ``D D^T = tridiag(-1, 2, -1)`` of size n - 1, whose largest eigenvalue is
+    ``4 cos^2(pi / 2n)``; the inverse of the sums is D with another first row, whose smallest singular value is
+    ``2 sin(pi / (4n + 2))``. Differences of order k are at most the product of k such, at n, n - 1, .. elements; given
+    ends count as elements.
+    """
+    value = only_input(a)
+    (dim,) = dimensions(value, a["dim"])
+    if "cumsum" in str(node.target):
+        constant = 1 / (2 * math.sin(math.pi / (4 * value.shape[dim] + 2))) * (1 + 1e-14)
+        return builder.chain(node, value, constant)
+    ends = sum(a[key].shape[dim] for key in ("prepend", "append") if a.get(key) is not None)
+    n = value.shape[dim] + ends
+    constant = 1.0
+    for size in range(n, n - int(a["n"]), -1):
+        constant *= 2 * math.cos(math.pi / (2 * size)) * (1 + 1e-15) if size > 1 else 0.0
     return builder.chain(node, value, constant)

@@ -20,8 +20,8 @@ from lightning_lip.paper.model import PaperRegressor
 from lightning_lip.paper.regimes.settings import MAX_NORM, Record, Run
 from lightning_lip.paper.settings import BATCH_SIZE, NOISE_LEVELS, validation_key
 from lightning_lip.reporting.documents import remove_events, replacing
+from lightning_lip.reporting.messages import quiet
 from lightning_lip.reporting.processes import one_thread
-from lightning_lip.reporting.quiet import quiet
 
 PICTURES = 10
 """How often a logged run draws the heat map of its spectral norms."""
@@ -153,6 +153,7 @@ def _regularisers(run: Run) -> list[Callback]:
             penalty="product" if run.regime == "product" else "layer_sum",
             layers=[f"net.{2 * layer}" for layer in range(run.n_norms)],
             seed=run.seed,
+            knee=None,  # the paper's plain product
         )
     ]
 

@@ -31,7 +31,7 @@ def test_the_callback_comes_and_goes(tensorboard, monkeypatch):
 
 
 def test_command_writes_a_row_for_each_comparison(tmp_path, monkeypatch, capsys):
-    fake = {False: [100.0, 110.0, 120.0], True: [105.0, 121.0, 126.0]}
+    fake = [[100.0, 110.0, 120.0], [105.0, 121.0, 126.0]]
     monkeypatch.setattr(callbacks, "_in_a_process", lambda name, blocks: fake)
     callbacks.main(["--quick", "--output", str(tmp_path)])
     rows, _ = csv_rows(tmp_path / "callbacks.csv")

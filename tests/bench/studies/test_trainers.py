@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from lightning_lip.bench.studies.trainers import CASES, reference, run
+from lightning_lip.bench.studies.trainers import CASES, Row, reference, run
+from lightning_lip.reporting.finished import Finished
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are started as on Linux"),
@@ -15,7 +16,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    return {row.case: row for row in run(CASES, tmp_path_factory.mktemp("trainers"))}
+    folder = tmp_path_factory.mktemp("trainers")
+    return {row.case: row for row in run(CASES, folder, Finished(folder / "finished", "", Row._make))}
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name.replace(", ", "-").replace(" ", "_") for case in CASES])

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -259,15 +260,70 @@ def test_functional_convolutions():
     check_bound(unpadded, 2, 5, n=1, attained=True)
     sized = Lambda(lambda m, x: m.c(x, output_size=[7]), c=nn.ConvTranspose1d(2, 2, 3, 2))
     check_bound(sized, 2, 3, n=1, attained=True)
-    computed = Lambda(lambda m, x: F.conv1d(x, m.c.weight * 2), c=nn.Conv1d(2, 2, 3))
-    with pytest.raises(UnsupportedLayerError, match="kernel is computed"):
-        NetworkBound.trace(computed, torch.randn(2, 2, 5))
-    blur = Lambda(lambda m, x: F.conv1d(x, m.kernel))
-    blur.register_buffer("kernel", torch.ones(1, 1, 3))
-    with pytest.raises(UnsupportedLayerError, match="neither a parameter"):
-        NetworkBound.trace(blur, torch.randn(2, 1, 5))
     with pytest.raises(UnsupportedLayerError, match="channels or places"):
         NetworkBound.trace(Lambda(lambda m, x: m.c(x), c=nn.Conv1d(2, 2, 1)), torch.randn(2, 5))
+
+
+class StandardisedConv(nn.Conv2d):
+    """A convolution with standardised weights, as timm writes it."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        kernel = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def standardised(m, x):
+    mean, var = m.c.weight.mean((1, 2, 3), keepdim=True), m.c.weight.var((1, 2, 3), keepdim=True, unbiased=False)
+    return F.conv2d(x, (m.c.weight - mean) / torch.sqrt(var + 1e-5), m.c.bias, stride=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(StandardisedConv(2, 4, 3, 2, 1, groups=2)), (2, 5, 5)),
+        (nn.Sequential(StandardisedConv(2, 3, 1), randomised_batch_norm(nn.BatchNorm2d(3))), (2, 4, 4)),
+        (Lambda(standardised, c=nn.Conv2d(2, 3, 3)), (2, 5, 4)),
+        (Lambda(lambda m, x: F.conv1d(x, m.c.weight * 2, padding="same"), c=nn.Conv1d(2, 2, 3)), (2, 5)),
+        (Lambda(lambda m, x: F.conv_transpose1d(x, m.c.weight.exp(), stride=3), c=nn.Conv1d(2, 2, 2)), (2, 4)),
+    ],
+    ids=["timm", "fused", "by hand", "scaled", "transposed"],
+)
+def test_computed_kernels(model, shape):
+    check_bound(model, *shape, n=1, attained=True)
+    (op,) = NetworkBound.trace(model, torch.randn(2, *shape).double()).operators
+    x, y = torch.randn(op.domain_shape).double(), torch.randn(op.codomain_shape).double()
+    found = torch.autograd.grad(op.norm(y.flatten(), x.flatten()), op.parameters)
+    expected = torch.autograd.grad((y * op.apply(x[None])[0]).sum(), op.parameters)
+    assert found[0].abs().sum() > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    single = copy.deepcopy(model).float()
+    truth = flat_norm(model, *shape)
+    assert truth * (1 - 1e-6) <= certify(single, torch.randn(2, *shape)).upper <= 1.6 * truth
+
+
+def test_constant_kernels():
+    def blur(m, x):
+        kernel = (m.taps[:, None] * m.taps[None, :])[None, None].expand(3, 1, 3, 3)
+        return F.conv2d(F.pad(x, [1, 1, 1, 1], mode="reflect"), kernel, stride=2, groups=3)
+
+    pooled = Lambda(blur, taps=torch.tensor([0.25, 0.5, 0.25]))
+    check_bound(pooled, 3, 6, 6)
+    (op,) = NetworkBound.trace(pooled, torch.randn(2, 3, 6, 6).double()).operators
+    assert op.parameters == ()
+    stored = Lambda(lambda m, x: F.conv1d(x, m.kernel, dilation=2), kernel=torch.randn(2, 1, 3))
+    check_bound(stored, 1, 7, n=1, attained=True)
+    (op,) = NetworkBound.trace(stored, torch.randn(2, 1, 7).double()).operators
+    assert op.name == "kernel"
+    stored.kernel.mul_(3)
+    assert operator_norms([op]).item() == pytest.approx(flat_norm(stored, 1, 7))
+    twice = Lambda(lambda m, x: F.conv1d(F.conv1d(x, m.kernel), m.kernel.abs()), kernel=torch.randn(2, 2, 1))
+    check_bound(twice, 2, 4, n=1)
+    assert len(NetworkBound.trace(twice, torch.randn(2, 2, 4).double()).operators) == 2
+    whole = Lambda(lambda m, x: F.conv1d(x, m.kernel), kernel=torch.full((1, 1, 2), math.inf))
+    with pytest.raises(ValueError, match="NaN or an infinity"):
+        certify(whole, torch.randn(2, 1, 4))
 
 
 def flat_norm(model, *shape):
@@ -333,12 +389,8 @@ def test_a_hook_of_a_parametrised_layer_may_use_weights_of_its_own(make):
         hook = layer.register_forward_hook(lambda m, i, o, weight=weight: function(o, weight(), **padding))
         model = Lambda(lambda m, x: m.layer(x), layer=layer, other=other)
         x = torch.randn(2, *shape).double()
-        if isinstance(layer, nn.Linear):
-            assert len(NetworkBound.trace(model, x).operators) == 2
-            assert flat_norm(model, *shape) <= certify(model, x).upper
-        else:
-            with pytest.raises(UnsupportedLayerError, match="kernel is computed"):
-                NetworkBound.trace(model, x)
+        assert len(NetworkBound.trace(model, x).operators) == 2
+        assert flat_norm(model, *shape) <= certify(model, x).upper
         hook.remove()
     hook = layer.register_forward_hook(lambda m, i, o: function(o, m.weight, **padding))
     (op,) = NetworkBound.trace(nn.Sequential(layer, nn.Tanh(), layer), torch.randn(2, *shape).double()).operators

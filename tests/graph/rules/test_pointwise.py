@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from support.networks import Lambda, linear
-from support.truth import check_bound, operator_norms, value_of
+from support.truth import check_bound, jacobian_norm, operator_norms, value_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -128,14 +128,14 @@ def rules(monkeypatch):
 
 
 class Gate(nn.Module):
-    """x times a clipped gate: a product of two activations, of known constant only to who wrote it."""
+    """x times a gate: a product of two activations, of known constant only to who knows that x is bounded."""
 
     def __init__(self):
         super().__init__()
         self.limit = 2.0
 
     def forward(self, x, y=None):
-        return torch.sin(x) * torch.cos(x if y is None else y)
+        return x * torch.cos(x if y is None else y)
 
 
 @pytest.mark.usefixtures("rules")
@@ -176,13 +176,23 @@ def test_a_registered_module_returns_one_tensor():
         NetworkBound.trace(nn.Sequential(nn.LPPool1d(3, 2)), torch.randn(2, 1, 4))
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 3, 1), (1, 8, 3, 2), (1, 4, 6, 1), (4, 2, 3, 1), (2, 2, 6, 1)])
+@pytest.mark.parametrize("sizes", [(1, 8, 3, 1), (1, 8, 3, 2), (1, 4, 6, 1), (3, 4, 2, 1)])
 def test_a_group_norm_that_counts_samples_otherwise_is_refused(sizes):
     function = Lambda(lambda m, x: torch.native_group_norm(x, None, None, *sizes, 0.1)[0])
     with pytest.raises(UnsupportedLayerError, match="samples of a batch for one"):
         NetworkBound.trace(function, torch.randn(2, 4, 3))
-    right = Lambda(lambda m, x: torch.native_group_norm(x, None, None, 2, 4, 3, 2, 0.1)[0])
-    assert value_of(right, torch.randn(2, 4, 3)) == pytest.approx(0.1**-0.5)
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 3, 2), (4, 2, 3, 1), (2, 2, 6, 1), (8, 1, 3, 1), (2, 3, 4, 3)])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1)])
+def test_a_group_norm_whose_blocks_lie_within_a_sample_is_bounded(sizes, order):
+    model = Lambda(lambda m, x: torch.native_group_norm(x.permute(order), None, None, *sizes, 0.1)[0])
+    x = torch.zeros(2, 4, 3, dtype=torch.float64)
+    assert value_of(model, x) == pytest.approx(0.1**-0.5)
+    jacobian = torch.autograd.functional.jacobian(model, x).view(2, 12, 2, 12)
+    assert jacobian[0, :, 1].abs().max() == jacobian[1, :, 0].abs().max() == 0
+    # A constant input, where the slope is steepest.
+    assert torch.linalg.matrix_norm(jacobian[0, :, 0], 2).item() <= value_of(model, x) * (1 + 1e-12)
 
 
 def changed(**settings):
@@ -235,3 +245,195 @@ def test_a_registered_module_that_is_called_in_another_state_is_read_there_or_re
         NetworkBound.trace(other, x)
     with pytest.raises(UnsupportedLayerError, match="training mode"):
         NetworkBound.trace(Lambda(changed(training=True), inner=scale), x)
+
+
+C = math.sqrt(2 / math.pi)
+WRITTEN_OUT = [
+    lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))),
+    lambda x: x * 0.5 + 0.5 * x * torch.erf(x * 0.70710678),
+    lambda x: x * (0.5 * (1 + torch.erf(x / 1.41421))),
+    lambda x: 0.5 * x * (1.0 + torch.tanh(C * (x + 0.044715 * torch.pow(x, 3.0)))),
+    lambda x: 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x))),
+    lambda x: x * torch.sigmoid(1.702 * x),
+    lambda x: x / (1 + torch.exp(-x)),
+    lambda x: x * F.relu6(x + 3) / 6,
+    lambda x: x * torch.clamp(x + 3, 0, 6) / 6,
+    lambda x: x * F.hardtanh(x.add(3), 0.0, 6.0).mul(1 / 6),
+    lambda x: x * torch.tanh(F.softplus(x)),
+    lambda x: x * torch.tanh(torch.log(1 + torch.exp(x))),
+    lambda x: x * x.exp().log1p().tanh(),
+    lambda x: x * (x > 0),
+    lambda x: x * (x >= 0).to(x.dtype),
+    lambda x: torch.where(x > 0, x, 0.01 * x),
+    lambda x: torch.where(x < 0, torch.zeros_like(x), x),
+    lambda x: x.masked_fill(x < 0, 0.0),
+    lambda x: torch.where(x > 0, x, 1.5 * (torch.exp(x) - 1)),
+    lambda x: torch.where(x > 0, x, torch.expm1(x)),
+    lambda x: torch.where(x > 1, 2 * x - 1, x),
+    lambda x: 1 / (1 + torch.exp(-x)),
+    lambda x: 1 - 2 / (1 + torch.exp(2 * x)),
+    lambda x: torch.exp(-(x**2)),
+    lambda x: torch.exp(-(x - 1).square() / 2),
+    lambda x: torch.exp(-x.abs()),
+    lambda x: x * torch.exp(-x * x),
+    lambda x: 1 / (1 + x * x),
+    lambda x: x / torch.sqrt(1 + x**2),
+    lambda x: torch.sqrt(x * x + 1e-3),
+    lambda x: x / (2 + 3 * x.abs()),
+    lambda x: x - x.tanh(),
+    lambda x: x + torch.sin(x) ** 2,
+    lambda x: x * x.sign(),
+    lambda x: -F.logsigmoid(-x),
+]
+
+
+@pytest.mark.parametrize("function", WRITTEN_OUT)
+def test_functions_that_are_written_out_have_their_largest_slope(function):
+    grid = torch.linspace(-30, 30, 60001, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(function(grid).sum(), grid)
+    steepest = slope.abs().max().item()
+    for before, scale in ((lambda x: x, 1), (lambda x: x.relu().mT.contiguous() - 2 * x, 3)):
+        model = Lambda(lambda m, x, before=before: function(before(x)))
+        value = value_of(model, torch.randn(2, 3, 3, dtype=torch.float64)) / scale
+        assert steepest * (1 - 1e-9) <= value <= steepest * (1 + 1e-3)
+
+
+def test_a_function_is_read_from_the_latest_value_it_is_of():
+    def silu(m, y):
+        return y * torch.sigmoid(y) + m.s[0] * y
+
+    silu_of_relu = Lambda(lambda m, x: silu(m, x.relu()), s=torch.ones(2))
+    check_bound(silu_of_relu, 3, expected=1 + constants.SILU)
+    number = Lambda(lambda m, x: m.t * x * (1 + torch.erf(x * m.t)), t=torch.tensor(0.5))
+    assert value_of(Lambda(lambda m, x: x + torch.tensor(2.0) * x, t=1), torch.randn(2, 3)) == pytest.approx(3.0)
+    with pytest.raises(UnsupportedLayerError, match="product of two activations"):
+        NetworkBound.trace(number, torch.randn(2, 3))
+
+
+ON_RANGES = [
+    (lambda x: x.tanh() * x.flip(-1).sigmoid(), 1.25),
+    (lambda x: x.tanh() * x.sin()[:, :1], 1 + math.sqrt(3)),
+    (lambda x: x.tanh() / (2 + x.cos()), 2.0),
+    (lambda x: x.sin() ** 3, 3.0),
+    (lambda x: torch.log1p(x.relu()), 1.0),
+    (lambda x: torch.log(x.relu() + 0.1), 10.0),
+    (lambda x: torch.log2(1 + x.abs()), 1 / math.log(2)),
+    (lambda x: torch.log10(x.sigmoid() + 1), 0.25 / math.log(10)),
+    (lambda x: x.clamp(max=1.0).exp(), math.e),
+    (lambda x: torch.exp2(x.clamp_max(2.0)), 4 * math.log(2)),
+    (lambda x: torch.expm1(-F.softplus(x)), 1.0),
+    (lambda x: (x.abs() + 0.25).sqrt(), 1.0),
+    (lambda x: (x.relu() + 0.25).rsqrt(), 4.0),
+    (lambda x: (-x.relu() - 2).reciprocal(), 0.25),
+    (lambda x: 3 / (x.abs() + 0.5), 12.0),
+    (lambda x: torch.tensor([1.0, -4.0, 2.0]).to(x) / (x.abs() + 1), 4.0),
+    (lambda x: x.clamp(-2, 1) ** 2, 4.0),
+    (lambda x: F.relu6(x) ** 1.5, 1.5 * math.sqrt(6)),
+    (lambda x: (x.relu() + 0.5) ** -1.5, 1.5 * 2**2.5),
+    (lambda x: x.softmax(1).square(), 1.0),
+    (lambda x: torch.cat([x.tanh(), 3 * x.sin()], 1).view(len(x), 2, -1)[:, 1] * x.cos(), 3 + math.sqrt(10)),
+    (lambda x: F.pad(x.tanh(), (1, 0), value=-2.0)[:, :-1] * x.sin(), 3.0),
+    (lambda x: (F.dropout(x, 0.5, False).sigmoid() - 1).sort(-1)[0].exp(), 0.25),
+    (lambda x: torch.maximum(x.tanh(), x.sin()).mean(-1, keepdim=True) * x.cos(), None),
+    (lambda x: x.split(1, -1)[2].sin() * x.cos(), None),
+]
+
+
+@pytest.mark.parametrize(("function", "expected"), ON_RANGES)
+def test_functions_of_bounded_values(function, expected):
+    for scale in (0.5, 3.0):
+        check_bound(Lambda(lambda m, x: function(x)), 3, n=20, expected=expected, scale=scale)
+
+
+def test_what_can_change_has_no_range():
+    model = Lambda(lambda m, x: (m.s * x.tanh()) * x.sin())
+    model.s = nn.Parameter(torch.ones(3))
+    with pytest.raises(UnsupportedLayerError, match="not the first known to be bounded"):
+        NetworkBound.trace(model, torch.randn(2, 3))
+    fixed = Lambda(lambda m, x: (torch.tensor([1.0, -3.0, 2.0]).to(x) * x.tanh()) * x.sin())
+    check_bound(fixed, 3, expected=6.0, n=20)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "expected"),
+    [
+        (lambda m, x: torch.addcmul(m.b, m.w, x, value=-2), (3,), 6.0),
+        (lambda m, x: torch.addcmul(x, x, m.w), (3,), 4.0),
+        (lambda m, x: torch.addcmul(x, m.w, m.w), (3,), 1.0),
+        (lambda m, x: torch.addcmul(m.b, x[:, :1], m.w), (3,), 3 * math.sqrt(3)),
+        (lambda m, x: torch.lerp(x, x.flip(1), 0.25), (3,), 1.0),
+        (lambda m, x: torch.lerp(x, x.flip(1), -1.0), (3,), 3.0),
+        (lambda m, x: torch.lerp(m.b, x, torch.tensor([0.5, 2.0, -1.0]).to(x)), (3,), 2.0),
+        (lambda m, x: torch.lerp(x, m.b, 0.25), (3,), 0.75),
+        (lambda m, x: x.std(1), (3,), 1 / math.sqrt(2)),
+        (lambda m, x: x.std(-1, unbiased=False, keepdim=True), (2, 4), 0.5),
+        (lambda m, x: x.std((1, 2), correction=0.5), (2, 3), 1 / math.sqrt(5.5)),
+        (lambda m, x: x.std((-1, 1)), (2, 2, 3), 1 / math.sqrt(5)),
+        (lambda m, x: torch.cdist(x, m.p), (2, 3), 2.0),
+        (lambda m, x: torch.cdist(x, m.p[:1]), (3,), 1.0),
+        (lambda m, x: torch.cdist(m.p, x), (2, 3), 2.0),
+        (lambda m, x: torch.cdist(m.p, x).mT, (3,), 2.0),
+        (lambda m, x: torch.cdist(x, m.p, p=1.0), (2, 3), 2 * math.sqrt(3)),
+        (lambda m, x: torch.cdist(x, m.p, p=math.inf), (2, 3), 2.0),
+        (lambda m, x: torch.cdist(x, x.flip(1), p=3.0), (2, 3), 2 * math.sqrt(2)),
+        (lambda m, x: torch.cdist(x, m.p.expand(1, 3, 4, 3)), (1, 2, 3), math.sqrt(12)),
+        (lambda m, x: torch.exp(-torch.cdist(x, m.p).square()), (2, 3), 2 * math.sqrt(2 / math.e)),
+    ],
+)
+def test_operations_of_several_tensors(function, shape, expected):
+    torch.manual_seed(0)
+    members = {"w": torch.tensor([1.0, -3.0, 2.0]), "b": torch.randn(3), "p": torch.randn(4, 3)}
+    check_bound(Lambda(function, **members), *shape, n=10, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: torch.addcmul(x, x, x), "product of two activations"),
+        (lambda m, x: torch.lerp(x, x, x), "weight depends"),
+        (lambda m, x: torch.lerp(x, x.flip(1), m.w), "weight can change"),
+        (lambda m, x: x.std(0), "mixes the samples"),
+        (lambda m, x: x.std(), "mixes the samples"),
+        (lambda m, x: x.var(1), "grows with the square"),
+        (lambda m, x: x[:, :1].std(1), "divisor is not positive"),
+        (lambda m, x: torch.cdist(x, m.w[None], p=0.5), "order 0.5"),
+        (lambda m, x: torch.cdist(x, x), "mixes the samples"),
+        (lambda m, x: torch.cdist(x.t(), m.w[None, :2]), "mixes the samples"),
+    ],
+)
+def test_what_has_no_rule_of_several_tensors_is_refused(function, reason):
+    model = Lambda(function)
+    model.w = nn.Parameter(torch.ones(3))
+    with pytest.raises(UnsupportedLayerError, match=reason):
+        NetworkBound.trace(model, torch.randn(2, 3))
+
+
+def hugging_face(x):
+    g = torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True)
+    return x * (g / (g.mean(dim=-1, keepdim=True) + 1e-6))
+
+
+def timm(x):
+    g = x.norm(p=2, dim=(1, 2), keepdim=True)
+    return g / (g.mean(dim=-1, keepdim=True) + 1e-6) * x
+
+
+@pytest.mark.parametrize("function", [hugging_face, timm])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_response_normalisation(function, channels):
+    model = Lambda(lambda m, x: function(x))
+    value, _ = check_bound(model, 2, 2, channels, expected=2 * channels + channels**1.5)
+    one = 1e-3 * torch.randn(1, 2, 2, channels, dtype=torch.float64)
+    one[..., 0] = torch.randn(2, 2)
+    steep = jacobian_norm(model, one)
+    assert channels * math.sqrt(channels) * 0.6 <= steep <= value
+
+
+def test_what_is_no_response_normalisation_is_refused():
+    for function in (
+        lambda m, x: x * (x.norm(dim=1, keepdim=True) / (x.norm(dim=2, keepdim=True).mean(2, keepdim=True) + 1e-6)),
+        lambda m, x: x.flip(1) * timm(x),
+        lambda m, x: x * (x.norm(dim=(1, 2), keepdim=True) / x.norm(dim=(1, 2), keepdim=True).mean(3, keepdim=True)),
+    ):
+        with pytest.raises(UnsupportedLayerError, match="of two activations"):
+            NetworkBound.trace(Lambda(function), torch.randn(2, 2, 3, 4))

@@ -7,6 +7,8 @@ from support.truth import check_bound
 from torch.nn import functional as F
 
 from lightning_lip.constants import modules as constants
+from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.graph.bound import NetworkBound
 
 
 @pytest.mark.parametrize(
@@ -84,3 +86,106 @@ from lightning_lip.constants import modules as constants
 def test_rules_without_weights(function, expected, attained):
     # 4 x 6 a sample. Where the map is linear or a selection the sampled Jacobian attains the value.
     check_bound(Lambda(function), 4, 6, expected=expected, attained=attained)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "expected"),
+    [
+        (lambda m, x: x.sort(1)[0], (4,), 1.0),
+        (lambda m, x: x.sort(-1, descending=True).values, (3, 4), 1.0),
+        (lambda m, x: torch.sort(x, stable=True, dim=2)[0], (3, 4), 1.0),
+        (lambda m, x: x.topk(2, -2).values, (3, 4), 1.0),
+        (lambda m, x: torch.cat([x.topk(0, 1).values, x], 1), (4,), 1.0),
+        (lambda m, x: x.kthvalue(2, 1, keepdim=True)[0], (4,), 1.0),
+        (lambda m, x: x.kthvalue(2, -1)[0], (3, 4), 1.0),
+        (lambda m, x: x.median(1)[0], (4, 3), 1.0),
+        (lambda m, x: x.transpose(0, 1).median(0).values, (3,), 1.0),
+        (lambda m, x: x.transpose(0, 1).msort(), (4,), 1.0),
+        (lambda m, x: x.cummax(-1)[0], (4,), 2.0),
+        (lambda m, x: x.cummin(1)[0], (4, 2), 2.0),
+    ],
+)
+def test_order_statistics(function, shape, expected):
+    check_bound(Lambda(function), *shape, n=8, expected=expected, attained=expected == 1.0)
+
+
+def test_groups_that_are_sorted_have_constant_one():
+    def group_sort(m, x):
+        return x.view(len(x), -1, 2).sort(2)[0].flatten(1)
+
+    check_bound(Lambda(group_sort), 6, expected=1.0, attained=True)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: x.sort(1)[1].double(), "index jumps"),
+        (lambda m, x: x.topk(2, 1)[1] + x[:, :2], "index jumps"),
+        (lambda m, x: x.argsort(1) * 1.0, "index jumps"),
+        (lambda m, x: x.gather(1, x.sort(1)[1]), "index jumps"),
+        (lambda m, x: x.sort(0)[0], "mixes the samples"),
+        (lambda m, x: x.msort(), "mixes the samples"),
+        (lambda m, x: x.median(), "mixes the samples"),
+        (lambda m, x: x.topk(2, 1, sorted=False)[0], "no stated order"),
+        (lambda m, x: x.scatter_add(0, m.i[:2], x), "mixes the samples"),
+        (lambda m, x: x.index_add(0, torch.tensor([1, 0]), x), "mixes the samples"),
+        (lambda m, x: x.new_zeros(2, 4).scatter_add(1, x.argsort(1), x), "jumps"),
+        (lambda m, x: x.new_zeros(2, 4).scatter(1, m.i[:2], x), "at indices"),
+        (lambda m, x: x.scatter_reduce(1, m.i[:2], x, "prod"), "prod"),
+        (lambda m, x: x.diff(dim=0), "mixes the samples"),
+        (lambda m, x: x.cumsum(0), "mixes the samples"),
+        (lambda m, x: x.diff(dim=1, prepend=x[:, :1]), "depends"),
+        (lambda m, x: F.fold(x[:, :, None].mT.transpose(0, 1).reshape(4, 2), (1, 2), 1), "channels|mixes"),
+    ],
+)
+def test_what_jumps_or_mixes_is_refused(function, reason):
+    model = Lambda(function, i=torch.tensor([[0, 1, 1, 3]] * 2))
+    with pytest.raises(UnsupportedLayerError, match=reason):
+        NetworkBound.trace(model, torch.randn(2, 4).double())
+
+
+INDEX = torch.tensor([0, 2, 2, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "expected"),
+    [
+        (lambda m, x: x.new_zeros(len(x), 3).index_add(1, m.i, x), (5,), math.sqrt(3)),
+        (lambda m, x: x.new_zeros(len(x), 3).index_add(-1, m.i, x, alpha=-2), (5,), 2 * math.sqrt(3)),
+        (lambda m, x: x.new_zeros(len(x), 3, 2).index_add(1, m.i, x), (5, 2), math.sqrt(3)),
+        (lambda m, x: x.new_zeros(len(x), 3).scatter_add(1, m.i.expand(len(x), 5), x), (5,), math.sqrt(3)),
+        (lambda m, x: x.new_zeros(len(x), 3).scatter_add(-1, m.i[:2].expand(len(x), 2), x), (2,), 1.0),
+        (lambda m, x: x[:, :3].scatter_add(1, m.i.expand(len(x), 5), x), (5,), None),
+        (lambda m, x: x.new_zeros(len(x), 2, 3).scatter_add(2, m.i.expand(len(x), 2, 5), x), (2, 5), math.sqrt(3)),
+        (lambda m, x: x.new_zeros(len(x), 3).scatter_reduce(1, m.i.expand(len(x), 5), x, "amax"), (5,), 1.0),
+        (lambda m, x: x.new_zeros(len(x), 3).scatter_reduce(1, m.i.expand(len(x), 5), x, "sum"), (5,), math.sqrt(3)),
+        (lambda m, x: x[:, :3].scatter_reduce(1, m.i.expand(len(x), 5), x, "mean"), (5,), None),
+        (lambda m, x: x[:, :3].scatter_reduce(1, m.i.expand(len(x), 5), x, "amin", include_self=False), (5,), None),
+        (lambda m, x: x.new_zeros(len(x), 2, 5).slice_scatter(x, 2, 0, 5, 2), (2, 3), 1.0),
+        (lambda m, x: (2 * x).slice_scatter(x[:, 1:], 1, 1), (4,), None),
+        (lambda m, x: x.new_zeros(len(x), 2, 3).select_scatter(x, 1, -1), (3,), 1.0),
+        (lambda m, x: x.new_zeros(len(x), 3, 3).diagonal_scatter(x, 0, 1, 2), (3,), 1.0),
+        (lambda m, x: F.fold(x, (4, 4), 2), (4, 9), 2.0),
+        (lambda m, x: F.fold(x, (3, 5), (1, 2), padding=(0, 1), stride=(1, 2)), (4, 9), 1.0),
+        (lambda m, x: F.fold(F.unfold(x, 2), (4, 4), 2), (3, 4, 4), 4.0),
+        (lambda m, x: x.cumsum(1), (5,), 1 / (2 * math.sin(math.pi / 22))),
+        (lambda m, x: x.cumsum(-2), (3, 2), 1 / (2 * math.sin(math.pi / 14))),
+        (lambda m, x: x.cumsum(1), (1,), 1.0),
+        (lambda m, x: x.diff(), (5,), 2 * math.cos(math.pi / 10)),
+        (lambda m, x: x.diff(dim=1, n=2), (5, 2), None),
+        (lambda m, x: x.diff(dim=-1, prepend=x.new_ones(len(x), 1)), (4,), None),
+    ],
+)
+def test_linear_maps_between_places(function, shape, expected):
+    model = Lambda(function, i=INDEX)
+    check_bound(model, *shape, n=4, expected=expected, attained=expected is not None)
+
+
+def test_writing_into_a_part_in_place():
+    def forward(m, x):
+        y = torch.zeros_like(x)
+        y[:, 1:] = 3 * x[:, :-1]
+        y[:, 0] = x.sum(1)
+        return y
+
+    check_bound(Lambda(forward), 4, expected=math.sqrt(9 + 4), n=2)

@@ -22,7 +22,7 @@ from lightning_lip.kernels.cpu import loading
 from lightning_lip.kernels.cpu import threads as pool
 from lightning_lip.kernels.cpu.compiled import emitter, layers
 from lightning_lip.kernels.cpu.iteration import CpuIteration
-from lightning_lip.kernels.penalties import PENALTY_CODES
+from lightning_lip.kernels.penalties import LARGEST_KNEE, PENALTY_CODES
 from lightning_lip.penalty.penalties import get_penalty
 
 # What is compared            bound   why
@@ -297,22 +297,21 @@ def test_expanded_gradient_is_refused_as_torch_does():
 NAMES = list(PENALTY_CODES)
 
 
-# log P: far below, near and far above each target, and beyond the product's cap of 30
+# log P: far below, near and far above each target and knee, and beyond e^30
 @pytest.mark.parametrize("log_scale", [-8.0, -0.5, 0.3, 5.0, 14.0])
-@pytest.mark.parametrize("name", NAMES)
-def test_penalties_against_autograd(name, log_scale):
-    target = 2.5
+@pytest.mark.parametrize(("name", "level"), [*((name, 2.5) for name in NAMES), ("product", LARGEST_KNEE)])
+def test_penalties_against_autograd(name, level, log_scale):
     multiplicities = [1, 3, 2]
     weights = [(matrix(m, n, s) * math.exp(log_scale)).float() for s, (m, n) in enumerate([(9, 7), (6, 8), (5, 5)])]
     start = reference.power_step(weights, blocks(weights, 4), 30).vectors
     exact = reference.power_step(weights, start, 1)
     log_sigma = exact.sigma.double().log().requires_grad_()
     repeated = log_sigma.repeat_interleave(torch.tensor(multiplicities))
-    value = get_penalty(name, target)(repeated, repeated.sum()) * 0.7
+    value = get_penalty(name, level, level)(repeated, repeated.sum()) * 0.7
     (slope,) = torch.autograd.grad(value, log_sigma)
     coefficients = slope / exact.sigma.double()
     grads = [torch.zeros_like(w) for w in weights]
-    got = penalise(CpuIteration(weights, start), weights, grads, name, 1, math.log(target), 0.7, multiplicities)
+    got = penalise(CpuIteration(weights, start), weights, grads, name, 1, level, 0.7, multiplicities)
     assert got.shape == ()
     torch.testing.assert_close(got.double(), value.detach(), rtol=20 * VALUE, atol=1e-30)
     for grad, c, u, v in zip(grads, coefficients, exact.left, exact.right, strict=True):
@@ -329,7 +328,7 @@ def test_penalise_equals_the_reference_with_zero_and_skipped_layers(name):
     grads = [torch.ones(9, 7), torch.ones(3, 4), None, torch.ones(4, 4)]
     expected = [None if g is None else g.clone() for g in grads]
     got, wanted = (
-        penalise(kind(weights, start), weights, g, name, 2, 0.1, 2.0, [1, 1, 2, 1])
+        penalise(kind(weights, start), weights, g, name, 2, 1.1, 2.0, [1, 1, 2, 1])
         for kind, g in ((CpuIteration, grads), (reference.ReferenceIteration, expected))
     )
     torch.testing.assert_close(got, wanted, rtol=VALUE, atol=0)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from support import truth
 from support.gpu import planted
-from support.iterations import penalise
+from support.iterations import check_a_product_beyond_fp32, penalise
 from support.truth import blocks, largest_singular_value, matrix_of, orthonormal_columns
 
 from lightning_lip import LipschitzRegularizer
 from lightning_lip.kernels import reference
 from lightning_lip.kernels.gpu import iteration as gpu
-from lightning_lip.kernels.penalties import PENALTY_CODES
+from lightning_lip.kernels.penalties import LARGEST_KNEE, PENALTY_CODES
 from lightning_lip.penalty import penalties
 
 # Relative to the largest entry. fp32 sums over at most a few thousand products, taken twice: 2e-6 holds sigma, its
@@ -212,19 +212,19 @@ def test_rank_one_update(layout, dtype):
     assert torch.equal(grads[3], before[3])
 
 
-@pytest.mark.parametrize("name", list(PENALTY_CODES))
+@pytest.mark.parametrize(("name", "level"), [*((name, 5.0) for name in PENALTY_CODES), ("product", LARGEST_KNEE)])
 @pytest.mark.parametrize("top", [2.0, 40.0])
-def test_penalties_equal_autograd(name, top):
-    # 40 for each of 12 uses is S = 44: beyond the cap of the product.
+def test_penalties_equal_autograd(name, level, top):
+    # 40 for each of 12 uses is S = 44: beyond e^30.
     weights = [matrix(16, 12, top=top).float(), matrix(9, 20, top=top / 3).float()]
     times = [3, 9]
     iteration = gpu.GpuIteration(weights, blocks(weights, 4))
     grads = [torch.zeros_like(w) for w in weights]
-    value = penalise(iteration, weights, grads, name, 3, math.log(5.0), 0.01, times)
+    value = penalise(iteration, weights, grads, name, 3, level, 0.01, times)
     sigma = iteration._sigma.double().requires_grad_()
     # Written out once per use: the penalties take a sum over layers.
     repeated = torch.cat([s.expand(k) for s, k in zip(sigma.log(), times, strict=True)])
-    want = 0.01 * penalties.get_penalty(name, 5.0)(repeated, repeated.sum())
+    want = 0.01 * penalties.get_penalty(name, level, level)(repeated, repeated.sum())
     (slope,) = torch.autograd.grad(want, sigma)
     torch.testing.assert_close(value.double(), want.detach(), rtol=5e-6, atol=0)
     torch.testing.assert_close(iteration._factors.double(), slope, rtol=5e-6, atol=0)
@@ -245,6 +245,11 @@ def test_zero_and_bad_layers_have_coefficient_zero(name):
     weights[1][0, 0] = math.nan
     assert penalise(iteration, weights, grads, name).isnan()
     assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("knee", [100.0, LARGEST_KNEE])
+def test_a_product_beyond_fp32_has_the_gradient_of_its_knee(knee):
+    check_a_product_beyond_fp32(gpu.GpuIteration, knee)
 
 
 def test_tables_are_refreshed_only_where_an_address_changed():
@@ -322,7 +327,7 @@ def test_a_capture_refuses_new_addresses(monkeypatch):
 def test_unknown_penalty_code():
     iteration = gpu.GpuIteration([torch.eye(3)], [torch.eye(3)[:1]])
     with pytest.raises(ValueError, match="from 0 to 5"):
-        iteration.penalise_([torch.eye(3)], [None], 1, 6, 0.0, 1.0, [1])
+        iteration.penalise_([torch.eye(3)], [None], 1, 6, 1.0, 1.0, [1])
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ WARPS = {"sm_80": 8, "sm_90": 8, "sm_100": 8, "gfx942": 4}
 TYPES = {
     "addresses": "*i64", "layers": "*i64", "strips": "*i32", "tasks": "*i32", "tables": "*i64", "tiles": "*i32",
     "grams": "*fp64", "rotations": "*fp64", "scalars": "*fp64", "multiplicities": "*fp64", "n_layers": "i32",
-    "target_high": "fp32", "target_low": "fp32", "scale_high": "fp32", "scale_low": "fp32",
+    "level_high": "fp32", "level_low": "fp32", "scale_high": "fp32", "scale_low": "fp32",
 }  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def penalised(weights, size, **options):
     grads = [torch.ones_like(w) for w in weights]
     for index, grad in enumerate(grads):
         machine.memory.add(f"grad{index}", grad)
-    penalise(iteration, weights, grads, "softplus_log", target_log=0.5, scale=0.3)
+    penalise(iteration, weights, grads, "softplus_log", level=1.6, scale=0.3)
     return iteration, machine.memory, grads
 
 
