@@ -233,6 +233,21 @@ def test_embeddings_of_tokens_are_refused_and_of_positions_are_constants():
         NetworkBound.trace(Lambda(lambda m, x: x.float()), torch.zeros(2, 3, dtype=torch.long))
 
 
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda m: F.dropout(m.a.weight[0], 0.1, m.training),
+        lambda m: F.dropout(m.a.weight[0], 0.0, True),
+        lambda m: F.rrelu(m.a.weight[0], training=m.training),
+        lambda m: F.scaled_dot_product_attention(m.a.weight, m.a.weight, m.a.weight, dropout_p=0.0)[0],
+    ],
+)
+def test_what_draws_numbers_in_training_only_is_a_constant_in_a_trace(constant):
+    """Of a decoder's learnt queries, say, whose attention does not depend on the input."""
+    model = Lambda(lambda m, x: x + constant(m), a=nn.Linear(4, 4)).train()
+    assert value_of(model, torch.randn(2, 4)) == pytest.approx(1.0)
+
+
 def test_an_output_without_the_input_is_refused():
     with pytest.raises(ValueError, match="No output"):
         NetworkBound.trace(Lambda(lambda m, x: torch.ones(2, 3)), torch.randn(2, 3))
