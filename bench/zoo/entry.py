@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Entry:
         loss: ``(model, batch) -> ()``.
         example: Makes the example input over which its graph is traced, from a batch: floating-point, so that there is
             something to be Lipschitz in. A model that reads tokens starts at its embeddings.
+        traced: Makes what is traced of the model, from it and a batch.
+        batch_dim: Of the example input: 0, or None where it is one sample.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Entry:
     batch: Callable[[], Batch]
     loss: Callable[[nn.Module, Batch], Tensor]
     example: Callable[[Batch], Any]
+    traced: Callable[[nn.Module, Batch], nn.Module] = lambda model, batch: model
+    batch_dim: Literal[0] | None = 0
 
     @property
     def package(self) -> str:

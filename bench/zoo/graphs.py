@@ -29,7 +29,25 @@ def _entry(name: str, build: Callable[[Any], nn.Module]) -> Entry:
     def made() -> nn.Module:
         return build(extra("torch_geometric.nn", "zoo"))
 
-    return Entry(f"torch_geometric/{name}", made, _batch, classify, lambda batch: (batch["x"], batch["edge_index"]))
+    return Entry(f"torch_geometric/{name}", made, _batch, classify, _features, OnGraph, None)
+
+
+class OnGraph(nn.Module):
+    """A model as a function of the nodes' features: the edges are a buffer."""
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("edge_index", batch["edge_index"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the nodes, shape (nodes, 10)."""
+        out: Tensor = self.model(x, self.edge_index)
+        return out
+
+
+def _features(batch: Batch) -> Tensor:
+    return batch["x"]
 
 
 def _model(name: str, **options: Any) -> Entry:

@@ -173,7 +173,9 @@ def trace(entry: Entry, batch: Batch, row: Row) -> None:
     torch.manual_seed(0)
     model = entry.build()
     try:
-        regularizer = LipschitzRegularizer(model, 0.0, example_input=entry.example(batch))
+        example = entry.example(batch)
+        traced = entry.traced(model, batch)
+        regularizer = LipschitzRegularizer(traced, 0.0, example_input=example, batch_dim=entry.batch_dim)
     except ValueError as error:  # UnsupportedLayerError is one
         row.refusals = dict(Counter(_reasons(str(error))))
         return

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from lightning_lip.audit.checkpoints import load_network, read_tensors
@@ -24,11 +25,12 @@ from lightning_lip.checks import (
     shown,
 )
 from lightning_lip.errors import AuditError, BoundError
-from lightning_lip.models.inputs import call_arguments
+from lightning_lip.models.inputs import BatchDim, call_arguments
 from lightning_lip.models.modules import eval_mode
 from lightning_lip.reporting.console import make_console
 from lightning_lip.reporting.documents import versions
 from lightning_lip.reporting.failures import check_options
+from lightning_lip.reporting.progress import named_progress
 
 SCHEMA = 1
 PACKAGES = ("lightning-lip", "lightning")
@@ -44,6 +46,7 @@ def audit(
     json: str | None = None,
     max_bound: float | None = None,
     unsafe_load_pickle: bool = False,
+    no_batch: bool = False,
 ) -> dict[str, Any]:
     """Certify the Lipschitz constant of a checkpoint's network and show what each layer adds to it.
 
@@ -66,6 +69,8 @@ def audit(
         max_bound: The largest certified upper bound that passes.
         unsafe_load_pickle: Runs whatever code is in the file. Without it, a file that holds more than tensors and
             plain values is refused.
+        no_batch: The whole input is one sample, as the nodes of a graph are: --input-shape is all of its shape, and
+            each file of --data holds one input.
 
     Returns:
         What --json writes, documented at `lightning_lip.audit.document`.
@@ -88,16 +93,21 @@ def audit(
             raise AuditError(f"There is no folder {Path(json).parent} to write --json {json} to.")
     try:
         model = load_network(target, module, unsafe_load_pickle)
-        example = example_input(model, input_shape)
-        inputs = None if data is None else load_inputs(Path(data), example)
+        batch_dim: BatchDim = None if no_batch else 0
+        example = example_input(model, input_shape, batch_dim)
+        inputs = None if data is None else load_inputs(Path(data), example, batch_dim)
+        given = None if inputs is None else [inputs.arguments]
         try:
-            result = certify(model, example, None if inputs is None else [inputs.arguments], max_inputs=MAX_INPUTS)
+            # On standard error: a program may read what the other one gets.
+            with named_progress(Console(stderr=True), "certifying") as show:
+                result = certify(model, example, given, batch_dim=batch_dim, max_inputs=MAX_INPUTS, on_layer=show)
         except (TypeError, ValueError, RuntimeError) as error:
             raise AuditError(f"The audit of {target} failed: {error}") from error
     # The user's code may end the process, and with status 0 that would pass for an audit.
     except SystemExit as error:
         raise AuditError(f"The code of {target} calls sys.exit({error.code!r}): nothing was audited.") from error
-    contents = document(target, model, example, result, inputs and min(inputs.n_inputs, MAX_INPUTS), max_bound)
+    n_inputs = inputs and min(inputs.n_inputs, MAX_INPUTS)
+    contents = document(target, model, example, result, n_inputs, max_bound, batch_dim)
     if json != "-":
         print_report(make_console(), contents)
     if json is not None:
@@ -115,6 +125,7 @@ def document(
     result: Certificate | Uncertified,
     n_inputs: int | None = None,
     max_bound: float | None = None,
+    batch_dim: BatchDim = 0,
 ) -> dict[str, Any]:
     """Return an audit as a JSON document; a number that is infinite or not known is null.
 
@@ -123,7 +134,7 @@ def document(
     - `schema`: 1.
     - `versions`: of Python and the packages.
     - `target`, `module`: what was audited, and the network's class.
-    - `input_shapes`: the shape of one input, without the batch, for each argument.
+    - `input_shapes`: the shape of one input, without the batch if there is one, for each argument.
     - `certified`: whether there is a certified upper bound.
     - `lower`: the largest Jacobian norm over `n_inputs` inputs, a lower bound up to rounding.
     - `estimate`: the bound at the estimated norms, which come from below.
@@ -155,7 +166,7 @@ def document(
         "versions": versions(*PACKAGES),
         "target": target,
         "module": f"{type(model).__module__}:{type(model).__qualname__}",
-        "input_shapes": [list(tensor.shape[1:]) for tensor in _tensors(example)],
+        "input_shapes": [_sample_shape(tensor, batch_dim) for tensor in _tensors(example)],
         "certified": result.certified,
         "lower": result.lower,
         "n_inputs": n_inputs,
@@ -177,7 +188,7 @@ def document(
     return finite
 
 
-def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
+def example_input(model: nn.Module, input_shape: str | None = None, batch_dim: BatchDim = 0) -> Any:
     """Return an input of the model, and check that the model takes it.
 
     Args:
@@ -185,6 +196,7 @@ def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
         input_shape: The shape of one input, without the batch, as in ``"1,28,28"``; zeros of that shape, a batch of
             two, in the dtype and on the device of the model's parameters. By default the model's
             ``example_input_array``.
+        batch_dim: None takes `input_shape` as the whole shape: there is no batch.
 
     Raises:
         AuditError: If `input_shape` is no shape, there is neither, or the model fails on the input.
@@ -192,8 +204,9 @@ def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     example: Any = getattr(model, "example_input_array", None)
     if input_shape is not None:
+        batch = () if batch_dim is None else (2,)
         try:
-            example = torch.zeros(2, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
+            example = torch.zeros(*batch, *_shape(input_shape), dtype=parameter.dtype, device=parameter.device)
         # Of sizes beyond 64 bits, which torch tells in three ways.
         except (OverflowError, RuntimeError, TypeError) as error:
             raise AuditError(f"--input-shape {input_shape} is too large: {error}") from error
@@ -211,9 +224,11 @@ def example_input(model: nn.Module, input_shape: str | None = None) -> Any:
     # The user's forward pass may raise anything.
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in _tensors(example))
+        what = "an input" if batch_dim is None else "a batch"
         raise AuditError(
-            f"The forward pass of {type(model).__name__} fails on a batch of shape {shapes}, so that there is no "
-            f"network to audit ({type(error).__name__}: {error}). Give the shape of one input as --input-shape."
+            f"The forward pass of {type(model).__name__} fails on {what} of shape {shapes}, so that there is no "
+            f"network to audit ({type(error).__name__}: {error}). Give the shape of one input as --input-shape, "
+            "all of it with --no-batch."
         ) from error
     return example
 
@@ -225,7 +240,7 @@ class Inputs(NamedTuple):
     n_inputs: int
 
 
-def load_inputs(path: Path, example: object) -> Inputs:
+def load_inputs(path: Path, example: object, batch_dim: BatchDim = 0) -> Inputs:
     """Read inputs from a file, without running code in it.
 
     Args:
@@ -233,6 +248,7 @@ def load_inputs(path: Path, example: object) -> Inputs:
             A model of keyword arguments finds them by their names, another one takes the first ones; what else there
             is, a target say, is left.
         example: An input of the model, which tells what it takes.
+        batch_dim: None takes the file's tensors for one input as a whole.
 
     Raises:
         AuditError: If the file cannot be read, or the inputs are not of the example's shape or not floating point.
@@ -248,11 +264,16 @@ def load_inputs(path: Path, example: object) -> Inputs:
         )
     tensors = [found[name] for name in names] if names else list(found.values())[: len(expected)]
     for tensor, model_input in zip(tensors, expected, strict=True):
-        if tensor.dim() == 0 or tensor.shape[1:] != model_input.shape[1:] or not tensor.is_floating_point():
+        shape = _sample_shape(model_input, batch_dim)
+        has_rank = tensor.dim() == len(shape) + (batch_dim is not None)
+        if not has_rank or _sample_shape(tensor, batch_dim) != shape or not tensor.is_floating_point():
+            sizes = ", ".join([*(["N"] if batch_dim is not None else []), *map(str, shape)])
             raise AuditError(
-                f"Expected floating-point inputs of shape (N, {', '.join(map(str, model_input.shape[1:]))}) in --data "
-                f"{path}, got {tensor.dtype} of shape {tuple(tensor.shape)}."
+                f"Expected floating-point inputs of shape ({sizes}) in --data {path}, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}."
             )
+    if batch_dim is None:
+        return Inputs(dict(zip(names, tensors, strict=True)) if names else tensors, 1)
     n_inputs = len(tensors[0])
     if any(len(tensor) != n_inputs for tensor in tensors):
         raise AuditError(f"Expected as many of each input in --data {path}, got {[len(tensor) for tensor in tensors]}.")
@@ -287,6 +308,11 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         return {str(name): torch.as_tensor(value) for name, value in contents.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise AuditError(f"Expected tensors in --data {path}: {error}.") from error
+
+
+def _sample_shape(tensor: Tensor, batch_dim: BatchDim) -> list[int]:
+    """Return the shape of one sample."""
+    return list(tensor.shape if batch_dim is None else tensor.shape[1:])
 
 
 def _shape(text: str) -> tuple[int, ...]:

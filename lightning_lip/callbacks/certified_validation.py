@@ -19,6 +19,7 @@ from lightning_lip.certificates.interval import Certificate, certify
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
 from lightning_lip.checks import check_choice, check_finite, check_integers, check_levels, check_type
 from lightning_lip.metrics import CertifiedAccuracy, certified_worst_case_mae
+from lightning_lip.models.inputs import check_batch_dim
 
 
 class CertifiedValidation(BaseCallback):
@@ -47,6 +48,8 @@ class CertifiedValidation(BaseCallback):
         prefix: First part of the logged names.
         max_inputs: How many inputs the lower bound is measured on; 0 measures none. Up to 32 outputs a sample it costs
             one backward pass each, with more outputs 60 passes.
+        batch_dim: None says that each validation batch is one sample as a whole, as a graph's nodes are: a perturbation
+            of norm eps is one of all of it.
 
     Raises:
         ValueError: If `eps` is empty, holds a number below 0 or not finite, or one twice, `task` is unknown, or
@@ -61,12 +64,15 @@ class CertifiedValidation(BaseCallback):
         batch_to_xy: BatchToXY | None = None,
         prefix: str = "val",
         max_inputs: int = 64,
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
         self.eps = check_levels("eps", eps)
         check_choice("task", task, ("classification", "regression"))
         check_type("prefix", prefix, str, "a string")
         check_integers(0, max_inputs=max_inputs)
         check_batch_to_xy(batch_to_xy)
+        check_batch_dim(batch_dim)
+        self._batch_dim = batch_dim
         self.task = task
         self.prefix = prefix
         self.max_inputs = max_inputs
@@ -94,7 +100,7 @@ class CertifiedValidation(BaseCallback):
         inputs, target = unpack(batch, self._batch_to_xy)
         check_finite("inputs", inputs)
         # A certificate holds at the size of its input: one for each size.
-        size = inputs.shape[1:]
+        size = inputs.shape if self._batch_dim is None else inputs.shape[1:]
         if size not in self._certified:
             self._certified[size] = self._certify(pl_module, inputs)
         certificate = self._certified[size]
@@ -115,18 +121,22 @@ class CertifiedValidation(BaseCallback):
         self._metric.update(outputs.flatten(), target.flatten())
         # If the m outputs of a sample move by 1 in norm, their mean moves by at most 1 / sqrt(m); m may differ between
         # batches.
-        self._growth.update(1 / math.sqrt(max(1, target[0].numel())), target.numel())
+        n_outputs = target.numel() if self._batch_dim is None else target[0].numel()
+        self._growth.update(1 / math.sqrt(max(1, n_outputs)), target.numel())
 
     def _measure(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
         """Raise the lower bound to the largest Jacobian norm over these inputs, while there are inputs to go."""
         left = self.max_inputs - self._n_measured
         if left > 0:
-            norm = largest_jacobian_norm(pl_module, inputs, max_inputs=left, dtype=torch.float32)
+            whole = [inputs] if self._batch_dim is None else inputs
+            norm = largest_jacobian_norm(
+                pl_module, whole, batch_dim=self._batch_dim, max_inputs=left, dtype=torch.float32
+            )
             self._lower = norm if self._lower is None else max(self._lower, norm)
-            self._n_measured += len(inputs)
+            self._n_measured += len(whole)
 
     def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> Certificate | None:
-        result = certify(pl_module, inputs[:2])
+        result = certify(pl_module, inputs if self._batch_dim is None else inputs[:2], batch_dim=self._batch_dim)
         if result.certified:
             return result
         if not self._warned:
@@ -152,7 +162,7 @@ class CertifiedValidation(BaseCallback):
         lipschitz = max(certificate.upper for certificate in certificates)
         value = metric.compute()
         if self.task == "classification":
-            name, values = "certified_accuracy", value.tolist()
+            name, values = "certified_accuracy", value.flatten().tolist()
         else:
             name = "certified_worst_case_mae"
             mae, mean_growth = float(value), float(growth.compute())

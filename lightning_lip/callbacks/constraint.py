@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -66,6 +66,7 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
         name: Tells several of these callbacks in one Trainer apart; it enters the logged names,
             ``lipschitz/<name>/target``. Their layers may overlap: a projection only lowers norms, so all budgets hold.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or the
@@ -99,8 +100,9 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         n_iterations: int = 1,
         seed: int = 0,
         name: str | None = None,
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         self.target = self.initial_target = check_number("target", target, positive=True)
         if initial_target is not None:
             self.initial_target = check_number("initial_target", initial_target, positive=True)

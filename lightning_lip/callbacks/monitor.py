@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -108,6 +108,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
             without a name those of every penalty that no other monitor is named after.
         unknown: What becomes of layers without a known norm in the monitor's own product: ``"skip"`` or ``"refuse"``,
             as in :class:`LipschitzPenalty`.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
@@ -132,8 +133,9 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         certified: CertifiedValidation | None = None,
         name: str | None = None,
         unknown: Unknown = "skip",
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)

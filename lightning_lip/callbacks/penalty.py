@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -86,6 +86,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
             where training begins at a large one; None or infinity for the paper's plain product.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
             normalisations) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
@@ -120,8 +121,9 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         name: str | None = None,
         knee: float | None = KNEE,
         unknown: Unknown = "skip",
+        batch_dim: Literal[0] | None = 0,
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target, knee)
         check_integers(1, every_n_steps=every_n_steps)

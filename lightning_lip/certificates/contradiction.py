@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.graph.tracing import FAILURES, TracedModel, as_traced
 from lightning_lip.kernels.tensors import full_fp32
-from lightning_lip.models.inputs import batch_of_two, call_arguments, floating_dtype
+from lightning_lip.models.inputs import call_arguments, floating_dtype, traced_example
 
 SLOPE_TOLERANCE = 1e-5
 """What a measured slope may exceed a bound by, relative: torch rounds constants of some activations to fp32, and its
@@ -58,7 +58,7 @@ def contradiction(network: NetworkBound, example_input: object, upper: float) ->
     """
     model = network.traced.model
     with as_traced(model), full_fp32():
-        given = batch_of_two(example_input, floating_dtype(model))
+        given = traced_example(example_input, floating_dtype(model), network.traced.batch_dim)
         own = floating_dtype(model) or _dtype_of(given)
         on_mps = any(tensor.device.type == "mps" for _, tensor in _named(model))  # which has no fp64
         # In another dtype the model may run other operations, or the same with a result of another dtype.
@@ -108,9 +108,10 @@ def _contradiction(measure: _Measure, upper: float) -> str | None:
         if not len(values["the example"]):
             return None
         measure.check_finite(values, upper)
-        moved = measure.check_samples(points["a normal point"], values["a normal point"], points["a large point"])
-        points |= {name: point for name, (point, _) in moved.items()}
-        values |= {name: value for name, (_, value) in moved.items()}
+        if measure.traced.batch_dim is not None:
+            moved = measure.check_samples(points["a normal point"], values["a normal point"], points["a large point"])
+            points |= {name: point for name, (point, _) in moved.items()}
+            values |= {name: value for name, (_, value) in moved.items()}
         if math.isfinite(upper):
             measure.check_slopes(points, values, upper)
     except ContradictionError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
 from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.models.modules import parametrizations_uncached, state_kept
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -141,9 +142,11 @@ def certify(
     example_input: object,
     data: Tensor | Iterable[Any] | None = None,
     *,
+    batch_dim: BatchDim = 0,
     max_inputs: int = 256,
     jacobian_dtype: torch.dtype = torch.float64,
     max_chain_flops: float = 1e12,
+    on_layer: Callable[[str, int], None] | None = None,
 ) -> Certificate | Uncertified:
     """Return a certified interval of a network's Lipschitz constant, or what cannot be certified.
 
@@ -162,9 +165,13 @@ def certify(
             each tensor's first dimension.
         data: Inputs to measure the lower bound on: a tensor (N, *features) or an iterable of batches, each a tensor,
             an (inputs, target) pair, or of the structure of `example_input`.
+        batch_dim: None says that there is no batch: the whole input is one sample, as the nodes of a graph are, and so
+            is each batch of `data`. The norms are then over all elements of each tensor.
         max_inputs: Only the first so many inputs of `data` are used.
         jacobian_dtype: What the network is evaluated in for the lower bound; fp32 for one that does not run in fp64.
         max_chain_flops: The bounds for chains are left out where they need more floating-point operations.
+        on_layer: Called with a layer's name and the number of all layers before the layer's norm is certified, which
+            is where the time goes.
 
     Returns:
         A :class:`Certificate`, or an :class:`Uncertified` with the reasons; ``.certified`` tells them apart.
@@ -185,6 +192,7 @@ def certify(
     """
     check_model(model, "certify")
     check_integers(1, max_inputs=max_inputs)
+    check_batch_dim(batch_dim)
     if not (isinstance(max_chain_flops, float) and max_chain_flops == math.inf):
         max_chain_flops = check_number("max_chain_flops", max_chain_flops)
     check_floating("jacobian_dtype", jacobian_dtype)
@@ -195,16 +203,18 @@ def certify(
     )
     lower = None
     if data is not None:
-        lower = largest_jacobian_norm(model, data, example_input, max_inputs=max_inputs, dtype=jacobian_dtype)
+        lower = largest_jacobian_norm(
+            model, data, example_input, batch_dim=batch_dim, max_inputs=max_inputs, dtype=jacobian_dtype
+        )
     try:
-        network = NetworkBound.trace(model, example_input)
+        network = NetworkBound.trace(model, example_input, batch_dim)
     except UnsupportedLayerError as error:
         with state_kept(model):
-            parts = _parts_without_graph(model)
+            parts = _parts_without_graph(model, on_layer)
         return Uncertified(lower, None, parts, (), _reasons(error))
     graph = tuple(network.explain())
     sigmas = _estimates(network.operators)
-    certified, refused = _certified_norms(network.operators)
+    certified, refused = _certified_norms(network.operators, on_layer)
     log_estimate = float(network.log_bound(_logs(sigmas)))
     estimate = None if math.isnan(log_estimate) else _exp(log_estimate)
     constants = [max((n.constant for n in graph if n.operator == op.name), default=1.0) for op in network.operators]
@@ -236,7 +246,7 @@ def _reasons(error: UnsupportedLayerError) -> tuple[str, ...]:
     return tuple(line.removeprefix("  - ") for line in lines if line.startswith("  - ")) or (str(error),)
 
 
-def _parts_without_graph(model: nn.Module) -> tuple[Part, ...]:
+def _parts_without_graph(model: nn.Module, on_layer: Callable[[str, int], None] | None) -> tuple[Part, ...]:
     """Return the layers whose operators are known without a graph, for the audit of a refused network."""
     operators = []
     for name, module in model.named_modules():
@@ -244,7 +254,7 @@ def _parts_without_graph(model: nn.Module) -> tuple[Part, ...]:
             operators.append(operator_of(module, name))
         except UnsupportedLayerError:
             continue
-    norms, _ = _certified_norms(operators)
+    norms, _ = _certified_norms(operators, on_layer)
     return tuple(map(_part, operators, _estimates(operators), norms))
 
 
@@ -263,11 +273,15 @@ def _with_fixed_scale(operator: LinearOperator) -> LinearOperator:
     return ScaledOperator(operator.base, operator.name, lambda: scale, operator.scale_parameters)
 
 
-def _certified_norms(operators: Sequence[LinearOperator]) -> tuple[list[float | None], tuple[str, ...]]:
+def _certified_norms(
+    operators: Sequence[LinearOperator], on_layer: Callable[[str, int], None] | None
+) -> tuple[list[float | None], tuple[str, ...]]:
     """Return the certified norms, None where there is none, and the reasons."""
     norms: list[float | None] = []
     refused = []
     for operator in operators:
+        if on_layer is not None:
+            on_layer(operator.name, len(operators))
         try:
             norms.append(certified_norm(operator))
         except ValueError as error:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
 from lightning_lip.graph.tracing import FAILURES
 from lightning_lip.kernels.tensors import full_fp32, without_autocast
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64
@@ -31,6 +33,7 @@ def largest_jacobian_norm(
     data: Tensor | Iterable[Any],
     example_input: object = None,
     *,
+    batch_dim: BatchDim = 0,
     max_inputs: int = 256,
     dtype: torch.dtype = torch.float64,
 ) -> float:
@@ -46,6 +49,7 @@ def largest_jacobian_norm(
         data: A tensor (N, *features), or an iterable of batches such as a DataLoader: each a tensor, an (inputs,
             target) pair, or, for a network of several inputs, of the structure of `example_input`.
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments; tells how to call the network.
+        batch_dim: None says that each batch of `data` is one sample as a whole, and a tensor `data` too.
         max_inputs: Only the first so many inputs are used.
         dtype: What the network is evaluated in; fp32 for one that does not run in fp64.
 
@@ -76,7 +80,7 @@ def largest_jacobian_norm(
         kept[1],
     ):
         state = {name: _cast(tensor, device, dtype) for name, tensor in _named_tensors(model)}
-        for names, tensors in _chunks(data, example_input, max_inputs):
+        for names, tensors in _chunks(data, example_input, batch_dim, max_inputs):
             inputs = [_cast(tensor, device, dtype) for tensor in tensors]
             for tensor in inputs:
                 if not tensor.is_floating_point():
@@ -91,21 +95,27 @@ def largest_jacobian_norm(
             arguments: tuple[Any, ...] = tuple(copies) if names is None else ()
             keywords = {} if names is None else dict(zip(names, copies, strict=True))
             own_dtype = next((p.dtype for p in parameters if p.is_floating_point()), tensors[0].dtype)
-            unmeasured = (
-                f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other data, "
-                "another jacobian_dtype, or none. The reason: "
-            )
             try:
-                with _OwnEps(rms_eps(None, own_dtype)):
+                # The fused attention kernels have no second derivative.
+                with _OwnEps(rms_eps(None, own_dtype)), sdpa_kernel(SDPBackend.MATH):
                     outputs = torch.func.functional_call(model, state, arguments, keywords)
             except FAILURES as error:
-                raise ValueError(f"{unmeasured}{type(error).__name__}: {error}") from error
+                raise _not_measured(model, dtype, error) from error
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"Expected the network to return one tensor, got {type(outputs).__name__}.")
+            if batch_dim is None:
+                outputs = outputs.unsqueeze(0)
+            n_samples = 1 if batch_dim is None else inputs[0].shape[0]
+            if outputs.dim() == 0 or outputs.shape[0] != n_samples:
+                raise TypeError(
+                    f"Expected an output of shape (B, *outputs) for a batch of {n_samples}, got "
+                    f"{tuple(outputs.shape)}. Where there is no batch, say batch_dim=None."
+                )
             try:
                 norms = _jacobian_norms(inputs, outputs, generator)
-            except RuntimeError as error:
-                raise ValueError(f"{unmeasured}{error}") from error
+            # The network's backward pass may be its own.
+            except FAILURES as error:
+                raise _not_measured(model, dtype, error) from error
             if not norms.isfinite().all():
                 raise ValueError("A Jacobian of the network is not finite: NaN or infinity in the data or the weights.")
             largest = max(largest, norms.max().item())
@@ -113,6 +123,13 @@ def largest_jacobian_norm(
     if seen == 0:
         raise ValueError("No data to measure the lower bound on: expected at least one input.")
     return largest
+
+
+def _not_measured(model: nn.Module, dtype: torch.dtype, error: Exception) -> ValueError:
+    return ValueError(
+        f"The Jacobian of {type(model).__name__} cannot be measured on the data in {dtype}: give other data, another "
+        f"jacobian_dtype, or none. The reason: {type(error).__name__}: {error}"
+    )
 
 
 class _OwnEps(TorchFunctionMode):
@@ -138,24 +155,31 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _cast(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a leaf of its own, floating point in `dtype`."""
-    return tensor.detach().to(device, dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+    """Return a leaf of its own, floating point in `dtype`, complex in its complex counterpart."""
+    own = dtype.to_complex() if tensor.is_complex() else dtype if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device, own, copy=True)
 
 
 def _chunks(
-    data: Tensor | Iterable[Any], example_input: object, max_inputs: int
+    data: Tensor | Iterable[Any], example_input: object, batch_dim: BatchDim, max_inputs: int
 ) -> Iterator[tuple[list[str] | None, list[Tensor]]]:
-    """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs."""
+    """Yield the keyword names (None for positional arguments) and the tensors of at most 64 inputs, or of one whole."""
     check_type("data", data, Iterable, "a tensor (N, *features) or an iterable of batches")
     if isinstance(data, Tensor):
         check_tensor("data", data)
     left = max_inputs
     for batch in [data] if isinstance(data, Tensor) else data:
         names, tensors = _arguments(batch, example_input)
-        n_inputs = tensors[0].shape[0] if tensors[0].dim() else 0
-        for start in range(0, min(n_inputs, left), CHUNK):
-            stop = min(start + CHUNK, left)
-            yield names, [tensor[start:stop] for tensor in tensors]
+        for tensor in tensors:
+            check_tensor("data", tensor)
+        if batch_dim is None:
+            n_inputs = 1
+            yield names, tensors
+        else:
+            n_inputs = tensors[0].shape[0] if tensors[0].dim() else 0
+            for start in range(0, min(n_inputs, left), CHUNK):
+                stop = min(start + CHUNK, left)
+                yield names, [tensor[start:stop] for tensor in tensors]
         left -= n_inputs
         if left <= 0:
             return
@@ -182,13 +206,11 @@ def _arguments(batch: object, example_input: object) -> tuple[list[str] | None, 
 
 
 def _jacobian_norms(inputs: Sequence[Tensor], outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the spectral norm of each sample's Jacobian, shape (B,)."""
-    n_samples = inputs[0].shape[0]
-    if outputs.dim() == 0 or outputs.shape[0] != n_samples:
-        raise TypeError(
-            f"Expected an output of shape (B, *outputs) for a batch of {n_samples}, got {tuple(outputs.shape)}."
-        )
+    """Return the spectral norm of each sample's Jacobian, shape (B,), for outputs of shape (B, ...)."""
+    n_samples = len(outputs)
     if not outputs.requires_grad:
+        return outputs.new_zeros(n_samples)
+    if outputs.numel() == 0 or all(x.numel() == 0 for x in inputs):
         return outputs.new_zeros(n_samples)
     flat = outputs.reshape(n_samples, -1)
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.refusals import Refusal
-from lightning_lip.graph.tracing import WHOLE_MODULE, TracedModel, module_path
+from lightning_lip.graph.tracing import WHOLE_MODULE, Sizes, TracedModel, module_path
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.intervals import Interval
@@ -27,7 +27,8 @@ class Dependent:
 
     Attributes:
         shape: Its shape, with the batch of two.
-        axis: The dimension that holds the samples, one after the other; its size is a multiple of two.
+        axis: The dimension that holds the samples, one after the other; its size is a multiple of two. None where the
+            whole input is one sample: then nothing can mix samples.
         term: The logarithm of its Lipschitz constant with respect to the network's input: Euclidean norms over all
             elements of a sample, of all inputs together.
         inputs: Indices of the network's inputs that it depends on.
@@ -35,10 +36,19 @@ class Dependent:
     """
 
     shape: tuple[int, ...]
-    axis: int
+    axis: int | None
     term: Term
     inputs: frozenset[int]
     pending: tuple[Hashable, LinearOperator] | None = None
+
+    @property
+    def has_batch_first(self) -> bool:
+        """Whether the samples, if there are several, lie along the first dimension."""
+        return self.axis in (0, None)
+
+    def axis_after(self, places: int) -> int | None:
+        """Return the dimension of the samples once it has moved by so many places."""
+        return None if self.axis is None else self.axis + places
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Refused:
         if self.like is None or not is_real(example):
             return None
         shape, axis = tuple(example.shape), self.like.axis
-        if axis >= len(shape) or shape[axis] != self.like.shape[axis]:
+        if axis is not None and (axis >= len(shape) or shape[axis] != self.like.shape[axis]):
             return None
         return Dependent(shape, axis, self.like.term, self.like.inputs)
 
@@ -164,16 +174,29 @@ class Builder:
         self.live_nodes: set[torch.fx.Node] = set()
         self._keys: dict[Hashable, int] = {}
         self._identities: dict[Hashable, int] = {}
+        self.sizes = Sizes()
 
     def scratch(self) -> Builder:
         """Return a builder of the same values, whose operators and audit do not count."""
         other = Builder(self.traced)
         other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
+        other.sizes = self.sizes
         return other
 
     def identity(self, what: Hashable) -> int:
         """Return the number that stands for what tells a value from all others."""
         return self._identities.setdefault(what, len(self._identities))
+
+    def known_sizes(self, example: Tensor) -> tuple[int, ...]:
+        """Return the shape of a traced tensor.
+
+        Raises:
+            RefusedError: If it is not known.
+        """
+        shape = self.sizes.of(example)
+        if shape is None:
+            raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+        return shape
 
     def operator(self, key: Hashable, operator: LinearOperator) -> int:
         """Return the operator's index; a weight that is used again counts one more time."""
@@ -238,7 +261,9 @@ class Builder:
         )
         new_shape = shape_of(node) if shape is None else tuple(shape)
         new_axis = value.axis if axis is None else axis
-        if new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
+        if value.axis is None:
+            new_axis = None
+        elif new_axis is None or new_axis >= len(new_shape) or new_shape[new_axis] % BATCH:
             raise SampleAxisError
         return Dependent(new_shape, new_axis, term, value.inputs)
 
@@ -266,10 +291,10 @@ class Builder:
         kind: Combination,
         values: Sequence[Dependent],
         scales: Sequence[float],
-        axes: Sequence[int],
+        axes: Sequence[int | None],
     ) -> Dependent:
         """Return the value of an operation on several branches, whose samples lie along `axes` of its result."""
-        if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values}) != 1:
+        if len(set(axes)) != 1 or len({v.shape[v.axis] for v in values if v.axis is not None}) > 1:
             raise SampleAxisError
         self.note(node, "sum of the branches" if kind == "sum" else "branches side by side")
         inputs = frozenset().union(*(v.inputs for v in values))
@@ -313,9 +338,15 @@ def is_sized(example: object) -> TypeGuard[Tensor]:
 
 
 def shape_of(node: torch.fx.Node) -> tuple[int, ...]:
-    """Return the shape of a node's tensor, or of the first of its tensors."""
-    value = node.meta["val"]
-    return tuple(int(n) for n in (value if isinstance(value, Tensor) else value[0]).shape)
+    """Return the shape of a node's tensor, or of the first of its tensors.
+
+    Raises:
+        RefusedError: If it is not known.
+    """
+    shape: tuple[int, ...] | None = node.meta["sizes"]
+    if shape is None:
+        raise RefusedError("the size of its result depends on the values of a tensor, which may be any")
+    return shape
 
 
 def dimensions(value: Dependent, dims: Any) -> list[int]:
@@ -355,11 +386,11 @@ def only_input(arguments: dict[str, Any], *allowed: str) -> Dependent:
     return first
 
 
-def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int]:
+def broadcast(node: torch.fx.Node, value: Dependent) -> tuple[float, int | None]:
     """Return the constant and the sample axis of `value` once it is broadcast to the shape of `node`."""
     shape = shape_of(node)
-    axis = value.axis + len(shape) - len(value.shape)
-    if shape[axis] != value.shape[value.axis]:
+    axis = value.axis_after(len(shape) - len(value.shape))
+    if axis is not None and value.axis is not None and shape[axis] != value.shape[value.axis]:
         raise SampleAxisError
     copies = math.prod(shape) // max(1, math.prod(value.shape))
     return (sqrt_up(copies) if copies > 1 else 1.0), axis

@@ -47,6 +47,8 @@ def _check_tensor(name: str, key: str, argument: Independent) -> None:
     of = "" if argument.owner is None else f", {'.'.join(filter(None, argument.owner[1:]))},"
     if tensor.is_complex():
         raise RefusedError(f"its argument `{key}`{of} is complex: bounds are for real numbers")
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
         return
     if name not in TAKE_INFINITY or bool(tensor.isnan().any()):

@@ -28,6 +28,8 @@ for _name in ("round", "floor", "ceil", "trunc", "fix", "sign", "sgn", "heavisid
     REASONS[_name] = "it is a step function"
 for _name in ("argmax", "argmin", "argsort", "nonzero", "searchsorted"):
     REASONS[_name] = "an index jumps"
+for _name in ("masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"):
+    REASONS[_name] = "the size of its result depends on the values of the activations"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.product import ProductBound
+from lightning_lip.graph.program import ProductBound
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage, share_of
 from lightning_lip.operators.selection import Selected, Selection, Unknown, cover, select
@@ -23,6 +24,7 @@ def bound_of(
     layers: Selection | None = None,
     exclude: Selection | None = None,
     unknown: Unknown = "refuse",
+    batch_dim: BatchDim = 0,
 ) -> tuple[Bound, Coverage]:
     """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
 
@@ -37,6 +39,7 @@ def bound_of(
         exclude: What to leave out.
         unknown: What becomes of the layers without a known norm in the product, as in
             :func:`~lightning_lip.operators.selection.cover`. In a graph they are always refused.
+        batch_dim: None takes the whole example input as one sample, as :meth:`NetworkBound.trace` does.
 
     Returns:
         The bound, and what the selection covers of the model.
@@ -46,10 +49,11 @@ def bound_of(
         UnsupportedLayerError: If the operator of a selected layer is not known, or an operation between
             `example_input` and the output has no known finite constant.
     """
+    check_batch_dim(batch_dim)
     given = getattr(model, "example_input_array", None) if example_input is None else example_input
     if given is not None:
         try:
-            network = NetworkBound.trace(model, given)
+            network = NetworkBound.trace(model, given, batch_dim)
             selected = select(model, layers, exclude)
             network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
             layers_of = {s.found.name: type(s.found.module).__name__ for s in selected}

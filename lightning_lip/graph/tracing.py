@@ -8,10 +8,8 @@ input's values. ``torch.fx`` would stop at any Python control flow and hides wha
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +18,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip.checks import check_model
-from lightning_lip.constants.modules import registered_rule
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.inputs import batch_of_two, call_arguments, check_example, floating_dtype
+from lightning_lip.graph.whole_modules import WholeModule, traced_whole
+from lightning_lip.models.inputs import (
+    BatchDim,
+    call_arguments,
+    check_batch_dim,
+    check_example,
+    floating_dtype,
+    traced_example,
+)
 from lightning_lip.models.modules import (
     eval_mode,
     is_wrapper,
-    keeps_forward,
     parametrizations_uncached,
     state_kept,
     walk,
@@ -46,65 +50,6 @@ FAILURES = (
 )
 """What a forward pass raises that does not run in a dtype or at a point, or that torch.export does not take."""
 
-WHOLE_MODULES = (nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d, nn.LocalResponseNorm)
-"""Modules whose graph hides what they are (a quotient, a difference, a power), so that they are traced as one node."""
-
-
-@torch.library.custom_op(
-    "lightning_lip::whole_module",
-    mutates_args=(),
-    schema="(Tensor output, Tensor[] inputs, Tensor[] stored, int index) -> Tensor",
-)
-def _whole_module(output: Tensor, inputs: list[Tensor], stored: list[Tensor], index: int) -> Tensor:
-    return output.clone()
-
-
-@_whole_module.register_fake
-def _(output: Tensor, inputs: list[Tensor], stored: list[Tensor], index: int) -> Tensor:
-    return torch.empty_like(output)
-
-
-WHOLE_MODULE = torch.ops.lightning_lip.whole_module.default
-"""Marks the output of a module that is traced as one node."""
-
-
-@dataclass(frozen=True)
-class WholeModule:
-    """One call of a module that is traced as one node.
-
-    Attributes:
-        module: The module.
-        called: A module of its class with its attributes, and those of the modules in it, as they were at the call, and
-            the live parameters and buffers.
-        writes: Whether the call wrote into a tensor that it was given.
-    """
-
-    module: nn.Module
-    called: nn.Module
-    writes: bool
-
-    @property
-    def counting(self) -> nn.Module:
-        """Return the module whose constant counts: the live one, unless the forward pass calls it in another state."""
-        return self.module if _is_as_it_was(self.module, self.called, set()) else self.called
-
-
-def _is_as_it_was(now: Any, then: Any, seen: set[int]) -> bool:
-    """Whether a value is what it was at a call, by the copy made then: the same numbers, texts, modules, containers."""
-    if now is then or id(now) in seen:
-        return True
-    if type(now) is not type(then) or isinstance(now, Tensor):
-        return False
-    seen.add(id(now))
-    if isinstance(now, nn.Module):
-        # The mode, and what marks the output, are the trace's own.
-        now, then = ({k: v for k, v in vars(m).items() if k not in ("training", "forward")} for m in (now, then))
-    if isinstance(now, dict):
-        return list(now) == list(then) and all(_is_as_it_was(now[key], then[key], seen) for key in now)
-    if isinstance(now, (list, tuple, deque)):
-        return len(now) == len(then) and all(_is_as_it_was(a, b, seen) for a, b in zip(now, then, strict=True))
-    return repr(now) == repr(then)
-
 
 @dataclass(frozen=True)
 class TracedModel:
@@ -120,6 +65,7 @@ class TracedModel:
         written: For the name of a placeholder that the forward pass gives another value: the buffer's name.
         modules: The calls of modules traced as one node, by index.
         names: The modules' names by id, as :func:`lightning_lip.operators.selection.cover` gives them.
+        batch_dim: 0 where the inputs are a batch of two along their first dimensions, None where they are one sample.
     """
 
     model: nn.Module
@@ -131,6 +77,7 @@ class TracedModel:
     written: dict[str, str]
     modules: list[WholeModule]
     names: dict[int, str]
+    batch_dim: BatchDim
 
     def tensor(self, argument: object) -> Tensor | None:
         """Return the live parameter, buffer or constant that an argument of an operation is; None for anything else."""
@@ -138,7 +85,7 @@ class TracedModel:
         return None if read is None else read()
 
 
-def trace(model: nn.Module, example_input: object) -> TracedModel:
+def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> TracedModel:
     """Trace one forward pass in eval mode; the model and the generators of random numbers are left as they were.
 
     Args:
@@ -146,6 +93,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         example_input: A tensor, a tuple of positional arguments or a dict of keyword arguments. All tensors in it have
             the batch along the first dimension; a batch of one is repeated, a larger one cut to two. A factor that
             the forward pass computes from the size of the batch is taken at two.
+        batch_dim: None takes the whole input as one sample, as it is.
 
     Raises:
         TypeError: If the model is no module.
@@ -154,14 +102,21 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
             say.
     """
     check_model(model, "A bound over the traced graph")
+    check_batch_dim(batch_dim)
     while is_wrapper(model):
         model = next(iter(model.children()))
     refuse_sharded(
         model, "A bound over the traced graph", "Leave the example input out: the product over the layers remains."
     )
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        names_of = ", ".join(name or "(the model itself)" for name in scripted[:5])
+        raise UnsupportedLayerError(
+            f"{names_of}: compiled by torch.jit, whose operations cannot be traced. Use the module it was made from."
+        )
     modules: list[WholeModule] = []
-    with as_traced(model), _traced_whole(model, modules):
-        args, kwargs = call_arguments(batch_of_two(example_input, floating_dtype(model)))
+    with as_traced(model), traced_whole(model, modules):
+        args, kwargs = call_arguments(traced_example(example_input, floating_dtype(model), batch_dim))
         try:
             program = torch.export.export(model, args, dict(kwargs), strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
@@ -170,7 +125,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
         except UnsupportedLayerError:
             raise
         except FAILURES as error:
-            check_example(model, args, kwargs)
+            check_example(model, args, kwargs, batch_dim)
             _refuse_inference_tensors(model, error)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
@@ -188,7 +143,7 @@ def trace(model: nn.Module, example_input: object) -> TracedModel:
     changed = {*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()}
     read = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     written = {placeholder: name for placeholder, name in read.items() if name in changed}
-    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names)
+    return TracedModel(model, program.graph, stored, owners, inputs, outputs, written, modules, names, batch_dim)
 
 
 def _refuse_inference_tensors(model: nn.Module, error: Exception) -> None:
@@ -244,79 +199,6 @@ def _detached_from_trainer(model: nn.Module) -> Iterator[None]:
     finally:
         for m, key, value in kept:
             vars(m)[key] = value
-
-
-@contextlib.contextmanager
-def _traced_whole(model: nn.Module, modules: list[WholeModule]) -> Iterator[None]:
-    """Let the modules that are traced as one node mark their output; fills `modules`."""
-    replaced: dict[int, tuple[nn.Module, bool, Any]] = {}
-
-    def mark(module: nn.Module) -> None:
-        forward = module.forward
-
-        def marked(*args: Any, **kwargs: Any) -> Tensor:
-            called = _as_it_is(module, {}, replaced)
-            stored = [*module.parameters(), *module.buffers()]
-            inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            versions = [x._version for x in inputs]
-            output = forward(*args, **kwargs)
-            if not isinstance(output, Tensor):
-                raise UnsupportedLayerError(
-                    f"A module with a registered constant must return one tensor; {type(module).__name__} returned "
-                    f"{type(output).__name__}."
-                )
-            modules.append(WholeModule(module, called, versions != [x._version for x in inputs]))
-            result: Tensor = WHOLE_MODULE(output, inputs, stored, len(modules) - 1)
-            return result
-
-        replaced[id(module)] = module, "forward" in vars(module), vars(module).get("forward")
-        vars(module)["forward"] = marked
-
-    for module in model.modules():
-        if registered_rule(module) is not None or any(keeps_forward(module, kind) for kind in WHOLE_MODULES):
-            mark(module)
-    try:
-        yield
-    finally:
-        for module, had, forward in replaced.values():
-            if had:
-                vars(module)["forward"] = forward
-            else:
-                del vars(module)["forward"]
-
-
-def _as_it_is(value: Any, copies: dict[int, Any], replaced: Mapping[int, tuple[nn.Module, bool, Any]]) -> Any:
-    """Return a value with the modules and containers in it copied as they are; other objects and tensors are shared.
-
-    Parameters and buffers stay those of the module's own dictionaries, where a new value is seen.
-
-    Args:
-        value: A module, a container or anything else.
-        copies: The copies that were made so far, by the id of what they are of.
-        replaced: The forwards that stand aside for the trace.
-    """
-    if id(value) in copies:
-        return copies[id(value)]
-    kept: Any = value
-    if isinstance(value, nn.Module):
-        kept = copies[id(value)] = object.__new__(type(value))
-        for key, entry in vars(value).items():
-            is_live = key in ("_parameters", "_buffers") or key.endswith("_hooks")
-            vars(kept)[key] = entry if is_live else _as_it_is(entry, copies, replaced)
-        _, had, forward = replaced.get(id(value), (value, "forward" in vars(value), vars(value).get("forward")))
-        vars(kept).pop("forward", None)
-        if had:
-            vars(kept)["forward"] = forward
-    elif isinstance(value, (list, dict, deque)) and type(value).__module__ in ("builtins", "collections"):
-        kept = copies[id(value)] = copy.copy(value)
-        places: Iterable[Any] = value if isinstance(value, dict) else range(len(value))
-        for place in places:
-            kept[place] = _as_it_is(value[place], copies, replaced)
-    elif isinstance(value, set):
-        kept = copy.copy(value)
-    elif type(value) is tuple:
-        kept = tuple(_as_it_is(entry, copies, replaced) for entry in value)
-    return kept
 
 
 def _stored_tensors(
@@ -390,3 +272,33 @@ def module_paths(node: torch.fx.Node) -> list[str]:
 def module_path(node: torch.fx.Node) -> str:
     """Return the path of the innermost module whose forward holds the operation; empty for the model itself."""
     return next(reversed(module_paths(node)), "")
+
+
+class Sizes:
+    """Sizes of traced tensors that the values of stored ones decide: how many elements of a mask are true, say."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, int] = {}
+
+    def learn(self, example: Tensor, shape: Sequence[int]) -> None:
+        """Take over the sizes of a traced tensor, which are known now."""
+        for size, known in zip(example.shape, shape, strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                self._known[size.node.expr] = int(known)
+
+    def number(self, size: int | torch.SymInt) -> int | None:
+        """Return a size, or what is computed from sizes; None if it depends on the values of an unknown tensor."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        known = size.node.expr.subs(self._known)
+        return int(known) if known.is_Integer else None
+
+    def of(self, example: Tensor) -> tuple[int, ...] | None:
+        """Return the shape of a traced tensor; None where it depends on the values of a tensor that is not known."""
+        known = tuple(n for n in map(self.number, example.shape) if n is not None)
+        return known if len(known) == example.dim() else None
+
+    def note(self, node: torch.fx.Node) -> None:
+        """Write the shape of a node's first tensor to ``node.meta["sizes"]``; None where it is not known."""
+        first = next((v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), None)
+        node.meta["sizes"] = None if first is None else self.of(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ BATCH = 2
 """Samples in the traced batch: two, so that an operation that mixes samples shows."""
 
 
-def check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+def check_example(
+    model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], batch_dim: BatchDim = 0
+) -> None:
     """Check that the forward pass runs on the example, where it could not be traced on it; parameters are kept.
 
     Raises:
@@ -41,8 +44,9 @@ def check_example(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[st
         raise ValueError(
             f"Expected `example_input` to be an input of {type(model).__name__}, whose forward takes "
             f"{inspect.signature(model.forward)}: a tensor, a tuple of positional arguments or a dict of keyword "
-            f"arguments. The forward pass fails on what was given, taken as ({', '.join(given)}) with a batch of "
-            f"{BATCH}: {type(error).__name__}: {error}"
+            f"arguments. The forward pass fails on what was given, taken as ({', '.join(given)}) "
+            f"{f'with a batch of {BATCH}' if batch_dim == 0 else 'as one sample'}: {type(error).__name__}: {error}"
+            + ("\nWhere there is no batch, as for a graph's nodes, say batch_dim=None." if batch_dim == 0 else "")
         ) from error
 
 
@@ -56,8 +60,32 @@ def floating_dtype(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> object:
-    """Return the example with every tensor's first dimension at two, floating-point ones in the model's `dtype`."""
+BatchDim = Literal[0] | None
+"""Where the samples of a batch lie in every tensor of an example input; None: the whole input is one sample."""
+
+
+def check_batch_dim(batch_dim: object) -> None:
+    """Check where the batch of an example input lies.
+
+    Raises:
+        ValueError: If it is neither the first dimension nor None.
+    """
+    if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim != 0):
+        raise ValueError(
+            "Expected `batch_dim` to be 0 (samples lie along the first dimension) or None (the whole input is one "
+            f"sample, as a graph's nodes are), got {batch_dim!r}."
+        )
+
+
+def traced_example(example_input: object, dtype: torch.dtype | None = None, batch_dim: BatchDim = 0) -> object:
+    """Return copies of an example's tensors as they are traced, floating-point ones in the model's `dtype`.
+
+    Args:
+        example_input: A tensor, a tuple of arguments or a dict of keyword arguments.
+        dtype: What floating-point tensors are converted to, or None.
+        batch_dim: 0 cuts or repeats the batch along every tensor's first dimension to two samples; None keeps the
+            whole.
+    """
     tensors = [leaf for leaf in pytree.tree_leaves(example_input) if isinstance(leaf, Tensor)]
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.is_quantized:
@@ -68,10 +96,15 @@ def batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> obj
             f"least one tensor in it, got a {type(example_input).__name__} with none. A configuration file cannot hold "
             "tensors: set self.example_input_array (torch.zeros(1, 4), say) in the LightningModule instead."
         )
-    if any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1 or tensors[0].shape[0] == 0:
+    shapes = [tuple(t.shape) for t in tensors]
+    if batch_dim is None and any(t.numel() == 0 for t in tensors):
+        raise ValueError(f"Expected tensors with elements in `example_input`, got shapes {shapes}.")
+    if batch_dim == 0 and (
+        any(t.dim() == 0 for t in tensors) or len({t.shape[0] for t in tensors}) != 1 or tensors[0].shape[0] == 0
+    ):
         raise ValueError(
             "Expected every tensor in `example_input` to have the batch along its first dimension, all of one size of "
-            f"at least 1, got shapes {[tuple(t.shape) for t in tensors]}."
+            f"at least 1, got shapes {shapes}. Where there is no batch, as for a graph's nodes, say batch_dim=None."
         )
 
     def fit(leaf: object) -> object:
@@ -81,6 +114,8 @@ def batch_of_two(example_input: object, dtype: torch.dtype | None = None) -> obj
         if dtype is not None and leaf.is_floating_point():
             # The example tells shapes; under 64-true or bf16-true it is still the fp32 that the user wrote.
             leaf = leaf.to(dtype)
+        if batch_dim is None:
+            return leaf.clone()
         return torch.cat([leaf, leaf])[:BATCH].clone() if leaf.shape[0] < BATCH else leaf[:BATCH].clone()
 
     if isinstance(example_input, Mapping):

@@ -20,9 +20,10 @@ from lightning_lip.checks import (
     check_state,
     check_vectors,
 )
-from lightning_lip.graph.product import repeated
+from lightning_lip.graph.program import repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import in_double, without_autocast
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded, reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
@@ -66,6 +67,7 @@ class LipschitzRegularizer:
             the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
             LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
             weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
@@ -107,6 +109,7 @@ class LipschitzRegularizer:
         n_iterations: int = 1,
         seed: int = 0,
         example_input: Any = None,
+        batch_dim: BatchDim = 0,
         backend: kernels.Backend | None = None,
         unknown: Unknown = "skip",
     ) -> None:
@@ -116,7 +119,7 @@ class LipschitzRegularizer:
         self._model = model
         reshard(model)
         check_choice("unknown", unknown, get_args(Unknown))
-        self._bound, self.coverage = bound_of(model, example_input, layers, exclude, unknown)
+        self._bound, self.coverage = bound_of(model, example_input, layers, exclude, unknown, batch_dim)
         if self.coverage.skipped:
             tell(f'Product of spectral norms: {self.coverage}\nWith unknown="refuse" these are refused.')
         self.operators: list[LinearOperator] = self._bound.operators

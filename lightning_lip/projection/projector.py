@@ -25,6 +25,7 @@ from lightning_lip.checks import (
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import without_modes
+from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Selection
@@ -116,6 +117,7 @@ class LipschitzProjector:
         example_input: An input of the model, whose graph is traced: the bound is then the whole network's. None takes
             a LightningModule's ``example_input_array``; without either it is the product over the selected layers,
             which bounds the network only if it is the chain of these layers and activations of constant 1.
+        batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         exact_every_n_steps: Make every n-th step an exact one; 0 leaves that to the caller.
         seed: Seed of the private generator of the blocks, the same on every rank.
 
@@ -146,6 +148,7 @@ class LipschitzProjector:
         block_size: int = 16,
         n_iterations: int = 1,
         example_input: Any = None,
+        batch_dim: BatchDim = 0,
         exact_every_n_steps: int = 0,
         seed: int = 0,
     ) -> None:
@@ -159,7 +162,7 @@ class LipschitzProjector:
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
         refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
-        self._bound, _ = bound_of(model, example_input, layers, exclude)
+        self._bound, _ = bound_of(model, example_input, layers, exclude, batch_dim=batch_dim)
         self.operators: list[LinearOperator] = self._bound.operators
         self._layers, self._reasons = projected_layers(
             self._bound, clip=method != "scaling", block_size=block_size, seed=seed

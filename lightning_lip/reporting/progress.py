@@ -17,6 +17,9 @@ from lightning_lip.reporting.processes import map_tasks
 LINES = 10
 """How many lines are printed in all where there is no terminal."""
 
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a line names the present task where there is no terminal."""
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -90,3 +93,42 @@ def progress(console: Console, total: int, what: str) -> Iterator[Callable[[obje
             print_line(console, f"{what}: {n_done}/{total}, {elapsed:.0f} s, about {left:.0f} s left")
 
     yield on_done
+
+
+@contextmanager
+def named_progress(console: Console, what: str) -> Iterator[Callable[[str, int], None]]:
+    """Show which of several tasks is at work, by name: a bar that vanishes at the end, or a line every ten seconds.
+
+    Yields:
+        A function to call before each task, with its name and the number of all tasks.
+    """
+    n_begun = 0
+    if console.is_terminal:
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            # Names may hold brackets, which rich would read as styles.
+            TextColumn("{task.description}", markup=False),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def show(name: str, total: int) -> None:
+                nonlocal n_begun
+                bar.update(task, description=name, completed=n_begun, total=total)
+                n_begun += 1
+
+            yield show
+        return
+    last = time.monotonic()
+
+    def print_name(name: str, total: int) -> None:
+        nonlocal n_begun, last
+        n_begun += 1
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print_line(console, f"{what}: {n_begun}/{total}, {name}")
+
+    yield print_name

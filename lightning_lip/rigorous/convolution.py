@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_lip.operators.paddings import PaddingMode, check_padding, most_copies, padding_pairs
-from lightning_lip.rigorous.hermitian import LargestEigenvalue, complex_gram
+from lightning_lip.rigorous.hermitian import LargestEigenvalue
 from lightning_lip.rigorous.matrix import scaled_matrix
 from lightning_lip.rigorous.rounding import (
     UNDERFLOW,
@@ -37,12 +37,13 @@ from lightning_lip.rigorous.rounding import (
     sqrt_up,
     sum_up,
 )
+from lightning_lip.rigorous.sized import sized_axis, sized_norm
 
 POINTS_PER_TAP = 16
 """Frequencies along a dimension, N = 16 (h - 1): at most 0.5% above the infinite grid's norm a dimension."""
 
-CHUNK_ELEMENTS = 2**20
-"""Elements of the symbol that are worked on at a time: 8 MB for each of some eight arrays."""
+CHUNK_ELEMENTS = 2**21
+"""Elements of ``P P^*`` that are worked on at a time: 16 MB for each of some eight arrays."""
 
 PHASE_ERROR = 256 * UNIT_ROUNDOFF
 """Bound of the error of a product of three computed ``e^{i q theta}``: 31 u each by the assumptions, 3 u a product."""
@@ -59,14 +60,17 @@ def certified_convolution_norm(
     transposed: bool = False,
     spatial: Sequence[int] | None = None,
     grid: int | None = None,
+    output_padding: int | Sequence[int] | None = None,
 ) -> float:
     """Return a *certified upper bound* of a convolution's spectral norm: rounding is accounted for at each step.
 
-    With zero padding, and for transposed convolutions, it bounds the operator on inputs of every size and lies at
-    most 0.5% (1-D), 1% (2-D) or 1.5% (3-D) above the norm on the infinite grid at the default `grid`. A small input's
-    operator can lie further below.
+    Where `spatial` tells the input's size and the operator on it is small (up to 4096 rows or columns, those of all
+    groups together to the power of 3), it is that operator's norm, up to about 1e-7: see
+    :mod:`lightning_lip.rigorous.sized`. Otherwise, with zero padding, and for transposed convolutions, it bounds the
+    operator on inputs of every size and lies at most 0.5% (1-D), 1% (2-D) or 1.5% (3-D) above the norm on the infinite
+    grid at the default `grid`.
 
-    The other padding modes, dimension by dimension:
+    The other padding modes there, dimension by dimension:
 
     - circular padding of d (k - 1) places in all makes the operator circulant: the exact frequencies of the input's
       size where they are fewer than the grid's and the stride divides the size, the grid otherwise; where the stride
@@ -83,10 +87,12 @@ def certified_convolution_norm(
         groups: A divisor of ``weight.shape[0]``.
         padding: One number, one a dimension, ``"same"`` or ``"valid"``. Its size matters to the padding modes only.
         padding_mode: ``"zeros"``, ``"circular"``, ``"reflect"`` or ``"replicate"``; zeros for a transposed convolution.
-        transposed: Whether the weight is a transposed convolution's, whose output padding does not change the bound.
+        transposed: Whether the weight is a transposed convolution's.
         spatial: The size of the input; None bounds the operators of all sizes.
         grid: Frequencies along each dimension, at least the number of taps there; None takes 16 (h - 1), h the number
-            of taps once the stride is removed. More of them cost more time for a tighter bound.
+            of taps once the stride is removed. More of them cost more time for a tighter bound. Where it is given, the
+            operator at the input's size is not looked at.
+        output_padding: Of a transposed convolution on an input of a size; None bounds those of any output padding.
 
     Returns:
         The bound; 0.0 for a zero kernel, inf where it may exceed the largest float.
@@ -132,14 +138,21 @@ def certified_convolution_norm(
     if not matrix.any():
         return 0.0
     kernel = matrix.view(groups, weight.shape[0] // groups, *weight.shape[1:])
+    if spatial is not None and grid is None:
+        outputs = [None] * dims if output_padding is None else _per_dimension("output_padding", output_padding, dims, 0)
+        settings_of = zip(kernel_size, strides, dilations, pairs, spatial, outputs, strict=True)
+        sized = [sized_axis(k, s, d, pair, n, padding_mode, transposed, o) for k, s, d, pair, n, o in settings_of]
+        norm = sized_norm(kernel, sized)
+        if norm is not None:
+            return ldexp_up(norm, exponent)
     bound = multiply_up(_largest_symbol(_polyphase(kernel, axes), axes), *(axis.factor for axis in axes))
     return ldexp_up(bound, exponent)
 
 
-def _per_dimension(argument: str, value: int | Sequence[int], dims: int) -> tuple[int, ...]:
+def _per_dimension(argument: str, value: int | Sequence[int], dims: int, least: int = 1) -> tuple[int, ...]:
     values = (value,) * dims if isinstance(value, int) else tuple(value)
-    if len(values) != dims or any(v < 1 for v in values):
-        raise ValueError(f"Expected `{argument}` to be {dims} numbers of at least 1, got {value!r}.")
+    if len(values) != dims or any(v < least for v in values):
+        raise ValueError(f"Expected `{argument}` to be {dims} numbers of at least {least}, got {value!r}.")
     return values
 
 
@@ -220,34 +233,65 @@ def _polyphase(kernel: Tensor, axes: Sequence[_Axis]) -> Tensor:
 def _largest_symbol(taps: Tensor, axes: Sequence[_Axis]) -> float:
     """Return an upper bound of ``||P(theta)||`` over all groups and all frequencies of the grid.
 
+    ``P P^*`` is a trigonometric polynomial itself, whose coefficients are correlations of the taps, computed once.
+
     Args:
         taps: Shape (taps, groups, p, q), p <= q, of magnitudes of at most 1.
         axes: The frequencies, and the exponents of the taps.
     """
     n_taps, groups, rows, columns = taps.shape
-    frobenius = frobenius_up(taps.transpose(0, 1).flatten(2))
-    symbol_frobenius = multiply_up(sqrt_up(n_taps), frobenius)
-    # Entry by entry, real and imaginary part each: sum_t |K_t| (gamma_T |phase| + phase error).
-    phase = sum_up([gamma(n_taps) * 2, PHASE_ERROR])
-    symbol_error = sum_up([multiply_up(sqrt_up(2), phase, symbol_frobenius), UNDERFLOW])
-    computed_frobenius = sum_up([symbol_frobenius, symbol_error])
-    points = half_grid([axis.n_frequencies for axis in axes])
-    tables = [phases_of(axis) for axis in axes]
-    flat = taps.reshape(n_taps, -1)
+    exponents = torch.cartesian_prod(*(torch.tensor(sorted(set(axis.exponents)), device="cpu") for axis in axes))
+    lags, even, odd = _correlations(taps, exponents.view(n_taps, -1))
+    counts = torch.tensor([axis.n_frequencies for axis in axes], device="cpu")
+    roots = [roots_of_unity(axis.n_frequencies) for axis in axes]
+    points = half_grid(counts.tolist())
     largest = LargestEigenvalue(rows)
-    step = max(1, CHUNK_ELEMENTS // (groups * rows * columns))
+    step = max(1, CHUNK_ELEMENTS // (groups * rows * rows))
     for first in range(0, len(points), step):
-        chunk = points[first : first + step]
-        phases = tables[0][chunk[:, 0]]
-        for dim, table in enumerate(tables[1:], start=1):
-            phases = (phases[:, :, None] * table[chunk[:, dim]][:, None, :]).flatten(1)
-        real = (phases.real.contiguous() @ flat).view(-1, rows, columns)
-        imaginary = (phases.imag.contiguous() @ flat).view(-1, rows, columns)
-        largest.include(complex_gram(real, imaginary))
-    # Of the real part gamma_{2q+1} ||P||_F^2, of the imaginary one 2 gamma_{q+2} ||Re P||_F ||Im P||_F.
-    gram_gamma = sum_up([gamma(2 * columns + 1), gamma(columns + 2)])
-    gram_error = multiply_up(gram_gamma, computed_frobenius, computed_frobenius)
-    return sum_up([sqrt_up(sum_up([largest.bound(), gram_error, UNDERFLOW])), symbol_error])
+        turns = points[first : first + step, None] * lags % counts
+        phases = roots[0][turns[..., 0]]
+        for dim in range(1, len(axes)):
+            phases = phases * roots[dim][turns[..., dim]]
+        real = phases.real.contiguous() @ even
+        # The first lag is 0.
+        imaginary = phases.imag[:, 1:].contiguous() @ odd
+        largest.include(torch.complex(real, imaginary).view(-1, rows, rows))
+    # Entry by entry, real and imaginary part each, with B = sum_{s,t} |K_t| |K_s|^T: a correlation errs by
+    # gamma_{q+T+1} of it, a polynomial of R lags by gamma_R and the phases; ||B||_F <= T ||K||_F^2.
+    relative = sum_up([2 * gamma(columns + n_taps + len(lags) + 8), PHASE_ERROR])
+    frobenius = frobenius_up(taps.transpose(0, 1).flatten(2))
+    gram_error = multiply_up(sqrt_up(2), relative, n_taps, frobenius, frobenius)
+    return sqrt_up(sum_up([largest.bound(), gram_error, UNDERFLOW]))
+
+
+def _correlations(taps: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coefficients of ``P P^* = C_0 + sum_r (C_r e^{i r theta} + C_r^T e^{-i r theta})``.
+
+    Args:
+        taps: K_t, (taps, groups, p, q).
+        exponents: The power of ``e^{i theta}`` that each tap stands at, (taps, dims).
+
+    Returns:
+        The lags r, 0 and one of each pair +-r, (lags, dims); C_0 and the ``C_r + C_r^T``, which the cosines multiply,
+        flat, (lags, groups p p); the ``C_r - C_r^T`` for r != 0, which i times the sines multiply.
+    """
+    n_taps, groups, rows, _ = taps.shape
+    # A number for each lag, in which one of a pair is positive.
+    spans = 2 * (exponents.amax(0) - exponents.amin(0)) + 1
+    weights = torch.tensor([math.prod(spans[dim + 1 :].tolist()) for dim in range(len(spans))], device="cpu")
+    differences = exponents[:, None] - exponents
+    numbers = (differences * weights).sum(-1)
+    known = sorted({number for number in numbers.flatten().tolist() if number >= 0})
+    places = torch.bucketize(numbers, torch.tensor(known, device="cpu"))
+    lags = differences.new_zeros(len(known), exponents.shape[1])
+    correlations = taps.new_zeros(len(known), groups, rows, rows)
+    for tap in range(n_taps):
+        kept = (numbers[tap] >= 0).nonzero()[:, 0]
+        lags[places[tap, kept]] = differences[tap, kept]
+        correlations.index_add_(0, places[tap, kept], taps[tap] @ taps[kept].mT)
+    even, odd = correlations + correlations.mT, correlations[1:] - correlations[1:].mT
+    even[0] /= 2
+    return lags, even.flatten(1), odd.flatten(1)
 
 
 def half_grid(counts: Sequence[int]) -> Tensor:
@@ -265,10 +309,7 @@ def half_grid(counts: Sequence[int]) -> Tensor:
     return half[torch.randperm(len(half), generator=generator, device="cpu")]
 
 
-def phases_of(axis: _Axis) -> Tensor:
-    """Return ``e^{i q theta}`` for each frequency of the axis and each of its exponents, complex fp64."""
-    n = axis.n_frequencies
+def roots_of_unity(n: int) -> Tensor:
+    """Return ``e^{2 pi i m / n}`` for m = 0, ..., n - 1, complex fp64."""
     angles = [2 * math.pi * m / n for m in range(n)]
-    roots = torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128, device="cpu")
-    exponents = torch.tensor(sorted(set(axis.exponents)), device="cpu")
-    return roots[torch.arange(n, device="cpu")[:, None] * exponents % n]
+    return torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=torch.complex128, device="cpu")

@@ -18,13 +18,6 @@ EXACT_ESTIMATE_SIZE = 128
 """Up to this size an eigenvalue is estimated by a full decomposition, above it by block iteration."""
 
 
-def complex_gram(real: Tensor, imaginary: Tensor) -> Tensor:
-    """Return ``P P^*``, complex (points, p, p), of P = real + i imaginary, (points, p, q) each, in three products."""
-    both = torch.cat([real, imaginary], dim=-1)
-    cross = imaginary @ real.mT
-    return torch.complex(both @ both.mT, cross - cross.mT)
-
-
 class LargestEigenvalue:
     """A number that no eigenvalue of the matrices seen so far exceeds, but for rounding errors.
 

@@ -137,7 +137,9 @@ def _scaled_guess(estimate: float, exponent: int) -> float | None:
     return math.ldexp(mantissa, shift) ** 2 if -2 <= shift <= 64 else None
 
 
-def certified_largest_eigenvalue(matrix: Tensor, estimate: float | None = None, sufficient: float = math.inf) -> float:
+def certified_largest_eigenvalue(
+    matrix: Tensor, estimate: float | None = None, sufficient: float = math.inf, tolerance: float = FIRST_TOLERANCE
+) -> float:
     """Return a *certified upper bound* of the largest eigenvalue of a symmetric matrix that is positive semidefinite.
 
     Args:
@@ -145,6 +147,7 @@ def certified_largest_eigenvalue(matrix: Tensor, estimate: float | None = None, 
             it. Positive semidefinite up to rounding errors.
         estimate: A guess of the eigenvalue; None finds one.
         sufficient: A bound that is known already: once the attempts exceed it, it is returned.
+        tolerance: How far (relative) above the estimate the first attempt lies.
     """
     size = matrix.shape[0]
     diagonal = matrix.diagonal()
@@ -153,7 +156,6 @@ def certified_largest_eigenvalue(matrix: Tensor, estimate: float | None = None, 
     if estimate is None:
         estimate = _estimated_largest_eigenvalue(matrix)
     estimate = min(max(estimate, smallest), max(diagonal.sum().item(), smallest))
-    tolerance = FIRST_TOLERANCE
     while True:
         attempt = estimate * (1 + tolerance)
         if attempt >= sufficient:

@@ -10,7 +10,6 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
@@ -47,17 +46,20 @@ def _(operator: ConvolutionOperator, weight: Evaluation | None = None) -> float:
 
     names = ("stride", "dilation", "padding", "padding_mode", "transposed")
     settings: dict[str, Any] = {name: getattr(module, name) for name in names}
-
-    def norm(kernel: Tensor, groups: int) -> float:
-        return certified_convolution_norm(kernel, groups=groups, spatial=operator.spatial, **settings)
-
-    bound = norm(weight.value, module.groups)
+    bound = certified_convolution_norm(
+        weight.value,
+        groups=module.groups,
+        spatial=operator.spatial,
+        output_padding=module.output_padding if module.transposed else None,
+        **settings,
+    )
     if weight.error is None:
         return bound
     # The error's blocks from channel to channel have at most the norms of their largest entry times a kernel of ones
-    # (padding and strides have no signs), and the root of the sum of their squares bounds the whole.
+    # (padding and strides have no signs), and the root of the sum of their squares bounds the whole. That kernel's norm
+    # need not be tight.
     ones = torch.ones(1, 1, *weight.value.shape[2:], dtype=torch.float64, device="cpu")
-    return sum_up([bound, multiply_up(weight.error_norm(), norm(ones, 1))])
+    return sum_up([bound, multiply_up(weight.error_norm(), certified_convolution_norm(ones, **settings))])
 
 
 @certified_norm.register

@@ -323,3 +323,46 @@ def test_a_constant_network():
     found = document("zero", model, torch.zeros(1, 2), result, 1, 0.0)
     assert (found["upper"], found["log_upper"], found["tightness"], found["passed"]) == (0.0, None, None, True)
     assert any("certified upper bound             0" in line for line in interval(found))
+
+
+GRAPH = """
+import torch
+from torch import nn
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 3)
+        self.register_buffer("propagation", torch.ones(5, 5) / 5)
+
+    def forward(self, x):
+        return (self.propagation @ self.layer(x)).mean(0)
+"""
+
+
+def test_a_network_without_a_batch(tmp_path, monkeypatch, capsys):
+    (tmp_path / "graph_network.py").write_text(GRAPH)
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
+    np.save("data.npy", x)
+    arguments = ("graph_network:Graph", "--input-shape", "5,2", "--data", "data.npy", "--json", "-")
+    assert run_cli("audit", *arguments, "--no-batch") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["input_shapes"] == [[5, 2]]
+    assert found["n_inputs"] == 1
+    weight = torch.tensor(found["layers"][0]["certified"])
+    # The mean of 5 nodes of equal values, from 5 nodes that are averaged.
+    assert found["lower"] == pytest.approx(float(weight) / 5**0.5, rel=1e-5)
+    assert found["upper"] == pytest.approx(found["lower"], rel=1e-5)
+    np.save("data.npy", x[:4])
+    with pytest.raises(AuditError, match=r"shape \(5, 2\) in --data data.npy, got torch.float32 of shape \(4, 2\)"):
+        audit("graph_network:Graph", input_shape="5,2", data="data.npy", no_batch=True)
+
+
+def test_the_layers_at_work_are_told_on_standard_error(networks, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_lip.reporting.progress.SECONDS_BETWEEN_LINES", 0.0)
+    audit("audited_networks:Net", input_shape="2", json="-")
+    told = capsys.readouterr()
+    assert told.err.splitlines() == ["certifying: 1/2, first", "certifying: 2/2, second"]
+    json.loads(told.out)

@@ -20,7 +20,7 @@ from torch import nn
 
 import lightning_lip
 from lightning_lip.graph.builder import RULES
-from lightning_lip.graph.tracing import WHOLE_MODULES
+from lightning_lip.graph.whole_modules import WHOLE_MODULES
 
 LONG = int(os.environ.get("LIGHTNING_LIP_FUZZ", "0"))
 BATCH = 40

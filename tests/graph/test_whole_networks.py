@@ -258,5 +258,5 @@ def test_a_vit_is_refused_at_attention_and_its_mlp_is_bounded():
     model = nn.Sequential(Encoder(), Encoder())
     with pytest.raises(UnsupportedLayerError) as caught:
         NetworkBound.trace(model, torch.randn(2, 5, 8))
-    assert "0.attention (MultiheadAttention)" in str(caught.value)
+    assert "0.attention, 1.attention (MultiheadAttention)" in str(caught.value)
     check_bound(model[0].mlp, 5, 8, n=2)

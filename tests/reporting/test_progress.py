@@ -4,8 +4,9 @@ import io
 
 from rich.console import Console
 
+from lightning_lip.reporting import progress as progress_module
 from lightning_lip.reporting.finished import Finished
-from lightning_lip.reporting.progress import map_with_progress, progress
+from lightning_lip.reporting.progress import map_with_progress, named_progress, progress
 
 
 def test_progress_prints_lines_where_there_is_no_terminal():
@@ -32,3 +33,24 @@ def test_results_come_in_the_order_of_the_tasks(tmp_path):
     finished = Finished(tmp_path / "file", None, int)
     assert map_with_progress(console, "runs", len, ["a", "bb"], 1, finished) == [1, 2]
     assert console.file.getvalue().startswith("runs: 1/2, ")
+
+
+def test_the_task_at_work_is_named_on_a_terminal():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with named_progress(console, "certifying") as show:
+        show("first", 2)
+        show("blocks[0].layer", 2)
+    printed = console.file.getvalue()
+    assert "certifying" in printed
+    assert "blocks[0].layer" in printed
+    assert "1/2" in printed  # one is done when the second begins
+
+
+def test_the_task_at_work_is_named_now_and_then_elsewhere(monkeypatch):
+    seconds = iter([0.0, 3.0, 11.0, 11.0, 12.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(seconds))
+    console = Console(file=io.StringIO(), width=120)
+    with named_progress(console, "certifying") as show:
+        for name in ("first", "[second]", "third"):
+            show(name, 3)
+    assert console.file.getvalue().splitlines() == ["certifying: 2/3, [second]"]

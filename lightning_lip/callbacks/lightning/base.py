@@ -20,6 +20,7 @@ from lightning_lip.callbacks.lightning.batches import check_example_input, input
 from lightning_lip.callbacks.lightning.ranks import refuse_inputs_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within_epochs, refuse_strategy
 from lightning_lip.checks import check_integers, check_name
+from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.recorded import stop_recording
 from lightning_lip.operators.selection import Selection, check_selection, refuse_replaced
@@ -69,6 +70,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         seed: Seed of the private generator that the singular vectors start from.
         example_input: An input of the model, whose graph is then traced, ``"batch"`` or ``"batch:<key>"`` for that of
             the first training batch, or None.
+        batch_dim: 0 where the example input is a batch along its first dimension, None where it is one sample.
     """
 
     key: ClassVar[str]
@@ -83,12 +85,14 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         n_iterations: int,
         seed: int,
         example_input: Any,
+        batch_dim: BatchDim,
     ) -> None:
         check_name(name)
         check_selection(layers, exclude)
         check_example_input(example_input)
         check_integers(1, block_size=block_size, n_iterations=n_iterations)
         check_integers(0, seed=seed)
+        check_batch_dim(batch_dim)
         self.name = name
         self._arguments: dict[str, Any] = {
             "layers": layers,
@@ -97,6 +101,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
             "n_iterations": n_iterations,
             "seed": seed,
             "example_input": example_input,
+            "batch_dim": batch_dim,
         }
         """What the core is made of; subclasses add arguments of their own core."""
         self._core: Core | None = None

@@ -121,12 +121,12 @@ def contracted(
     weight_shape = () if weight is None else weight.shape
     # A dimension of size 1 is broadcast along the other one, as if it were a dimension of the other alone.
     both = {label: n for label, n in zip(of_weight, weight_shape, strict=True) if label in sizes and n == sizes[label]}
-    sample = of_value[value.axis]
-    if sample in both or sample not in kept:
+    sample = None if value.axis is None else of_value[value.axis]
+    if sample is not None and (sample in both or sample not in kept):
         raise SampleAxisError
     summed = [n for label, n in zip(of_value, value.shape, strict=True) if label not in kept and label not in both]
     constant = multiply_up(factor, sqrt_up(math.prod(summed))) if math.prod(summed) > 1 else factor
-    axis = list(kept).index(sample)
+    axis = None if sample is None else list(kept).index(sample)
     if weight is None:
         return builder.chain(node, value, constant, axis=axis)
     layout = _Layout(of_weight, weight_shape, both, kept)
@@ -154,7 +154,7 @@ class _Layout:
         if self.summed:
             # In place of the sum, which would renumber the dimensions.
             weight = weight.sum(self.summed, keepdim=True)
-        ordered = weight.permute(*self.blocks, *self.rows, *self.columns, *self.summed)
+        ordered = weight.permute([*self.blocks, *self.rows, *self.columns, *self.summed])
         return ordered.reshape(self.size(self.blocks), self.size(self.rows), self.size(self.columns))
 
 

@@ -61,7 +61,7 @@ def matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple
         module, name, key = weight.owner
         if key not in module._parameters:
             buffer = f"{name}.{key}" if name else key
-            return (id(module), key), ComputedMatrixOperator(buffer, module, weight.compute, ())
+            return (id(module), key), ComputedMatrixOperator(buffer, module, lambda: _dense(weight.compute()), ())
         if key == "weight" and keeps_forward(module, nn.Linear):
             return id(module._parameters[key]), operator_of(module, name)
         full = name if key == "weight" else f"{name}.{key}" if name else key
@@ -71,6 +71,11 @@ def matrix_operator(builder: Builder, node: torch.fx.Node, weight: Any) -> tuple
         return ("computed", weight.identity), TracedParametrizationOperator(name, module, weight.compute)
     computed = ComputedMatrixOperator(name, module, weight.compute, weight.parameters)
     return ("computed", weight.identity), computed
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Return a matrix that may be sparse, as a graph's adjacency is."""
+    return matrix if matrix.layout == torch.strided else matrix.to_dense()
 
 
 def _is_parametrized(builder: Builder, node: torch.fx.Node, weight: Independent, module: nn.Module) -> bool:
@@ -111,7 +116,7 @@ def _apply(
     return builder.chain(node, value, operator=builder.operator(key, operator))
 
 
-@rule("linear", "addmm", "mm")
+@rule("linear", "addmm", "mm", "_sparse_mm")
 def linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     """Return the product of a value and a matrix, on either side."""
     if "mat1" in a or "mat2" in a:
@@ -123,6 +128,8 @@ def linear(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependen
         left, right, factor = a["input"], a["weight"], 1.0
         if isinstance(a.get("bias"), Dependent):
             raise RefusedError("the bias depends on the network's input")
+    elif "sparse" in a:
+        left, right, factor = a["sparse"], a["dense"], 1.0
     else:
         left, right, factor = a["self"], a["other"], 1.0
     value, weight = (left, right) if isinstance(left, Dependent) else (right, left)
@@ -145,7 +152,9 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     if not isinstance(weight, Independent):
         raise RefusedError("its kernel depends on the network's input")
     rank = len(weight.shape) - 2
-    if value.axis != 0 or len(value.shape) != rank + 2:
+    # Without a batch its inputs may be of shape (channels, ...), and a first dimension before that is no matter.
+    is_unbatched = value.axis is None and len(value.shape) == rank + 1
+    if not value.has_batch_first or not (is_unbatched or len(value.shape) == rank + 2):
         raise SampleAxisError("it takes the batch for channels or places: give inputs of shape (batch, channels, ...)")
     transposed = bool(a.get("transposed", "transpose" in str(node.target)))
     padding = a["padding"] if isinstance(a["padding"], str) else per_dimension(a["padding"], rank)
@@ -182,7 +191,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     if is_parameter and not own:
         # The owner's own dictionary where it serves: a weight that is assigned later is seen.
         convolution._parameters = module._parameters if key == "weight" else {"weight": module._parameters[key]}
-    domain = value.shape[1:]
+    domain = value.shape if is_unbatched else value.shape[1:]
     full = name if key == "weight" else f"{name}.{key}" if name else key
     identity: Hashable = id(module._parameters[key]) if is_parameter else ("computed", weight.identity)
     if is_parameter:
@@ -193,7 +202,7 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     # A kernel of size 1 is one operator at all sizes of its input.
     padded = (str(convolution.padding), convolution.padding_mode)
     details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
-    return _apply(builder, node, value, details, operator, channels_at_one=True)
+    return _apply(builder, node, value, details, operator, channels_at_one=not is_unbatched)
 
 
 def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Dependent | None:
@@ -207,7 +216,7 @@ def _before_padding(builder: Builder, node: torch.fx.Node, module: Any) -> Depen
     if mode != module.padding_mode or amounts != [n for pair in reversed(pairs) for n in pair]:
         return None
     value = builder.values.get(source) if isinstance(source, torch.fx.Node) else None
-    if not isinstance(value, Dependent) or value.axis != 0:
+    if not isinstance(value, Dependent) or not value.has_batch_first:
         return None
     builder.report.pop(before, None)
     return value

@@ -97,7 +97,7 @@ def _normalise(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
         eps = constants.rms_eps(eps, node.meta["val"].dtype) if eps is None else eps
     elif "use_input_stats" in a and not a["use_input_stats"]:
         return batch_normalised(builder, node, value, a["weight"], a["running_var"], eps)
-    elif value.axis != 0:
+    elif not value.has_batch_first:
         raise SampleAxisError("it takes the batch for channels")
     elif "HxW" in a and (a["N"] % BATCH or a["N"] * a["C"] * a["HxW"] != math.prod(value.shape)):
         # It takes the elements, of which each sample's lie one after the other, for N samples.
@@ -145,7 +145,7 @@ def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     dim = a["dim"] % len(shape)
     branches = [v for v in a["tensors"] if isinstance(v, Dependent)]
     stacked = "stack" in str(node.target)
-    axes = [v.axis + (1 if stacked and dim <= v.axis else 0) for v in branches]
+    axes = [v.axis_after(1 if stacked and v.axis is not None and dim <= v.axis else 0) for v in branches]
     if not stacked and dim in axes:
         raise SampleAxisError
     return builder.join(node, "norm", branches, [1.0] * len(branches), axes)
@@ -166,7 +166,8 @@ def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     if "norm" in name and order == 1:
         constant = sqrt_up(size)
     keep = bool(a.get("keepdim", False))
-    axis = value.axis if keep else value.axis - sum(1 for d in dims if d < value.axis)
+    before = [d for d in dims if value.axis is not None and d < value.axis]
+    axis = value.axis if keep else value.axis_after(-len(before))
     shape = [1 if d in dims else n for d, n in enumerate(value.shape)] if keep else None
     shape = shape or [n for d, n in enumerate(value.shape) if d not in dims]
     result = builder.chain(node, value, constant, shape=shape, axis=axis)
@@ -184,10 +185,11 @@ def _module(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     if len(own) != len(given) or any(x is not y for x, y in zip(own, given, strict=True)):
         raise RefusedError(f"{name}: it is called with other parameters or buffers than its own")
     values = [v for v in a["inputs"] if isinstance(v, Dependent)]
-    if any(v.axis != 0 for v in values):
+    if not all(v.has_batch_first for v in values):
         raise RefusedError("a module with a stated constant expects the batch along the first dimension")
     shape = shape_of(node)
-    joined = values[0] if len(values) == 1 else builder.join(node, "norm", values, [1.0] * len(values), [0])
+    axes = [v.axis for v in values]
+    joined = values[0] if len(values) == 1 else builder.join(node, "norm", values, [1.0] * len(values), axes)
     try:
         constants.lipschitz_constant(module)
     except UnsupportedLayerError as error:
@@ -339,7 +341,8 @@ def _deviation(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depe
     if not left > 0:
         raise RefusedError(f"with a correction of {correction:g} its divisor is not positive")
     keep = bool(a.get("keepdim", False))
-    axis = value.axis if keep else value.axis - sum(1 for d in dims if d < value.axis)
+    before = [d for d in dims if value.axis is not None and d < value.axis]
+    axis = value.axis if keep else value.axis_after(-len(before))
     return builder.chain(node, value, divide_up(1.0, math.nextafter(math.sqrt(left), 0.0)), axis=axis)
 
 
@@ -363,8 +366,8 @@ def _distances(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depe
         if value.axis == rank - 1:
             raise SampleAxisError
         # The points of the second are along the last dimension.
-        axis = len(shape) - 1 if at and value.axis == rank - 2 else value.axis + len(shape) - rank
-        if shape[axis] != value.shape[value.axis]:
+        axis = value.axis_after(len(shape) - rank + (1 if at and value.axis == rank - 2 else 0))
+        if axis is not None and value.axis is not None and shape[axis] != value.shape[value.axis]:
             raise SampleAxisError
         values.append(value)
         scales.append(multiply_up(slope, sqrt_up(math.prod(shape) / max(1, math.prod(value.shape[:-1])))))

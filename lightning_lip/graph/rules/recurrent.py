@@ -162,7 +162,7 @@ def _layers(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     if a["train"] and a["dropout"] > 0:
         raise RefusedError("its dropout stays on in eval mode: the network is then random")
     time = 1 if a["batch_first"] else 0
-    if not isinstance(value, Dependent) or len(value.shape) != 3 or value.axis != 1 - time:
+    if not isinstance(value, Dependent) or len(value.shape) != 3 or value.axis not in (1 - time, None):
         raise SampleAxisError
     length, directions = value.shape[time], 2 if a["bidirectional"] else 1
     if length > LONGEST:
@@ -179,10 +179,14 @@ def _layers(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     shapes = [tuple(int(n) for n in part.shape) for part in node.meta["val"]]
     builder.note(node, f"a recurrence of {length} steps")
     last_h = _beside(builder, [h for h, _ in lasts])
-    results = [dataclasses.replace(layer_input, shape=shapes[0]), dataclasses.replace(last_h, shape=shapes[1], axis=1)]
+    axis = None if value.axis is None else 1
+    results = [
+        dataclasses.replace(layer_input, shape=shapes[0]),
+        dataclasses.replace(last_h, shape=shapes[1], axis=axis),
+    ]
     if len(shapes) == 3:
         cells = _beside(builder, [c for _, c in lasts if c is not None])
-        results.append(dataclasses.replace(cells, shape=shapes[2], axis=1))
+        results.append(dataclasses.replace(cells, shape=shapes[2], axis=axis))
     return tuple(results)
 
 
@@ -261,7 +265,7 @@ def _cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any], step: Step, 
     """Return the bounds of a cell's new states."""
     x = a["input"]
     known = [value for value in (x, h, c) if isinstance(value, Dependent)]
-    if any(value.axis != 0 or len(value.shape) != 2 for value in known):
+    if any(not value.has_batch_first or len(value.shape) != 2 for value in known):
         raise SampleAxisError
     if not all(isinstance(b, Independent) or b is None for b in (a["b_ih"], a["b_hh"])):
         raise RefusedError("its bias depends on the network's input")
@@ -274,7 +278,9 @@ def _cell(builder: Builder, node: torch.fx.Node, a: dict[str, Any], step: Step, 
     parts = [value] if isinstance(value, torch.Tensor) else list(value)
     builder.note(node, "a step of a recurrence")
     shaped = [
-        None if new is None or part is None else dataclasses.replace(new, shape=tuple(map(int, part.shape)), axis=0)
+        None
+        if new is None or part is None
+        else dataclasses.replace(new, shape=tuple(map(int, part.shape)), axis=known[0].axis)
         for new, part in zip((new_h, new_c), [*parts, None], strict=False)
     ]
     return shaped[0], shaped[1] if len(shaped) > 1 else None

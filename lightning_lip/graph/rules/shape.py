@@ -94,15 +94,17 @@ def _moved(builder: Builder, node: torch.fx.Node, value: Dependent, numbers: Ten
     )
 
 
-def _copies(value: Dependent, numbers: Tensor) -> tuple[int, int]:
+def _copies(value: Dependent, numbers: Tensor) -> tuple[int, int | None]:
     """Return how often an element is copied at most, and the samples' axis, by the elements' numbers from 1 on."""
     flat = numbers.long() - 1
     counts = torch.bincount(flat.flatten().clamp(min=-1) + 1, minlength=2)[1:]
     copies = int(counts.max())
-    inner = torch.Size(value.shape[value.axis + 1 :]).numel()
-    size = value.shape[value.axis]
-    sample = torch.where(flat < 0, -1, (flat // inner) % size // (size // BATCH))
-    return copies, _sample_axis(sample)
+    axis = None
+    if value.axis is not None:
+        inner = torch.Size(value.shape[value.axis + 1 :]).numel()
+        size = value.shape[value.axis]
+        axis = _sample_axis(torch.where(flat < 0, -1, (flat // inner) % size // (size // BATCH)))
+    return copies, axis
 
 
 def _sample_axis(sample: Tensor) -> int:
@@ -123,7 +125,7 @@ def _sample_axis(sample: Tensor) -> int:
 
 def _spatial(value: Dependent, rank: int) -> tuple[int, ...]:
     """Return the last `rank` sizes, none of which may hold the batch."""
-    if value.axis >= len(value.shape) - rank:
+    if value.axis is not None and value.axis >= len(value.shape) - rank:
         raise SampleAxisError
     return value.shape[len(value.shape) - rank :]
 
@@ -205,7 +207,8 @@ def _ordered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     running = "cum" in str(node.target)
     n = value.shape[dim]
     shape = shape_of(node)
-    axis = value.axis - (1 if len(shape) < len(value.shape) and dim < value.axis else 0)
+    is_before = value.axis is not None and dim < value.axis
+    axis = value.axis_after(-1 if len(shape) < len(value.shape) and is_before else 0)
     result = builder.chain(node, value, sqrt_up(n) if running and n > 1 else 1.0, shape=shape, axis=axis)
     return result if isinstance(node.meta["val"], Tensor) else (result, None)
 
@@ -225,7 +228,8 @@ def _scattered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depe
         raise RefusedError(f"the reduction {how!r} has no rule")
     branches = [(v, part) for v, part in ((a["self"], 1.0), (source, size)) if isinstance(v, Dependent)]
     dim = a["dim"] % max(1, len(shape_of(node)))
-    if any(v.axis == dim or v.shape[v.axis] != shape_of(node)[v.axis] for v, _ in branches):
+    sampled = [(v, v.axis) for v, _ in branches if v.axis is not None]
+    if any(axis == dim or v.shape[axis] != shape_of(node)[axis] for v, axis in sampled):
         raise SampleAxisError
     if how != "sum":
         return builder.join(
@@ -268,7 +272,7 @@ def _zeros(value: Dependent | Independent) -> Tensor:
 def _fold(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
     """Sum overlapping blocks: *exact*, the root of the largest number of elements at one place, as in scatter_add."""
     value = only_input(a)
-    if len(value.shape) != 3 or value.axis != 0:
+    if len(value.shape) != 3 or not value.has_batch_first:
         raise SampleAxisError("it takes the batch for channels or places")
     arguments = dict(list(a.items())[1:])
     places = math.prod(per_dimension(a["kernel_size"], 2))

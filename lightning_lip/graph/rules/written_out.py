@@ -55,6 +55,9 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
         except UnsupportedLayerError as error:
             reason = reason or RefusedError(str(error))
             continue
+        except ValueError:
+            # A factor that is NaN is no fraction.
+            continue
         constant = slope.magnitude * (1 + 1e-15)
         value = builder.values[base]
         return builder.chain(node, value, constant, how="a function of one variable, written out")

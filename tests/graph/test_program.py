@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_lip import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.product import ProductBound, repeated
+from lightning_lip.graph.program import ProductBound, repeated
 from lightning_lip.graph.selected import bound_of
 from lightning_lip.operators.selection import cover
 
