@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.program import BoundProgram, Combination, Term
 from lightning_lip.graph.refusals import Refusal
-from lightning_lip.graph.tracing import WHOLE_MODULE, Sizes, TracedModel, module_path
+from lightning_lip.graph.tracing import Sizes, TracedModel, module_path
+from lightning_lip.graph.whole_modules import WHOLE_MODULE
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.rigorous.intervals import Interval
