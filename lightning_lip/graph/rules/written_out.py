@@ -186,8 +186,14 @@ class _Reader:
 Read = Callable[[Any], fn.Polynomial]
 
 
+def _exact(number: float) -> Fraction:
+    if not math.isfinite(number):
+        raise fn.UnknownFunctionError
+    return Fraction(number)
+
+
 def _sum(read: Read, a: dict[str, Any], node: torch.fx.Node) -> fn.Polynomial:
-    p, q, alpha = read(a["self"]), read(a["other"]), Fraction(a.get("alpha", 1))
+    p, q, alpha = read(a["self"]), read(a["other"]), _exact(a.get("alpha", 1))
     if "rsub" in _name(node):
         return fn.plus(q, p, -alpha)
     return fn.plus(p, q, alpha if "add" in _name(node) else -alpha)
@@ -219,7 +225,7 @@ def _choice(read: Read, a: dict[str, Any], node: torch.fx.Node) -> fn.Polynomial
 
 def _softplus(read: Read, a: dict[str, Any], node: torch.fx.Node) -> fn.Polynomial:
     constants.softplus(a["threshold"])
-    beta = Fraction(a["beta"])
+    beta = _exact(a["beta"])
     return fn.times(fn.constant(1 / beta), fn.function("softplus", fn.times(fn.constant(beta), read(a["self"]))))
 
 
