@@ -223,6 +223,24 @@ def test_refusals_name_every_module():
     assert "three" not in message
 
 
+@pytest.mark.parametrize(
+    "gelu",
+    [
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
+        lambda x: x * torch.sigmoid(1.702 * x),
+    ],
+)
+def test_a_written_out_function_behind_a_refused_operation_is_not_refused(gelu):
+    bilinear = Lambda(lambda m, x: gelu(m.b(x, x)), b=nn.Bilinear(3, 3, 2))
+    with pytest.raises(UnsupportedLayerError) as caught:
+        NetworkBound.trace(bilinear, torch.randn(2, 3))
+    assert [line.partition(",")[0] for line in str(caught.value).split("\n  - ")[1:]] == ["b (Bilinear)"]
+    # A power alone keeps its own reason.
+    squared = Lambda(lambda m, x: m.b(x, x) ** 2 + 1, b=nn.Bilinear(3, 3, 2))
+    with pytest.raises(UnsupportedLayerError, match="power"):
+        NetworkBound.trace(squared, torch.randn(2, 3))
+
+
 def test_embeddings_of_tokens_are_refused_and_of_positions_are_constants():
     embedding = nn.Embedding(5, 4)
     with pytest.raises(UnsupportedLayerError, match="look-up"):

@@ -20,6 +20,7 @@ from lightning_lip.graph.builder import (
     Builder,
     Dependent,
     Independent,
+    Refused,
     RefusedError,
     arguments_of,
     dimensions,
@@ -38,8 +39,10 @@ LARGEST = 2**20
 """How many elements a stored tensor may have to be looked at for a single number."""
 
 
-def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
+def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | Refused | None:
     """Return the value of an operation that is a known function of one earlier value, elementwise; None otherwise.
+
+    Of a refused value it is refused for that value's reasons, and not for those of the operations in between.
 
     Raises:
         RefusedError: If it is read, and is discontinuous; the message is the reason.
@@ -63,7 +66,20 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
         return builder.chain(node, value, constant, how="a function of one variable, written out")
     if reason is not None:
         raise reason
-    return _response_normalised(builder, node)
+    return _response_normalised(builder, node) or _of_refused(builder, node)
+
+
+def _of_refused(builder: Builder, node: torch.fx.Node) -> Refused | None:
+    """Return the refused value, of the fewest reasons, that an operation is a known function of; None without one."""
+    bases = sorted(_bases(builder, node, Refused), key=lambda base: len(builder.values[base].refusals))
+    for base in bases:
+        try:
+            fn.slopes_of(_Reader(builder, base).polynomial(node))
+        except (fn.UnknownFunctionError, ArithmeticError, ValueError):  # UnsupportedLayerError is a ValueError
+            continue
+        value: Refused = builder.values[base]
+        return value
+    return None
 
 
 def _response_normalised(builder: Builder, node: torch.fx.Node) -> Dependent | None:
@@ -117,8 +133,10 @@ def _name(node: Any) -> str:
     return name.removeprefix("aten::") if name.startswith("aten::") else ""
 
 
-def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Return the earlier values of the node's shape that it may be a function of, the latest first."""
+def _bases(
+    builder: Builder, node: torch.fx.Node, kind: type[Dependent] | type[Refused] = Dependent
+) -> list[torch.fx.Node]:
+    """Return the earlier values of a kind and of the node's shape that it may be a function of, the latest first."""
     seen: dict[torch.fx.Node, None] = {}
     waiting = [node]
     while waiting and len(seen) < N_OPERATIONS:
@@ -131,8 +149,9 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
     found = []
     for source in seen:
         value = builder.values.get(source)
-        is_one = isinstance(value, Dependent) and value.shape == shape and value.pending is None
-        if is_one and is_real(source.meta["val"]):
+        if not isinstance(value, kind) or not is_real(source.meta["val"]) or shape_of(source) != shape:
+            continue
+        if isinstance(value, Refused) or value.pending is None:
             found.append(source)
     if len(found) > 1:
         order = {other: i for i, other in enumerate(node.graph.nodes)}
