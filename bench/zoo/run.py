@@ -69,7 +69,7 @@ def run(job: Job) -> Row:
         elif process.exitcode and process.exitcode < 0:
             error = f"ended by signal {-process.exitcode}"
         elif process.exitcode:
-            error = raised(output.read_text(errors="replace"))
+            error = raised(output.read_text(errors="replace")) if output.exists() else f"ended with {process.exitcode}"
         row = as_row(json.loads(path.read_text())) if path.exists() else Row(job.name, stage="start")
         row.error = error
         return row
