@@ -44,6 +44,7 @@ class Row:
         layers: The covered layers by type, as text.
         covered: The number of parameters in covered layers.
         left_out: The layers that are left out, by type, as text.
+        start: The loss before training.
         losses: After 20 steps, by optimiser, without and with the callbacks; NaN where it is not finite.
         products: The product of the covered norms (log10), by optimiser, at the end without and with.
         seconds: Of the trainings, by optimiser, without and with.
@@ -59,6 +60,7 @@ class Row:
     layers: str = ""
     covered: int = 0
     left_out: str = ""
+    start: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
     products: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -83,6 +85,13 @@ class Row:
         losses = self.losses.get(optimizer, [])
         return len(losses) == 2 and losses[1] <= FACTOR * losses[0] + SLACK
 
+    def kept(self, optimizer: str) -> float | None:
+        """How much of the decrease of the loss without the callbacks there is with them; None where it is below 1%."""
+        losses = self.losses.get(optimizer, [])
+        if len(losses) < 2 or not self.start - losses[0] > 0.01 * self.start:
+            return None
+        return (self.start - losses[1]) / (self.start - losses[0])
+
     @property
     def holds(self) -> bool:
         """Whether everything ran, and no loss suffered."""
@@ -102,6 +111,16 @@ class Module(pl.LightningModule):
         """Return the loss of the one batch."""
         return self.entry.loss(self.model, batch)
 
+    def loss(self, batch: Batch) -> float:
+        """Return the loss now, with the same random numbers each time.
+
+        In training mode: the running statistics of batch normalisation are not there yet after 20 steps.
+        """
+        self.train()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            return float(self.entry.loss(self.model, batch))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimiser by its name."""
         return OPTIMIZERS[self.optimizer](self.parameters())
@@ -111,8 +130,10 @@ def measure(entry: Entry) -> Iterator[Row]:
     """Train and trace a model; yield the same row after every stage, so that a crash leaves what was known."""
     row = Row(entry.name, stage="build")
     yield row
-    row.parameters = sum(p.numel() for p in entry.build().parameters())
     batch = entry.batch()
+    module = Module(entry, "sgd")
+    row.parameters = sum(p.numel() for p in module.parameters())
+    row.start = module.loss(batch)
     for optimizer in OPTIMIZERS:
         for with_callbacks in (False, True):
             row.stage = f"{optimizer} {'with' if with_callbacks else 'without'} the callbacks"
@@ -146,12 +167,7 @@ def _train(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row
         )
         trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
     row.seconds.setdefault(optimizer, []).append(round(time.perf_counter() - start, 2))
-    # In training mode: the running statistics of batch normalisation are not there yet after 20 steps.
-    module.train()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        loss = float(entry.loss(module.model, batch))
-    row.losses.setdefault(optimizer, []).append(loss)
+    row.losses.setdefault(optimizer, []).append(module.loss(batch))
     if not with_callbacks:
         return
     coverage = penalty.regularizer.coverage

@@ -17,7 +17,8 @@ BEGIN, END = "<!-- what `make zoo` writes -->", "<!-- end -->"
 COLUMNS = [
     "model",
     "holds",
-    *(f"{name}_{what}" for name in OPTIMIZERS for what in ("loss_without", "loss_with", "log10_product")),
+    "loss_at_start",
+    *(f"{name}_{what}" for name in OPTIMIZERS for what in ("loss_without", "loss_with", "kept", "log10_product")),
     "parameters",
     "covered",
     "share",
@@ -43,11 +44,12 @@ def _cells(row: Row) -> list[Any]:
     for name in OPTIMIZERS:
         without, with_callbacks = (_number(x) for x in _pair(row.losses.get(name, [])))
         products = row.products.get(name, [])
-        losses += [without, with_callbacks, _number(products[-1]) if products else ""]
+        losses += [without, with_callbacks, _number(row.kept(name)), _number(products[-1]) if products else ""]
     seconds = [sum(_pair(row.seconds.get(name, []))[side] or 0.0 for name in OPTIMIZERS) for side in (0, 1)]
     return [
         row.name,
         row.holds,
+        _number(row.start),
         *losses,
         row.parameters,
         row.covered,
@@ -101,11 +103,13 @@ def page(rows: Sequence[Row], about: Mapping[str, Any]) -> str:
     """Return the tables of the page, as Markdown."""
     held = sum(row.holds for row in rows)
     ran = sum(not row.error for row in rows)
+    kept = [k for row in rows for name in OPTIMIZERS if (k := row.kept(name)) is not None]
     bounded = sum(row.log10_bound is not None for row in rows)
     named = ", ".join(f"{name} {version}" for name, version in about.items() if version)
     lines = [
         f"Of {len(rows)} models {ran} ran to the end, and {held} ended at a loss of at most twice the loss without, "
-        f"plus .1. {bounded} have a traced bound. With {named}.",
+        f"plus .1. {bounded} have a traced bound. In {sum(k >= 0.9 for k in kept)} of the {len(kept)} trainings whose "
+        f"loss falls by 1% or more without the callbacks, at least 90% of that fall is left with them. With {named}.",
         "",
         "| model | SGD | Adam | parameters | covered | left out | traced bound |",
         "|---|---|---|---:|---:|---|---|",

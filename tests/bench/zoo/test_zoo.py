@@ -10,8 +10,7 @@ import pytest
 from lightning_lip import LipschitzPenalty
 from lightning_lip.bench.zoo import run as zoo
 from lightning_lip.bench.zoo.measure import Row, as_row, measure, quiet
-from lightning_lip.bench.zoo.models import ENTRIES
-from lightning_lip.bench.zoo.run import Job, raised
+from lightning_lip.bench.zoo.run import ENTRIES, Job, raised
 from lightning_lip.bench.zoo.table import BEGIN, END, page, write_docs, write_rows
 
 PLAIN = ["torch.nn/resnet", "torch.nn/convnext", "torch.nn/conv1d", "torch.nn/GRU", "torch.nn/Transformer"]
@@ -59,9 +58,10 @@ def test_the_list_has_every_package_and_sixty_models():
 
 def test_a_penalty_that_destroys_the_training_is_found(monkeypatch):
     monkeypatch.setattr("lightning_lip.bench.zoo.measure.LipschitzPenalty", lambda: LipschitzPenalty(1e4))
-    row = whole("torch.nn/mlp")
+    row = whole("torch.nn/convnext")
     assert not row.error
     assert not row.holds
+    assert row.kept("sgd") < 0.5
     assert "**" in page([row], {})
 
 
@@ -84,7 +84,7 @@ def test_the_exception_of_a_process_is_its_first_line():
 
 def rows():
     done = Row("a/one", 100, "2 Linear", 90, "1 LayerNorm", log10_bound=3.25)
-    done.losses = {"sgd": [1.0, 1.1], "adam": [0.5, 1.0]}
+    done.start, done.losses = 2.0, {"sgd": [1.0, 1.1], "adam": [0.5, 1.0]}
     done.products, done.seconds = {"sgd": [2.0], "adam": [1.0]}, {"sgd": [1.0, 2.0], "adam": [1.0, 2.0]}
     worse = replace(done, name="b/two", losses={"sgd": [1.0, 2.2], "adam": [0.5, math.nan]}, log10_bound=None)
     worse.refusals = {"aten.exp.default: it has no finite Lipschitz constant": 2}
@@ -94,6 +94,7 @@ def rows():
 def test_a_row_holds_only_if_everything_ran_and_no_loss_suffered():
     done, worse, failed = rows()
     assert done.holds
+    assert done.kept("sgd") == pytest.approx(0.9)
     assert not worse.within("sgd")
     assert not worse.within("adam")
     assert not failed.holds
