@@ -16,6 +16,7 @@ from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector, Projection, project
 from lightning_lip.rebalancing.rescaling import Rebalanced, rebalance
+from lightning_lip.usage.operators import register_operator
 
 __all__ = [
     "Certificate",
@@ -38,4 +39,5 @@ __all__ = [
     "project",
     "rebalance",
     "register_constant",
+    "register_operator",
 ]

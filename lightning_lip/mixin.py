@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_lip.penalty.penalties import COEFFICIENT
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.usage import observation
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -70,7 +71,9 @@ class LipschitzMixin(_Base):
 
     def lipschitz_penalty(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable; see :meth:`LipschitzRegularizer.value`."""
-        return self.lipschitz_regularizer().value()
+        regularizer = self.lipschitz_regularizer()
+        self._adopt()
+        return regularizer.value()
 
     def lipschitz_bound(self) -> Tensor:
         """Return the product of the selected layers' spectral norms; see :meth:`LipschitzRegularizer.bound`."""
@@ -86,11 +89,30 @@ class LipschitzMixin(_Base):
         An override must call ``super()``.
         """
         super().on_fit_start()
-        self.lipschitz_regularizer()
+        if self.__dict__.pop("_lipschitz_watching", False):  # in a fit that ended before its first penalty
+            observation.end(self)
+        self.__dict__["_lipschitz_awaits"] = self.lipschitz_regularizer().bound_kind == "product"
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """Watch the first forward pass, by which the layers are then selected; an override must call ``super()``."""
+        skips: int | None = super().on_train_batch_start(batch, batch_idx)
+        if skips != -1 and self.__dict__.pop("_lipschitz_awaits", False):
+            self.__dict__["_lipschitz_watching"] = True
+            observation.begin(self)
+        return skips
+
+    def _adopt(self) -> None:
+        """Select the layers by what the first forward pass showed so far, once it began."""
+        seen = observation.seen(self) if self.__dict__.get("_lipschitz_watching") else None
+        if seen is not None:
+            self.__dict__["_lipschitz_watching"] = False
+            observation.end(self)
+            self.lipschitz_regularizer().adopt(seen)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the regulariser behind, keep its vectors: a copy of the module makes its own."""
         state: dict[str, Any] = super().__getstate__()
+        state.pop("_lipschitz_watching", None)
         regularizer = state.pop("_lipschitz_regularizer", None)
         if regularizer is not None:
             state["_lipschitz_state"] = regularizer.state_dict()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
-from lightning_lip.callbacks.lightning.base import SelectingCallback
+from lightning_lip.callbacks.lightning.observing import ObservingCallback
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
     is_logging_step,
@@ -33,6 +33,7 @@ from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.usage.observation import AWAITED
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Source:
         return f"{self.tag}/{self.regularizer.bound_kind}"
 
 
-class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
+class LipschitzMonitor(ObservingCallback):
     """Logs the layers' spectral norms, their product and the penalty, with or without a penalty in training.
 
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
@@ -147,6 +148,8 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         self._certified = certified
         self._has_own_layers = layers is not None or exclude is not None
         self._sources: list[Source] = []
+        self._laid_out: list[list[str]] = []
+        """The layers that TensorBoard has charts of."""
         self._last_logged = -1
 
     @property
@@ -187,7 +190,7 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sources, self._core, self._last_logged = [], None, -1
+        self._sources, self._core, self._last_logged, self._laid_out = [], None, -1, []
         super().on_train_start(trainer, pl_module)
 
     @override
@@ -199,13 +202,21 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
         if not self._has_own_layers:
             self._sources = self._lent_sources(trainer, pl_module, batch)
         if not self._sources:
-            self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch))
+            self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch), inputs=AWAITED)
             self._sources = [Source(self.tag, self._core, None)]
         for source in self._sources:
             refuse_other_kind(trainer, source.tag, source.regularizer.bound_kind)
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
+        self._lay_out(trainer)
+
+    def _lay_out(self, trainer: Trainer) -> None:
+        """Give TensorBoard the charts of the present layers, if they are others than before."""
+        names = [source.names for source in self._sources]
+        if names == self._laid_out:
+            return
+        self._laid_out = names
         # TensorBoard keeps the last layout of a run: it has the charts of every monitor that has started.
         layout = _layout([source for monitor in monitors_of(trainer) for source in monitor._sources])
         if self._certifies(trainer):
@@ -218,8 +229,11 @@ class LipschitzMonitor(SelectingCallback[LipschitzRegularizer]):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         if not self._is_read(trainer):
             return
+        self._lay_out(trainer)
         logging = is_logging_step(trainer)
         if self._core is not None:
             self._core.iterate()

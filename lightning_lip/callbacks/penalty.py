@@ -15,20 +15,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lip.callbacks.lightning.base import SelectingCallback, skip_hooks
+from lightning_lip.callbacks.lightning.base import skip_hooks
+from lightning_lip.callbacks.lightning.observing import ObservingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, refuse_statistics_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import (
     batches_begun,
     class_names,
+    gradient_scale,
     log_metrics,
     monitors_of,
     refuse_other_kind,
+    selection_text,
 )
 from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
-from lightning_lip.operators.selection import Selection, Unknown
+from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.penalty.scale import gradient_norms, out_of_scale
+from lightning_lip.usage.observation import AWAITED
 
 
 @dataclass
@@ -50,7 +54,7 @@ class _Turn:
     batch: int | None = None
 
 
-class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
+class LipschitzPenalty(ObservingCallback):
     """Adds ``coefficient * penalty`` on the layers' spectral norms to the training of any LightningModule.
 
     The penalty's gradient is added right before the optimiser steps, after accumulation and unscaling and before
@@ -132,6 +136,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self.warmup_steps = warmup_steps
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"penalty": penalty, "target": target, "knee": knee, "unknown": unknown}
+        self._trainable: set[int] = set()
         self._is_selected = self._sizes_are_shared = self._is_compared = False
         self._n_steps = 0
         self._n_steps_of: dict[int, int] = {}
@@ -141,15 +146,13 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         self._backward_ran = False
         self._epoch_had_backward = False
         self._epoch_had_penalty = False
-        skip_hooks(self, LipschitzPenalty, "on_before_zero_grad", "on_before_backward")
-        if not isinstance(example_input, str):
-            skip_hooks(self, LipschitzPenalty, "on_train_batch_start")
+        skip_hooks(self, LipschitzPenalty, "on_before_zero_grad")
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
         """The arguments that tell training runs apart, as numbers and text."""
         penalty = self._arguments["penalty"]
-        selections = {name: _text(self._arguments[name]) for name in ("layers", "exclude")}
+        selections = {name: selection_text(self._arguments[name]) for name in ("layers", "exclude")}
         return {
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
@@ -206,17 +209,29 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         """
         if self._is_selected:
             return self.regularizer
-        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch))
-        if not any(p.requires_grad for p in regularizer.penalised_parameters()):
-            raise ValueError(
-                f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
-                "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
-            )
+        regularizer = LipschitzRegularizer(pl_module, self.coefficient, **self.arguments(batch), inputs=AWAITED)
+        # Before an optimiser is toggled: that freezes the parameters of the others.
+        self._trainable = {id(p) for p in pl_module.parameters() if p.requires_grad}
+        if regularizer.bound_kind == "bound":
+            self._check_trainable(regularizer)
         if not self._start(regularizer, pl_module):
             self._n_steps, self._n_steps_of = 0, {}  # another model warms up anew
         self._is_selected, self._turns, self._stepped_batch, self._sizes_are_shared = True, {}, None, False
         self._is_compared = self._n_steps > 0  # a training that goes on was compared when it began
         return regularizer
+
+    @override
+    def adopt(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().adopt(trainer, pl_module)
+        if self._is_settled:
+            self._check_trainable(self.regularizer)
+
+    def _check_trainable(self, regularizer: LipschitzRegularizer) -> None:
+        if not any(p.requires_grad or id(p) in self._trainable for p in regularizer.penalised_parameters()):
+            raise ValueError(
+                f"LipschitzPenalty found no trainable layer: {[op.name for op in regularizer.operators]} are all "
+                "frozen. Select others with `layers`, or use LipschitzMonitor to watch frozen layers."
+            )
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,6 +245,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Tens of microseconds in all: every look-up here shows in the step of a small network.
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         turn = self._turn_of(trainer, optimizer)
         parameters = None if turn.holds_all else self._parameters_of(optimizer)
         if (parameters is not None and not parameters) or not self._has_gradient(pl_module, optimizer):
@@ -255,7 +272,7 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
         advance = self._iterated_by is None or self._iterated_by is optimizer
         if advance:
             self._iterated_by = optimizer
-        scale = self._warmup() * self.every_n_steps * _gradient_scale(trainer, optimizer)
+        scale = self._warmup() * self.every_n_steps * gradient_scale(trainer, optimizer)
         if self._is_compared:
             self.regularizer.accumulate_(scale, advance, parameters)
         else:
@@ -265,6 +282,8 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
         if self._n_steps == 0 or not self._is_read(trainer):
             return
         if any(monitor.reports(self, trainer) for monitor in monitors_of(trainer)):
@@ -377,25 +396,3 @@ class LipschitzPenalty(SelectingCallback[LipschitzRegularizer]):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_is_selected": False, "_turns": {}, "_iterated_by": None}
-
-
-def _text(selection: Selection | None) -> str:
-    """Return a selection of layers as text: names and patterns as they are, a submodule by its type."""
-    if selection is None or isinstance(selection, str):
-        return selection or ""
-    if isinstance(selection, type):
-        return selection.__name__
-    if isinstance(selection, nn.Module):
-        return type(selection).__name__
-    return ", ".join(_text(item) for item in selection)
-
-
-def _gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float | Tensor:
-    """Return the factor that this optimiser's gradients are still scaled by: fused optimisers unscale in their step."""
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return 1.0
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return 1.0
-    scale: Tensor | None = scaler._scale
-    return 1.0 if scale is None else scale

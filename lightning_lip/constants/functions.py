@@ -14,8 +14,7 @@ from typing import Any
 
 from lightning_lip.constants import slopes
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.rigorous.intervals import Interval, exactly
-from lightning_lip.rigorous.rounding import exp_up, up
+from lightning_lip.rigorous.rounding import Interval, exactly, exp_up, up
 
 Atom = tuple[Any, ...]
 """The variable, ``("x",)``; or a function of a polynomial: its name, the polynomial, and what else it depends on."""

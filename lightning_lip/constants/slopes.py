@@ -10,8 +10,7 @@ import math
 from fractions import Fraction
 
 from lightning_lip.constants import modules as constants
-from lightning_lip.rigorous.intervals import Interval, exactly
-from lightning_lip.rigorous.rounding import exp_up, sqrt_up, up
+from lightning_lip.rigorous.rounding import Interval, exactly, exp_up, sqrt_up, up
 
 MISH_LOWEST = -0.1125261223894626
 """The smallest slope of mish, at x = -2.25637639636079, the other zero of f''."""

@@ -18,8 +18,7 @@ from lightning_lip.graph.tracing import Sizes, TracedModel, module_path
 from lightning_lip.graph.whole_modules import WHOLE_MODULE
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.rigorous.intervals import Interval
-from lightning_lip.rigorous.rounding import sqrt_up
+from lightning_lip.rigorous.rounding import Interval, sqrt_up
 
 
 @dataclass(frozen=True)

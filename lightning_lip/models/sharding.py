@@ -41,5 +41,10 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
+def is_dealt_out(model: nn.Module) -> bool:
+    """Whether a model's weights are DTensors, now or between its calls (FSDP2, tensor parallelism)."""
+    return any(_is_fsdp(module) for module in model.modules()) or any(is_sharded(p) for p in model.parameters())
+
+
 def _is_fsdp(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.convolution import ConvolutionOperator
 
@@ -41,6 +43,45 @@ class ComputedMatrixOperator(MatrixOperator):
     def weight(self) -> Tensor:
         """Return W, shape (m, n)."""
         return self._compute()
+
+
+class LoraOperator(ComputedMatrixOperator):
+    """A layer with LoRA adapters as it acts, merged: ``W + sum s B A`` over the active adapters (Hu et al., 2021).
+
+    Args:
+        name: The adapted layer's name.
+        module: A LoRA layer of peft around a matrix: ``base_layer``, and ``lora_A``, ``lora_B``, ``scaling`` by
+            adapter.
+
+    Raises:
+        UnsupportedLayerError: If it is of another kind: DoRA and the like, or around no dense matrix.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        base, own = getattr(module, "base_layer", None), vars(module)
+        weight = base._parameters.get("weight") if isinstance(base, nn.Module) else None
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or type(weight.data) is not Tensor:
+            raise UnsupportedLayerError("it is a LoRA adapter around something other than a dense matrix")
+        scaling, active = own.get("scaling"), getattr(module, "active_adapters", None)
+        if not isinstance(scaling, dict) or not isinstance(active, (list, tuple)):
+            raise UnsupportedLayerError("it is a LoRA layer of another kind than peft's: merge the adapter first")
+        others = {*(own.get("lora_variant") or {}), *(k for k, v in (own.get("use_dora") or {}).items() if v)}
+        if others & {*active}:
+            raise UnsupportedLayerError("its adapter is no plain LoRA (W + s B A), but DoRA, say: merge it first")
+        layer: Any = module
+        factors = [part[k].weight for k in active if k in layer.lora_A for part in (layer.lora_A, layer.lora_B)]
+        super().__init__(name, module, self._merged, (weight, *factors))
+
+    def _merged(self) -> Tensor:
+        module: Any = self.module
+        weight: Tensor = module.base_layer.weight
+        if module.merged or module.disable_adapters:
+            return weight
+        for key in module.active_adapters:
+            if key in module.lora_A:
+                change = module.scaling[key] * (module.lora_B[key].weight @ module.lora_A[key].weight)
+                weight = weight + (change.mT if getattr(module, "fan_in_fan_out", False) else change).to(weight.dtype)
+        return weight
 
 
 class TracedParametrizationOperator(ParametrizedMatrixOperator):

@@ -46,18 +46,24 @@ class ConvolutionOperator(LinearOperator):
             parametrised. A transposed convolution is taken with its own ``output_padding``, as it is called without
             ``output_size``.
         domain_shape: Shape of one input, (c_in, *spatial); None where a subclass finds it later.
+        source: The kernel, where that is not the module's own weight; its module then owns the operator, and `module`
+            tells the geometry.
 
     Raises:
         UnsupportedLayerError: If the module is no convolution, or has a forward of its own.
         ValueError: If an input of `domain_shape` does not fit the module.
     """
 
-    def __init__(self, name: str, module: nn.Module, domain_shape: Sequence[int] | None) -> None:
-        super().__init__(name, module)
+    def __init__(
+        self, name: str, module: nn.Module, domain_shape: Sequence[int] | None, source: MatrixOperator | None = None
+    ) -> None:
+        super().__init__(name, module if source is None else source.module)
         self._convolution = module = check_convolution(module)
-        # Its weight is a parameter or parametrised, as a linear layer's is.
-        parametrized = parametrize.is_parametrized(module, "weight")
-        self._source: MatrixOperator = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
+        if source is None:
+            # Its weight is a parameter or parametrised, as a linear layer's is.
+            parametrized = parametrize.is_parametrized(module, "weight")
+            source = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
+        self._source = source
         self._kernel_size = tuple(module.kernel_size)
         self._stride = tuple(module.stride)
         self._dilation = tuple(module.dilation)

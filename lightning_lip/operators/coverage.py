@@ -33,18 +33,21 @@ class Coverage:
         layers: The types of the covered layers, by name.
         skipped: The layers without a known norm, which were left out.
         share: The part of the model's parameters that the covered layers hold, biases included, from 0 to 1.
+        normalisations: What became of the normalisations that a forward pass showed, by count; "" if none was seen.
     """
 
     operators: list[LinearOperator]
     layers: Mapping[str, str]
     skipped: Sequence[Skipped]
     share: float
+    normalisations: str = ""
 
     def __str__(self) -> str:
         covered = counted(self.layers.values())
         lines = [
             f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''} with {self.share:.1%} of the parameters:",
             f"  covered   {covered}",
+            *([f"  of these  {self.normalisations}"] if self.normalisations else []),
             *(f"  left out  {row}" for row in rows(self.skipped)),
         ]
         return "\n".join(lines)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import singledispatch
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.tensors import is_sharded
-from lightning_lip.models.modules import is_lora, keeps_forward
+from lightning_lip.models.modules import eval_mode, is_lora, keeps_forward
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
+from lightning_lip.operators.composed import ComputedMatrixOperator, LoraOperator
 
 
 @singledispatch
@@ -34,7 +36,7 @@ def operator_of(module: nn.Module, name: str) -> LinearOperator:
     if _is_quantised(module):
         raise UnsupportedLayerError("its weight is quantised")
     if is_lora(module):
-        raise UnsupportedLayerError("a LoRA layer is W + s B A, not its factors: merge the adapter first")
+        return LoraOperator(name, module)
     own = [key for key, _ in module.named_parameters(recurse=False)]
     raise UnsupportedLayerError(f"what it computes from its parameters {own} is not known")
 
@@ -59,14 +61,14 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
     return MatrixOperator(name, module)
 
 
-def check_weight(module: nn.Module) -> nn.Parameter:
-    """Return a layer's own weight, if it is a tensor that can be worked with.
+def check_weight(module: nn.Module, key: str = "weight") -> nn.Parameter:
+    """Return a layer's own weight, by its name in the module, if it is a tensor that can be worked with.
 
     Raises:
         UnsupportedLayerError: If it is computed by a hook, lazy, on the meta device, sparse or not floating; or
             sharded and no matrix.
     """
-    weight = module._parameters.get("weight")
+    weight = module._parameters.get(key)
     if weight is None:
         raise UnsupportedLayerError(
             "its weight is computed by a forward pre-hook (pruning, or the old weight_norm or spectral_norm): use "
@@ -143,6 +145,39 @@ def carries_weight(module: nn.Module) -> bool:
         or _is_quantised(module)
         or is_lora(module)
     )
+
+
+_REGISTERED: set[type[nn.Module]] = set()
+
+
+def register_matrix(module_type: type[nn.Module], function: Callable[[Any], Tensor]) -> None:
+    """Take what `function` returns for the matrix (m, n) of every module of a type, with all that is in the module."""
+
+    def operator(module: nn.Module, name: str) -> LinearOperator:
+        def compute() -> Tensor:
+            with eval_mode(module):
+                return _checked_matrix(function(module), module_type)
+
+        compute()
+        return ComputedMatrixOperator(name, module, compute, tuple(module.parameters()))
+
+    operator_of.register(module_type)(operator)
+    _REGISTERED.add(module_type)
+
+
+def _checked_matrix(matrix: object, module_type: type[nn.Module]) -> Tensor:
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2 or not matrix.is_floating_point() or matrix.numel() == 0:
+        got = f"shape {tuple(matrix.shape)}, {matrix.dtype}" if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise ValueError(
+            f"Expected the function registered for {module_type.__name__} to return a floating-point matrix (m, n), "
+            f"got {got}."
+        )
+    return matrix
+
+
+def is_registered(module: nn.Module) -> bool:
+    """Whether :func:`register_matrix` has told the matrix of a module."""
+    return not _REGISTERED.isdisjoint(type(module).__mro__)
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.composed import ScaledOperator
 from lightning_lip.operators.convolution import ConvolutionOperator, Sizes
 from lightning_lip.operators.known import check_weight
 
@@ -57,6 +58,11 @@ class RecordedConvolution(ConvolutionOperator):
         self._handle = module.register_forward_pre_hook(self._recorder)
         _forget_compiled_code()
 
+    def saw(self, shape: tuple[int, ...]) -> None:
+        """Take a size that was seen otherwise, (c_in, *spatial), unless one is recorded."""
+        if self._recorder.shape is None:
+            self._recorder.shape = shape
+
     def stop_recording(self) -> None:
         """Take the hook off the module; a size that is known stays."""
         self._handle.remove()
@@ -93,9 +99,14 @@ class RecordedConvolution(ConvolutionOperator):
 
 def stop_recording(operators: Iterable[LinearOperator]) -> None:
     """Take the hooks of the operators that record sizes off their modules."""
-    for operator in operators:
-        if isinstance(operator, RecordedConvolution):
-            operator.stop_recording()
+    for convolution in recorded(operators):
+        convolution.stop_recording()
+
+
+def recorded(operators: Iterable[LinearOperator]) -> list[RecordedConvolution]:
+    """Return the convolutions among operators that record sizes, those fused with a normalisation included."""
+    bases = (operator.base if isinstance(operator, ScaledOperator) else operator for operator in operators)
+    return [base for base in bases if isinstance(base, RecordedConvolution)]
 
 
 def _forget_compiled_code() -> None:

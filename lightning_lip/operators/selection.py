@@ -16,7 +16,7 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import Found, walk
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage, Skipped, counted, rows, share_of
-from lightning_lip.operators.known import carries_weight, operator_of
+from lightning_lip.operators.known import carries_weight, is_registered, operator_of
 from lightning_lip.operators.recorded import RecordedConvolution
 
 Selection = str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]]
@@ -39,7 +39,7 @@ def known_by_type(module: nn.Module, name: str) -> list[LinearOperator]:
     Raises:
         UnsupportedLayerError: If it is not known; the message is the reason.
     """
-    is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+    is_convolution = isinstance(module, nn.modules.conv._ConvNd) and not is_registered(module)
     return [RecordedConvolution(name, module) if is_convolution else operator_of(module, name)]
 
 
@@ -173,8 +173,12 @@ def select(model: nn.Module, layers: Selection | None = None, exclude: Selection
     selected_ids = {id(f.module) for f in found if selected is None or f.name in selected}
     excluded_ids = {id(f.module) for f in found if f.name in excluded}
     kept = []
+    # A registered matrix stands for all that is in its module.
+    inner = {id(m) for f in unique.values() if is_registered(f.module) for m in f.module.modules() if m is not f.module}
     for f in unique.values():
-        if id(f.module) not in selected_ids or id(f.module) in excluded_ids or not carries_weight(f.module):
+        if id(f.module) in inner or not carries_weight(f.module):
+            continue
+        if id(f.module) not in selected_ids or id(f.module) in excluded_ids:
             continue
         own = own_keys[id(f.module)]
         left = tuple(name for name in own if name not in excluded)
@@ -240,7 +244,7 @@ def cover(
             tied.multiplicity = f.occurrences if tied is operator else tied.multiplicity + f.occurrences
     if refused:
         raise UnsupportedLayerError(_refusal(problem, refused, skipped))
-    if not operators:
+    if not operators and skipped:
         raise UnsupportedLayerError(
             f"{problem}, and there are no others:\n  - "
             + "\n  - ".join(rows(skipped))

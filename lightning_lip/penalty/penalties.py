@@ -44,6 +44,7 @@ __all__ = [
     "level_of",
     "log",
     "product",
+    "scalar",
     "softplus_log",
 ]
 
@@ -103,6 +104,20 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0, knee: float
     except ValueError:  # a built-in function without a signature
         pass
     return penalty
+
+
+def scalar(value: Any) -> Tensor:
+    """Return what a penalty returned, if that is a floating-point tensor of shape ().
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, Tensor) or value.shape != ():
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
+    if not value.is_floating_point():
+        raise ValueError(f"Expected the penalty to return a floating-point tensor, got {value.dtype}.")
+    return value
 
 
 def check_value(penalty: Penalty, value: Tensor, log_sigma: Tensor) -> None:

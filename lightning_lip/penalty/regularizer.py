@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import (
-    check_choice,
     check_flag,
     check_model,
     check_number,
@@ -20,23 +19,31 @@ from lightning_lip.checks import (
     check_state,
     check_vectors,
 )
+from lightning_lip.graph.bound import Bound
 from lightning_lip.graph.program import repeated
-from lightning_lip.graph.selected import bound_of
 from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.optimizer_steps import optimizer_steps
-from lightning_lip.models.sharding import refuse_sharded, reshard
-from lightning_lip.norms.spectral_norms import SpectralNorms
+from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.composed import DiagonalOperator
+from lightning_lip.operators.coverage import Coverage
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty import compiled
 from lightning_lip.penalty.partial_norm import partial_norm
-from lightning_lip.penalty.penalties import KNEE, Penalty, PenaltyName, check_knee, check_value, get_penalty, level_of
-from lightning_lip.reporting.messages import tell
+from lightning_lip.penalty.penalties import (
+    KNEE,
+    Penalty,
+    PenaltyName,
+    check_knee,
+    check_value,
+    get_penalty,
+    level_of,
+    scalar,
+)
+from lightning_lip.penalty.selected_norms import SelectedNorms
 
 
-class LipschitzRegularizer:
+class LipschitzRegularizer(SelectedNorms):
     """A penalty on the layers' spectral norms together, added to a loss or straight to the gradients.
 
     The default penalises the product of the spectral norms (N. Couellan, "The coupling effect of Lipschitz
@@ -72,6 +79,9 @@ class LipschitzRegularizer:
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
             normalisations) and tells so once, but for one that `layers` names; ``"refuse"`` refuses them by name.
+        inputs: An input of the model, like `example_input`: its forward pass runs once, in eval mode, and shows which
+            parameters multiply activations, in modules of any class, and what normalises their outputs. The product is
+            of these (``docs/normalisation.md``). None goes by the classes of torch.nn alone.
 
     Attributes:
         coverage: Which layers are covered, and which were left out and why; as text, a short table.
@@ -112,28 +122,26 @@ class LipschitzRegularizer:
         batch_dim: BatchDim = 0,
         backend: kernels.Backend | None = None,
         unknown: Unknown = "skip",
+        inputs: Any = None,
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
         self._penalty = get_penalty(penalty, target, knee)
-        self._model = model
-        reshard(model)
-        check_choice("unknown", unknown, get_args(Unknown))
-        self._bound, self.coverage = bound_of(model, example_input, layers, exclude, unknown, batch_dim)
-        if self.coverage.skipped:
-            tell(f'Product of spectral norms: {self.coverage}\nWith unknown="refuse" these are refused.')
-        self.operators: list[LinearOperator] = self._bound.operators
-        self._norms = SpectralNorms(self.operators, block_size, n_iterations, seed, backend)
-        self._multiplicities = [op.multiplicity for op in self.operators]
-        # The kernels know the built-in penalties of a product, and their slopes in closed form.
-        is_product = self._bound.kind == "product"
-        self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
         self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
         self._is_whole = False
+        selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "unknown": unknown}
+        iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
+        super().__init__(model, example_input, inputs, selection, iteration, batch_dim)
+        # The kernels know the built-in penalties of a product, and their slopes in closed form.
+        is_product = self._bound.kind == "product"
+        self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
+        self._handle = compiled.register(self)
+
+    def _take(self, bound: Bound, coverage: Coverage) -> None:
+        super()._take(bound, coverage)
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
-        self._handle = compiled.register(self)
 
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
@@ -155,11 +163,6 @@ class LipschitzRegularizer:
             trainable = [i for i, p in enumerate(parameters) if p.requires_grad and id(p) in penalised]
             return compiled.penalty(parameters, trainable, self._handle, advance)
         return self.eager_value(advance)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that the operators' weights are computed from, each once."""
-        self._bound.follow_replaced()
-        return list(dict.fromkeys(p for op in self.operators for p in op.parameters))
 
     @without_autocast()
     def eager_value(self, advance: bool) -> Tensor:
@@ -265,15 +268,6 @@ class LipschitzRegularizer:
             op.add_norm_gradients_(factor, left, right, trainable)
         self._norms.rank_one_update_(grads, coefficients)
 
-    def penalised(self, op: LinearOperator) -> list[nn.Parameter]:
-        """Return those of an operator's parameters that belong to the selected layers."""
-        return self._bound.selected(op)
-
-    def penalised_parameters(self) -> list[nn.Parameter]:
-        """Return the selected layers' parameters, as the model holds them now."""
-        self._bound.follow_replaced()
-        return [p for op in self.operators for p in self.penalised(op)]
-
     def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
         """Return the operator's norm, differentiable in its penalised parameters only."""
         penalised = self.penalised(op)
@@ -293,75 +287,12 @@ class LipschitzRegularizer:
         Raises:
             ValueError: If a penalty of the user's own does not return a floating-point tensor of shape ().
         """
-        value = self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma))
-        if not isinstance(value, Tensor) or value.shape != ():
-            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"Expected the penalty to return a tensor of shape (), got {got}.")
-        if not value.is_floating_point():
-            raise ValueError(f"Expected the penalty to return a floating-point tensor, got {value.dtype}.")
-        return value
-
-    def sigma(self) -> Tensor:
-        """Return the estimates (from below) of the L spectral norms of the present weights, shape (L,), detached.
-
-        They are the Ritz values of the present block; the vectors do not advance.
-        """
-        return self._norms.current().sigma
-
-    def log_sigma(self) -> Tensor:
-        """Return the logarithms of :meth:`sigma`, shape (L,), fp64 where the device has it; -inf for a zero layer."""
-        return in_double(self.sigma()).log()
-
-    def sigma_upper(self) -> Tensor:
-        """Return upper bounds of the L spectral norms, shape (L,), true in exact arithmetic; no certificate.
-
-        See :meth:`SpectralNorms.upper`; with blocks as wide as the layers they equal the spectral norms.
-        """
-        return self._norms.upper()
-
-    def spectral_norms(self) -> dict[str, Tensor]:
-        """Return :meth:`sigma` by layer name, each of shape (), in the model's order."""
-        return dict(zip((op.name for op in self.operators), self.sigma().unbind(), strict=True))
-
-    def ritz_values(self) -> list[Tensor]:
-        """Return estimates of the L layers' top singular values, (r_l,) each; see :meth:`SpectralNorms.ritz_values`."""
-        return self._norms.ritz_values()
-
-    def log_bound(self) -> Tensor:
-        """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
-        return self.log_bound_of(self.log_sigma())
-
-    def log_bound_of(self, log_sigma: Tensor) -> Tensor:
-        """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
-        return self._bound.log_bound(log_sigma)
+        return scalar(self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma)))
 
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
         with torch.inference_mode(False):
             self._step, self._step_version = self._norms.step().copied(), self._version()
-
-    def bound(self) -> Tensor:
-        """Return the bound with the present estimates, shape (), fp64 where the device has it.
-
-        With a traced graph an *estimate* of a Lipschitz bound of the whole network: the rules are proven, the spectral
-        norms in it are estimates from below. Without one, an *estimate from below* of the product of the selected
-        layers' spectral norms, which bounds the network only if it is the chain of these layers and activations of
-        constant 1. The vectors do not advance.
-
-        Raises:
-            RuntimeError: If the input size of a convolution is not known yet.
-        """
-        return self.log_bound().exp()
-
-    @property
-    def bound_kind(self) -> str:
-        """What :meth:`bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
-        return self._bound.kind
-
-    @property
-    def has_upper(self) -> bool:
-        """Whether :meth:`sigma_upper` is finite: every operator is a matrix, or has its norm in closed form."""
-        return all(op.is_matrix or isinstance(op, DiagonalOperator) for op in self.operators)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.selected import Bound
+from lightning_lip.graph.bound import Bound, NetworkBound
 from lightning_lip.projection.caps import Caps, bound_caps, joint_caps, log_clip_caps, per_layer_caps
 from lightning_lip.projection.clipping import FloatArray
 from lightning_lip.projection.layers import ClippedLayer, ProjectedLayer, Triplets

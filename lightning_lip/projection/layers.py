@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.selected import Bound
+from lightning_lip.graph.bound import Bound
 from lightning_lip.kernels.tensors import compute_dtype
 from lightning_lip.norms.spectral_norms import is_block
 from lightning_lip.operators.base import LinearOperator

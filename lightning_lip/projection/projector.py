@@ -23,7 +23,7 @@ from lightning_lip.checks import (
     shown,
 )
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.selected import bound_of
+from lightning_lip.graph.bound import bound_of
 from lightning_lip.kernels.tensors import without_modes
 from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.sharding import refuse_sharded

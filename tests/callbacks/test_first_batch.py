@@ -124,10 +124,14 @@ def test_the_constraint_holds_from_the_first_forward_pass_on(fit, make_module):
     assert trainer.callbacks[0].state_dict()["target"] == 0.05
 
 
-def test_the_hook_of_the_first_batch_is_there_where_it_is_needed():
-    skipped = LipschitzPenalty().on_before_zero_grad is None  # where Lightning passes over None
-    assert (LipschitzPenalty().on_train_batch_start is None) == skipped
-    assert callable(LipschitzPenalty(example_input="batch").on_train_batch_start)
+@pytest.mark.parametrize("example_input", [None, "batch"])
+def test_the_hooks_of_the_first_batch_are_gone_after_it(fit, example_input):
+    penalty = LipschitzPenalty(example_input=example_input)
+    skips = penalty.on_before_zero_grad is None  # where Lightning passes over None
+    assert callable(penalty.on_train_batch_start)
+    fit(penalty)
+    assert (penalty.on_train_batch_start is None) == skips
+    assert (penalty.on_before_backward is None) == skips
 
 
 @pytest.mark.parametrize("watch", [{}, {"monitor": "lipschitz/product"}])

@@ -433,9 +433,9 @@ def test_no_trainable_layer(fit, make_module):
 
 
 def test_unknown_layer_is_refused_by_name(fit, make_module):
-    module = make_module(lightning, net=nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1)))
+    module = make_module(lightning, net=nn.Sequential(nn.Linear(4, 8), nn.PReLU(8), nn.Linear(8, 1)))
     for strict in ({"unknown": "refuse"}, {"layers": ["net.0", "net.1"]}):
-        with pytest.raises(UnsupportedLayerError, match=r"net.1 \(LayerNorm\).*\n.*exclude='net.1'"):
+        with pytest.raises(UnsupportedLayerError, match=r"net.1 \(PReLU\).*\n.*exclude='net.1'"):
             fit(LipschitzPenalty(**strict), module=module)
     fit(penalty := LipschitzPenalty(exclude="net.1"), module=module)
     assert list(penalty.regularizer.spectral_norms()) == ["net.0", "net.2"]

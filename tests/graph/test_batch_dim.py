@@ -14,8 +14,7 @@ from lightning_lip import (
     certify,
     project,
 )
-from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.selected import bound_of
+from lightning_lip.graph.bound import NetworkBound, bound_of
 
 N = 6
 SOURCE = torch.tensor([0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 0, 0, 3])

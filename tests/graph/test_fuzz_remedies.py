@@ -15,7 +15,7 @@ from support.fuzz_hazards import HAZARDS
 from torch.nn.utils import parametrize
 
 from lightning_lip.certificates import contradiction, interval
-from lightning_lip.graph import bound, checks, tracing
+from lightning_lip.graph import bound, walk, whole_modules
 from lightning_lip.graph.builder import RULES
 from lightning_lip.graph.rules import linear
 from lightning_lip.models import modules
@@ -41,13 +41,13 @@ def weights_of_the_graph(patch: Patch) -> None:
 
 
 def real_values(patch: Patch) -> None:
-    patch.setattr(bound, "check_real", lambda *_: None)
-    patch.setattr(checks, "_check_tensor", lambda *_: None)
+    patch.setattr(walk, "check_real", lambda *_: None)
+    patch.setattr(walk, "check_arguments", lambda *_: None)
     floating_values(patch)
 
 
 def floating_values(patch: Patch) -> None:
-    patch.setattr(bound, "only_floating", lambda _, result: result)
+    patch.setattr(walk, "only_floating", lambda _, result: result)
 
 
 def padding_of_the_graph(patch: Patch) -> None:
@@ -62,7 +62,7 @@ def padding_of_the_graph(patch: Patch) -> None:
 
 
 def settings_at_the_call(patch: Patch) -> None:
-    patch.setattr(tracing.WholeModule, "counting", property(lambda call: call.module))
+    patch.setattr(whole_modules.WholeModule, "counting", property(lambda call: call.module))
 
 
 def settings_of_modules_inside(patch: Patch) -> None:
@@ -71,11 +71,11 @@ def settings_of_modules_inside(patch: Patch) -> None:
         vars(kept).update({k: copy.copy(v) if k == "settings" else v for k, v in vars(module).items()})
         return kept
 
-    patch.setattr(tracing, "_as_it_is", shallow)
+    patch.setattr(whole_modules, "_as_it_is", shallow)
 
 
 def arguments_of_whole_modules(patch: Patch) -> None:
-    patch.setattr(bound, "check_whole_module", lambda *_: None)
+    patch.setattr(walk, "check_whole_module", lambda *_: None)
 
 
 def buffers_that_are_written(patch: Patch) -> None:
@@ -88,7 +88,7 @@ def grad_modes(patch: Patch) -> None:
 
 
 def finite_values(patch: Patch) -> None:
-    patch.setattr(bound, "check_arguments", lambda *_: None)
+    patch.setattr(walk, "check_arguments", lambda *_: None)
 
 
 def parametrizations_computed_anew(patch: Patch) -> None:
@@ -103,7 +103,7 @@ def sizes_of_group_norms(patch: Patch) -> None:
 
 
 def reasons_for_errors(patch: Patch) -> None:
-    patch.setattr(bound, "UNREADABLE", ())
+    patch.setattr(walk, "UNREADABLE", ())
 
 
 @dataclasses.dataclass(frozen=True)

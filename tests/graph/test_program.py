@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from lightning_lip import UnsupportedLayerError
-from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.graph.bound import NetworkBound, bound_of
 from lightning_lip.graph.program import ProductBound, repeated
-from lightning_lip.graph.selected import bound_of
 from lightning_lip.operators.selection import cover
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.recorded import RecordedConvolution
+from lightning_lip.operators.recorded import recorded
 
 
 def refuse_statistics_of_one_rank(module: nn.Module, instead: str) -> None:
@@ -54,18 +54,18 @@ def refuse_inputs_of_one_rank(example_input: object) -> None:
 
 
 def refuse_sizes_of_one_rank(operators: Iterable[LinearOperator]) -> None:
-    """Refuse convolutions whose recorded input sizes differ between ranks; every rank must call it.
+    """Refuse layers, and recorded input sizes of convolutions, that differ between ranks; every rank must call it.
 
     Raises:
         RuntimeError: If there is such a layer.
     """
-    sizes = {op.name: op.domain_shape for op in operators if isinstance(op, RecordedConvolution)}
-    if not sizes:
-        return
+    operators = list(operators)
+    recording = {op.name: op.domain_shape for op in recorded(operators)}
+    sizes = {op.name: recording.get(op.name) for op in operators}
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, sizes)
     if any(other != gathered[0] for other in gathered):
         raise RuntimeError(
-            f"The first batch showed the convolutions inputs of different sizes on different ranks, {gathered}: "
-            "pass example_input= to choose one."
+            f"The first batch showed other layers, or inputs of different sizes on different ranks, {gathered}: pass "
+            "example_input= to choose one."
         )

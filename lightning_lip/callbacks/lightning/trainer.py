@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lip.operators.selection import Selection
+
 _UNSUPPORTED_STRATEGIES = {
     "DeepSpeedStrategy": "the DeepSpeed engine owns the gradients",
     "FSDPStrategy": "FSDP1 keeps weights as flat shards that straddle layers; ModelParallelStrategy (FSDP2) does not",
@@ -166,3 +171,25 @@ def tensorboard_writers(trainer: Any) -> list[Any]:
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if "TensorBoardLogger" in class_names(logger)]
+
+
+def gradient_scale(trainer: Any, optimizer: Optimizer) -> float | Tensor:
+    """Return the factor that this optimiser's gradients are still scaled by: fused optimisers unscale in their step."""
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return 1.0
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    scale: Tensor | None = scaler._scale
+    return 1.0 if scale is None else scale
+
+
+def selection_text(selection: Selection | None) -> str:
+    """Return a selection of layers as text: names and patterns as they are, a submodule by its type."""
+    if selection is None or isinstance(selection, str):
+        return selection or ""
+    if isinstance(selection, type):
+        return selection.__name__
+    if isinstance(selection, nn.Module):
+        return type(selection).__name__
+    return ", ".join(selection_text(item) for item in selection)

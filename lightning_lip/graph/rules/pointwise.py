@@ -29,8 +29,7 @@ from lightning_lip.graph.rules.linear import batch_normalised, diagonal, scale
 from lightning_lip.graph.rules.ranges import range_of, reciprocal_range
 from lightning_lip.graph.tracing import operation_name
 from lightning_lip.models.inputs import BATCH
-from lightning_lip.rigorous.intervals import Interval, exactly
-from lightning_lip.rigorous.rounding import divide_up, exp_up, multiply_up, sqrt_up, up
+from lightning_lip.rigorous.rounding import Interval, divide_up, exactly, exp_up, multiply_up, sqrt_up, up
 
 _CONSTANTS: dict[str, Callable[[dict[str, Any]], float]] = {
     "sigmoid": lambda a: constants.SIGMOID,

@@ -20,8 +20,7 @@ from lightning_lip.graph.rules.fourier import is_complex
 from lightning_lip.graph.rules.shape import MOVES, PADS, SAME
 from lightning_lip.graph.tracing import operation_name
 from lightning_lip.rigorous.evaluation import evaluated
-from lightning_lip.rigorous.intervals import EVERYTHING, Interval, exactly
-from lightning_lip.rigorous.rounding import exp_up, up
+from lightning_lip.rigorous.rounding import EVERYTHING, Interval, exactly, exp_up, up
 
 DEPTH = 200
 """How many operations back a range is looked for."""

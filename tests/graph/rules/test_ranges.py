@@ -8,11 +8,11 @@ from support.networks import Lambda
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_lip.graph.bound import _walk_graph
 from lightning_lip.graph.builder import Builder
 from lightning_lip.graph.rules.ranges import range_of, reciprocal_range
 from lightning_lip.graph.tracing import trace
-from lightning_lip.rigorous.intervals import EVERYTHING, Interval
+from lightning_lip.graph.walk import walk_graph
+from lightning_lip.rigorous.rounding import EVERYTHING, Interval
 
 INF = math.inf
 
@@ -20,7 +20,7 @@ INF = math.inf
 def range_of_output(function, **members):
     traced = trace(Lambda(function, **members), torch.randn(2, 4).double())
     builder = Builder(traced)
-    _walk_graph(builder, traced)
+    walk_graph(builder, traced)
     (node,) = (n for n in traced.graph.nodes if n.name in traced.outputs)
     return range_of(builder, node)
 
