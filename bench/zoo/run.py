@@ -20,7 +20,6 @@ import os
 import resource
 import tempfile
 import threading
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -88,7 +87,7 @@ def raised(output: str) -> str:
 def _child(name: str, path: Path, output: Path) -> None:
     """Run a model in this process, and keep what is known of it in a file; what is printed goes to another."""
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -100,10 +99,12 @@ def _child(name: str, path: Path, output: Path) -> None:
         beside.replace(path)
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+def end_with_parent() -> None:
+    """End this process when the one that asked for it ends: the server of forks lives as long as its processes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def main() -> None:

@@ -3,7 +3,11 @@
 import csv
 import json
 import math
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +75,43 @@ def test_a_model_that_fails_or_takes_too_long_is_a_row():
     assert failed.error == "KeyError: 'no such model'"
     slow = zoo.run(Job("torch.nn/mlp", 0.01))
     assert slow.error == "took more than 0.01 seconds"
+
+
+PARENT = """
+import multiprocessing, os, sys, threading, time
+from lightning_lip.bench.zoo.run import end_with_parent
+
+def child(path):
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(100)
+
+if __name__ == "__main__":
+    multiprocessing.get_context("forkserver").Process(target=child, args=(sys.argv[1],)).start()
+    time.sleep(100)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_no_model_outlives_the_command(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    pid = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py"), str(pid)])
+    try:
+        wait_for(lambda: pid.exists() and pid.read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not Path(f"/proc/{pid.read_text()}").exists())
+
+
+def wait_for(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("It does not come true.")
 
 
 def test_the_exception_of_a_process_is_its_first_line():
