@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def _translator(name: str, config: str, **options: Any) -> Entry:
 
 
 def _fed(
-    name: str, model: str, inputs: dict[str, tuple[int, ...]], target: Callable[[], Batch], **options: Any
+    name: str, model: str, inputs: Mapping[str, tuple[int, ...]], target: Callable[[], Batch], **options: Any
 ) -> Entry:
     """Return an entry for a model of floating-point inputs, of these shapes, and the entries that `target` makes."""
 

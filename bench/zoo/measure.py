@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer
 from lightning_lip.bench.zoo.entry import Batch, Entry
@@ -98,6 +98,19 @@ class Row:
         return not self.error and all(self.within(optimizer) for optimizer in OPTIMIZERS)
 
 
+class Repeated(Dataset[Batch]):
+    """A batch, 20 times."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._batch
+
+
 class Module(pl.LightningModule):
     """A model of the zoo as a LightningModule that knows nothing of the callbacks."""
 
@@ -150,7 +163,7 @@ def _train(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row
     """Train for 20 steps and add what came of it to the row."""
     module = Module(entry, optimizer)
     penalty = LipschitzPenalty()
-    callbacks = [penalty, LipschitzMonitor()] if with_callbacks else []
+    callbacks: list[pl.Callback] = [penalty, LipschitzMonitor()] if with_callbacks else []
     torch.manual_seed(2)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
@@ -165,7 +178,7 @@ def _train(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))
+        trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
     row.seconds.setdefault(optimizer, []).append(round(time.perf_counter() - start, 2))
     row.losses.setdefault(optimizer, []).append(module.loss(batch))
     if not with_callbacks:

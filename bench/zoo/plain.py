@@ -11,7 +11,7 @@ from lightning_lip.bench.zoo.entry import CLASSES, vector
 class LastState(nn.Module):
     """A recurrent layer and a head on its last output: (B, T, 12) to logits."""
 
-    def __init__(self, layer: type[nn.RNNBase], bidirectional: bool = False) -> None:
+    def __init__(self, layer: type[nn.RNN | nn.LSTM | nn.GRU], bidirectional: bool = False) -> None:
         super().__init__()
         self.recurrent = layer(12, 16, num_layers=2, batch_first=True, bidirectional=bidirectional)
         self.head = nn.Linear(32 if bidirectional else 16, CLASSES)
@@ -85,7 +85,8 @@ class GatedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus the scaled branch."""
-        return x + (self.scale * self.mlp(self.norm(self.depthwise(x).movedim(1, -1)))).movedim(-1, 1)
+        branch: Tensor = self.scale * self.mlp(self.norm(self.depthwise(x).movedim(1, -1)))
+        return x + branch.movedim(-1, 1)
 
 
 def _mlp() -> nn.Module:
