@@ -7,6 +7,7 @@ from lightning_lip.callbacks import (
     LipschitzPenalty,
     MaxNorm,
     NoisyValidation,
+    SpectralCaps,
 )
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
 from lightning_lip.constants.modules import register_constant
@@ -33,6 +34,7 @@ __all__ = [
     "NoisyValidation",
     "Projection",
     "Rebalanced",
+    "SpectralCaps",
     "Uncertified",
     "UnsupportedLayerError",
     "certify",

@@ -226,6 +226,8 @@ CALLS = {
             "figures_every_n_epochs": "count from 0",
             "certified": {"None"},
             "name": "name",
+            "health": "flag",
+            "summary": "flag",
             "unknown": "choice",
         },
     ),
@@ -273,6 +275,18 @@ CALLS = {
         lightning_lip.MaxNorm,
         lambda: {"max_value": 1.0},
         {"max_value": "positive", **NAMING, "unknown": "choice"},
+    ),
+    "SpectralCaps": (
+        lightning_lip.SpectralCaps,
+        lambda: {"radius": 1.0},
+        {
+            "radius": "positive",
+            **NAMING,
+            **ITERATING,
+            "every_n_steps": "count",
+            "name": "name",
+            "unknown": "choice",
+        },
     ),
     "CertifiedValidation": (
         lightning_lip.CertifiedValidation,

@@ -17,6 +17,7 @@ from lightning_lip import (
     LipschitzRegularizer,
     MaxNorm,
     NoisyValidation,
+    SpectralCaps,
     certify,
     project,
     rebalance,
@@ -144,6 +145,10 @@ OUT_OF_RANGE = [
         (MaxNorm, {"max_value": x}, "`max_value` to be a positive finite")
         for x in (0, -1.0, math.nan, math.inf, "1", True)
     ),
+    (SpectralCaps, {"radius": 0.0}, "`radius` to be a positive finite number or 'mup', got 0.0"),
+    (SpectralCaps, {"radius": "mu"}, "`radius` to be a positive finite number or 'mup', got 'mu'"),
+    (SpectralCaps, {"radius": 1.0, "every_n_steps": 0}, "`every_n_steps` to be an integer of at least 1"),
+    (SpectralCaps, {"radius": 1.0, "unknown": "ignore"}, "`unknown` to be one of"),
     (CertifiedValidation, {"eps": ()}, "`eps` to be one or more finite numbers of at least 0"),
     (CertifiedValidation, {"eps": (0.1, 0.1)}, "`eps` to be distinct numbers"),
     (CertifiedValidation, {"eps": (-1.0,)}, "`eps` to be one or more finite numbers of at least 0"),

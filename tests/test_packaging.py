@@ -26,12 +26,12 @@ PUBLIC = {
     "lightning_lip": (
         "Certificate CertifiedAccuracy CertifiedValidation LipschitzConstraint LipschitzMixin "
         "LipschitzMonitor LipschitzPenalty LipschitzProjector LipschitzRegularizer MaxNorm "
-        "NoisyMeanAbsoluteError NoisyValidation Projection Rebalanced Uncertified UnsupportedLayerError "
+        "NoisyMeanAbsoluteError NoisyValidation Projection Rebalanced SpectralCaps Uncertified UnsupportedLayerError "
         "certify project rebalance register_constant"
     ),
     "lightning_lip.audit": "document",
     "lightning_lip.callbacks": (
-        "CertifiedValidation LipschitzConstraint LipschitzMonitor LipschitzPenalty MaxNorm NoisyValidation"
+        "CertifiedValidation LipschitzConstraint LipschitzMonitor LipschitzPenalty MaxNorm NoisyValidation SpectralCaps"
     ),
     "lightning_lip.certificates": "Certificate Part Uncertified certified_matrix_norm certify",
     "lightning_lip.cli": "main",

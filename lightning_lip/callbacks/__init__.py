@@ -6,6 +6,7 @@ from lightning_lip.callbacks.max_norm import MaxNorm
 from lightning_lip.callbacks.monitor import LipschitzMonitor
 from lightning_lip.callbacks.noisy_validation import NoisyValidation
 from lightning_lip.callbacks.penalty import LipschitzPenalty
+from lightning_lip.callbacks.spectral_caps import SpectralCaps
 
 __all__ = [
     "CertifiedValidation",
@@ -14,4 +15,5 @@ __all__ = [
     "LipschitzPenalty",
     "MaxNorm",
     "NoisyValidation",
+    "SpectralCaps",
 ]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lip.callbacks.certified_validation import CertifiedValidation
 from lightning_lip.callbacks.lightning.observing import ObservingCallback
 from lightning_lip.callbacks.lightning.trainer import (
     has_tensorboard,
+    is_end_or_logging_step,
     is_logging_step,
     log_to_loggers,
     log_to_trainer,
@@ -24,36 +24,18 @@ from lightning_lip.callbacks.lightning.trainer import (
     refuse_other_kind,
     tensorboard_writers,
 )
+from lightning_lip.callbacks.monitoring.source import HEALTH, Source, check_sources
+from lightning_lip.callbacks.monitoring.summary import summary_of
 from lightning_lip.callbacks.penalty import LipschitzPenalty
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
-from lightning_lip.callbacks.tensorboard.history import History, check_histories
 from lightning_lip.callbacks.tensorboard.hparams import end_session, start_session
-from lightning_lip.checks import check_choice, check_integers, check_state, check_type, check_vectors
+from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
+from lightning_lip.reporting.messages import tell
 from lightning_lip.usage.observation import AWAITED
-
-
-@dataclass
-class Source:
-    """One set of layers to report: a penalty's, a mixin's, or the monitor's own."""
-
-    tag: str
-    regularizer: LipschitzRegularizer
-    penalty: Callable[[Tensor], Tensor] | None
-    history: History = field(default_factory=History)
-
-    @property
-    def names(self) -> list[str]:
-        """The layers' names; a model that is itself a layer has none of its own."""
-        return [op.name or "model" for op in self.regularizer.operators]
-
-    @property
-    def bound_tag(self) -> str:
-        """The name under which the bound is logged: ``<tag>/bound`` with a traced graph, else ``<tag>/product``."""
-        return f"{self.tag}/{self.regularizer.bound_kind}"
 
 
 class LipschitzMonitor(ObservingCallback):
@@ -65,6 +47,11 @@ class LipschitzMonitor(ObservingCallback):
     - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
     - ``lipschitz/log_share/<layer>``: the layer's part of the log of the product, ``k log sigma``, which sum to it;
       with a traced graph ``log sigma`` times the bound's elasticity ``d log bound / d log sigma``;
+    - with `health` ``lipschitz/weight_norm/<layer>``, the Frobenius norm ``|W|_F`` (of a convolution its kernel's, of a
+      layer fused with a normalisation that of both together); ``lipschitz/stable_rank/<layer>``, ``|W|_F^2 / sigma^2``
+      (of a convolution per place: below 1 where few frequencies pass); and ``lipschitz/update_ratio/<layer>``,
+      ``|W_new - W|_F / |W|_F`` of the batch's steps, for which a copy of the watched weights lives from before the step
+      to the end of this batch;
     - ``lipschitz/product``: the product over the selected layers, an *estimate from below* (no bound on the network:
       activations, other layers and branches are not in it). With a traced graph (`example_input`, or the module's
       ``example_input_array``) instead ``lipschitz/bound``: the bound of the whole network, with estimated norms;
@@ -75,7 +62,7 @@ class LipschitzMonitor(ObservingCallback):
 
     ``lipschitz/product`` (or ``bound``) and ``lipschitz/penalty`` are also handed to Lightning: ``EarlyStopping`` and
     ``ModelCheckpoint(monitor="lipschitz/product")``. After training the last values are logged, if the last step was no
-    logging step. TensorBoard also gets
+    logging step, and a table tells the first and the last values of each layer. TensorBoard also gets
 
     - a custom-scalars layout: all layers in one chart, the product between its estimate and its upper bound as a margin
       chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified`` as
@@ -109,6 +96,8 @@ class LipschitzMonitor(ObservingCallback):
             without a name those of every penalty that no other monitor is named after.
         unknown: What becomes of layers without a known norm in the monitor's own product: ``"skip"`` or ``"refuse"``,
             as in :class:`LipschitzPenalty`.
+        health: Whether to log weight norm, stable rank and update ratio.
+        summary: Whether to tell the table at the end of training, on the first rank, as Lightning tells its messages.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
 
     Raises:
@@ -134,12 +123,17 @@ class LipschitzMonitor(ObservingCallback):
         certified: CertifiedValidation | None = None,
         name: str | None = None,
         unknown: Unknown = "skip",
+        health: bool = True,
+        summary: bool = True,
         batch_dim: Literal[0] | None = 0,
     ) -> None:
         super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)
+        check_flag("health", health)
+        check_flag("summary", summary)
+        self._health, self._summary = health, summary
         self._figures_every_n_epochs = figures_every_n_epochs
         if certified is not None and not isinstance(certified, CertifiedValidation):
             raise TypeError(
@@ -203,7 +197,7 @@ class LipschitzMonitor(ObservingCallback):
             self._sources = self._lent_sources(trainer, pl_module, batch)
         if not self._sources:
             self._core = LipschitzRegularizer(pl_module, 0.0, **self.arguments(batch), inputs=AWAITED)
-            self._sources = [Source(self.tag, self._core, None)]
+            self._sources = [Source(self.tag, self._core, None, self._health)]
         for source in self._sources:
             refuse_other_kind(trainer, source.tag, source.regularizer.bound_kind)
         if self._loaded is not None:
@@ -226,12 +220,23 @@ class LipschitzMonitor(ObservingCallback):
             writer.add_custom_scalars(layout)
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._is_watching:
+            self.adopt(trainer, pl_module)
+        # Of several steps in one batch the first: the ratio is that of the batch.
+        if self._health and is_end_or_logging_step(trainer):
+            for source in self._sources:
+                source.before_step()
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._is_watching:
             self.adopt(trainer, pl_module)
         if not self._is_read(trainer):
+            for source in self._sources:
+                source.forget()
             return
         self._lay_out(trainer)
         logging = is_logging_step(trainer)
@@ -239,9 +244,9 @@ class LipschitzMonitor(ObservingCallback):
             self._core.iterate()
         kept: dict[str, float] = {}
         for source in self._sources:
-            metrics, norms, shares = _measure(source)
+            metrics, norms, shares = source.measure()
             if logging:
-                source.history.remember(logging_step(trainer), norms, shares)
+                source.remember(logging_step(trainer), norms, shares)
                 log_to_loggers(trainer, metrics)
                 self._last_logged = logging_step(trainer)
             kept |= {tag: metrics[tag] for tag in (source.bound_tag, f"{source.tag}/penalty") if tag in metrics}
@@ -265,9 +270,12 @@ class LipschitzMonitor(ObservingCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The HPARAMS tab compares the last values of runs: they must be those of the last step.
         step = logging_step(trainer) - 1
-        if trainer.log_every_n_steps and self._last_logged != step:  # type: ignore[attr-defined]
-            for source in self._sources:
-                log_to_loggers(trainer, _measure(source)[0], step)
+        is_behind = trainer.log_every_n_steps and self._last_logged != step  # type: ignore[attr-defined]
+        for source in self._sources:
+            if is_behind:
+                log_to_loggers(trainer, source.measure()[0], step)
+            if self._summary and source.last:
+                tell(summary_of(source, step + 1))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -294,7 +302,7 @@ class LipschitzMonitor(ObservingCallback):
     def state_dict(self) -> dict[str, Any]:
         if not self._sources:
             return self._loaded or {}
-        histories = {source.tag: source.history.state() for source in self._sources}
+        histories = {source.tag: source.state() for source in self._sources}
         return {"histories": histories, "own": None if self._core is None else self._core.state_dict()}
 
     @override
@@ -302,7 +310,7 @@ class LipschitzMonitor(ObservingCallback):
         check_type("state", state_dict, Mapping, "a mapping")
         if state_dict:  # empty before training
             check_state(state_dict, ("histories", "own"), self.key)
-            check_histories(state_dict["histories"])
+            check_sources(state_dict["histories"])
             if state_dict["own"] is not None:
                 check_state(state_dict["own"], ("vectors",), "The state's `own`")
                 check_vectors("own['vectors']", state_dict["own"]["vectors"])
@@ -319,18 +327,22 @@ class LipschitzMonitor(ObservingCallback):
         """Return the sources that the trainer's penalties lend or, without a penalty, the module's mixin."""
         penalties = self._lending(trainer)
         if penalties:
-            return [Source(p.tag, p.select_layers(pl_module, batch), p.penalty_of) for p in penalties]
+            return [Source(p.tag, p.select_layers(pl_module, batch), p.penalty_of, self._health) for p in penalties]
         if isinstance(pl_module, LipschitzMixin):
             regularizer = pl_module.lipschitz_regularizer()
-            return [Source(self.tag, regularizer, lambda log: regularizer.penalty_of(log) * regularizer.coefficient)]
+
+            def penalty_of(log_sigma: Tensor) -> Tensor:
+                return regularizer.penalty_of(log_sigma) * regularizer.coefficient
+
+            return [Source(self.tag, regularizer, penalty_of, self._health)]
         return []
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self._core is not None and state["own"] is not None:
             self._core.load_state_dict(state["own"])
         for source in self._sources:
-            history = state["histories"].get(source.tag)
-            source.history = History() if history is None else History.of(history, len(source.names))
+            if source.tag in state["histories"]:
+                source.restore(state["histories"][source.tag])
 
 
 def _penalties(trainer: Any) -> list[LipschitzPenalty]:
@@ -346,34 +358,14 @@ def _arguments(trainer: Any, pl_module: LightningModule) -> dict[str, Any]:
     return {f"{p.tag}/{name}": value for p in penalties for name, value in p.hyperparameters.items()}
 
 
-def _measure(source: Source) -> tuple[dict[str, float], list[float], list[float]]:
-    """Return what a source logs, by name, its spectral norms and log shares, with one copy from the device."""
-    regularizer = source.regularizer
-    with torch.inference_mode(False), torch.enable_grad():
-        log_sigma = regularizer.log_sigma().requires_grad_()
-        log_bound = regularizer.log_bound_of(log_sigma)
-        (elasticity,) = torch.autograd.grad(log_bound, log_sigma)
-    with torch.no_grad():
-        log_sigma = log_sigma.detach()
-        scalars = {source.bound_tag: log_bound.detach().exp()}
-        if regularizer.has_upper:
-            log_upper = regularizer.sigma_upper().to(log_sigma).log()
-            scalars[f"{source.bound_tag}_upper"] = regularizer.log_bound_of(log_upper).exp()
-        if source.penalty is not None:
-            scalars[f"{source.tag}/penalty"] = source.penalty(log_sigma)
-        values = torch.cat([log_sigma.exp(), elasticity * log_sigma, torch.stack(list(scalars.values()))]).tolist()
-    tags = [f"{source.tag}/spectral_norm/{name}" for name in source.names]
-    tags += [f"{source.tag}/log_share/{name}" for name in source.names]
-    n = len(source.names)
-    return dict(zip([*tags, *scalars], values, strict=True)), values[:n], values[n : 2 * n]
-
-
 def _draw(writer: Any, source: Source, spectra: Sequence[Tensor], step: int) -> None:
     """Give a TensorBoard writer the histograms and figures of a source."""
     for name, values in zip(source.names, spectra, strict=True):
         if bool(values.isfinite().all()):  # TensorBoard refuses others
             writer.add_histogram(f"{source.tag}/spectrum/{name}", values, step)
     history = source.history
+    if not history.is_of(len(source.names)):  # of a checkpoint, and nothing was measured since
+        return
     heat = heat_map(source.names, history.steps, history.norms)
     chart = share_chart(source.names, history.steps, history.shares, source.regularizer.bound_kind)
     for tag, figure in (("spectral_norms", heat), ("log_shares", chart)):
@@ -390,6 +382,9 @@ def _layout(sources: Sequence[Source]) -> dict[str, dict[str, list[Any]]]:
             "spectral norms": ["Multiline", [f"{source.tag}/spectral_norm/{name}" for name in names]],
             f"parts of log {kind}": ["Multiline", [f"{source.tag}/log_share/{name}" for name in names]],
         }
+        for measure in HEALTH if source.has_health else ():
+            tags = [f"{source.tag}/{measure}/{name}" for name in names]
+            charts[f"{measure.replace('_', ' ')}s"] = ["Multiline", tags]
         if source.regularizer.has_upper:
             # A margin chart wants value, lower, upper; the estimate is from below, so it is both of the first.
             charts[f"{kind}, with its upper bound"] = ["Margin", [bound, bound, f"{bound}_upper"]]

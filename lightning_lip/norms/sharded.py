@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, orthonormalise, ritz_rotation
-from lightning_lip.kernels.tensors import without_autocast
+from lightning_lip.kernels.tensors import is_sharded, without_autocast
 from lightning_lip.operators.base import iterates_on_codomain
 
 if TYPE_CHECKING:
@@ -55,6 +55,15 @@ class _Layout(NamedTuple):
     placements: tuple[Placement, ...]
 
 
+def groups_of(weight: Tensor) -> tuple[ProcessGroup, ...]:
+    """Return the groups over which sums of a weight's shards are formed, one for each mesh dimension that shards."""
+    if not is_sharded(weight):
+        return ()
+    sharded = cast("DTensor", weight)
+    mesh, placements = sharded.device_mesh, enumerate(sharded.placements)
+    return tuple(mesh.get_group(i) for i, p in placements if not p.is_replicate() and mesh.size(i) > 1)
+
+
 def _layout(weight: DTensor) -> _Layout:
     transposed = iterates_on_codomain(weight)
     side = 0 if transposed else 1
@@ -65,9 +74,8 @@ def _layout(weight: DTensor) -> _Layout:
     for i in of_columns:  # at most one: others were refused
         rank, width = mesh.get_local_rank(i), -(-weight.shape[side] // mesh.size(i))
         columns, counts = slice(rank * width, (rank + 1) * width), rank == 0
-    groups = tuple(mesh.get_group(i) for i in sharding)
     column_groups = tuple(mesh.get_group(i) for i in of_columns)
-    return _Layout(transposed, groups, column_groups, columns, counts, weight.placements)
+    return _Layout(transposed, groups_of(weight), column_groups, columns, counts, weight.placements)
 
 
 class ShardedIteration(ReferenceIteration):
@@ -124,7 +132,7 @@ class ShardedIteration(ReferenceIteration):
         """Return this rank's columns of ``T``, shape (K, r, rows of A here) a batch."""
         layouts = [self._layouts[indices[0]] for indices in self._batches]
         images = [b[..., layout.columns] @ a.mT for b, layout, a in zip(blocks, layouts, matrices, strict=True)]
-        return _summed(images, [layout.column_groups for layout in layouts])
+        return summed(images, [layout.column_groups for layout in layouts])
 
     def _iterate(self, matrices: Sequence[Tensor], advance: bool) -> PowerStep:
         blocks = self._blocks()
@@ -139,7 +147,7 @@ class ShardedIteration(ReferenceIteration):
                 rows[..., layout.columns] = (scaled @ matrix).double() * scale
                 part = torch.cat([part, rows], dim=-1)
             parts.append(part)
-        sums = _summed(parts, [layout.groups for layout in layouts])
+        sums = summed(parts, [layout.groups for layout in layouts])
 
         sigma, left, right, vectors = ([torch.empty(0)] * len(self.vectors) for _ in range(4))
         for indices, layout, t, old, total in zip(self._batches, layouts, images, blocks, sums, strict=True):
@@ -211,7 +219,7 @@ class ShardedIteration(ReferenceIteration):
         for t, matrix, layout in zip(self._images(matrices, self._blocks()), matrices, layouts, strict=True):
             squares = torch.linalg.vector_norm(matrix, dim=(-2, -1), dtype=torch.float64).square()
             parts.append(torch.cat([_gram(*_scaled(t), layout).flatten(1), squares[:, None]], dim=1))
-        sums = _summed(parts, [layout.groups for layout in layouts])
+        sums = summed(parts, [layout.groups for layout in layouts])
         sizes = [len(self.vectors[indices[0]]) for indices in self._batches]
         return [(total[:, :-1].reshape(-1, r, r), total[:, -1]) for total, r in zip(sums, sizes, strict=True)]
 
@@ -266,7 +274,7 @@ def _gram(scaled: Tensor, scale: Tensor, layout: _Layout) -> Tensor:
     return (scaled @ scaled.mT).double() * (scale.square() * layout.counts)
 
 
-def _summed(parts: Sequence[Tensor], groups: Sequence[tuple[ProcessGroup, ...]]) -> list[Tensor]:
+def summed(parts: Sequence[Tensor], groups: Sequence[tuple[ProcessGroup, ...]]) -> list[Tensor]:
     """Return the parts summed over the ranks of their groups, those with the same groups in one flat tensor."""
     by_groups = defaultdict(list)
     for index, of_part in enumerate(groups):

@@ -176,7 +176,8 @@ class SpectralNorms:
 
     def _weights(self) -> list[Tensor]:
         # No `detach` of a DTensor, which costs more than the rest: nothing here records gradients.
-        return [w if is_sharded(w) else w.detach() for w in (op.weight() for op in self.operators)]
+        weights = (op.weight() if op.is_matrix else op.representative() for op in self.operators)
+        return [w if is_sharded(w) else w.detach() for w in weights]
 
     def _start(self, weights: Sequence[Tensor]) -> None:
         """Draw random blocks, or take the loaded ones, and iterate the random ones 15 times."""

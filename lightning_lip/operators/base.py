@@ -56,6 +56,10 @@ class LinearOperator(ABC):
     def weight(self) -> Tensor:
         """Return the present weight, differentiable in :attr:`parameters`, computed with eval semantics."""
 
+    def representative(self) -> Tensor:
+        """Return a tensor of the weight's device and dtype, whose shape changes with the weight's; none is computed."""
+        return self.weight()
+
     @abstractmethod
     def apply(self, inputs: Tensor) -> Tensor:
         """Map a batch (r, *domain_shape) to (r, *codomain_shape)."""
@@ -102,18 +106,24 @@ class LinearOperator(ABC):
         """
         # The norm is linear in u: with c u its gradient needs no scaling of its own.
         for parameter, gradient in zip(parameters, self.norm_gradients(factor * left, right, parameters), strict=True):
-            if gradient is None:
-                continue
-            gradient = _unless_zero(factor, gradient)
-            if parameter.grad is None:
-                # Not the gradient itself, which autograd may return for two parameters, or expanded from less memory.
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.add_(gradient)
+            if gradient is not None:
+                add_gradient_(parameter, _unless_zero(factor, gradient))
 
     @property
     def direct_parameter(self) -> nn.Parameter | None:
         """The parameter that *is* the matrix (m, n), if kernels may write its gradient in place; else None."""
         return None
+
+
+def add_gradient_(parameter: nn.Parameter, gradient: Tensor, factors: Tensor | None = None) -> None:
+    """Add a gradient, times factors that broadcast, to a parameter's ``.grad``, made where missing."""
+    if parameter.grad is None:
+        # Not the gradient itself, which autograd may return for two parameters, or expanded from less memory.
+        parameter.grad = torch.zeros_like(parameter)
+    if factors is None:
+        parameter.grad.add_(gradient)
+    else:
+        parameter.grad.addcmul_(gradient.to(parameter.grad), factors.to(parameter.grad))
 
 
 def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:

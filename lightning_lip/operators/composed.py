@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
+from lightning_lip.operators.base import (
+    LinearOperator,
+    MatrixOperator,
+    ParametrizedMatrixOperator,
+    add_gradient_,
+)
 from lightning_lip.operators.convolution import ConvolutionOperator
 
 
@@ -247,6 +252,10 @@ class ScaledOperator(LinearOperator):
         weight = self.base.weight()
         return self._scaled_weight(self.scale().to(weight.dtype))
 
+    def representative(self) -> Tensor:
+        """Return the base's."""
+        return self.base.representative()
+
     def _scaled_weight(self, scale: Tensor) -> Tensor:
         return self.scaled(self.base.weight().to(scale.dtype), scale)
 
@@ -270,6 +279,33 @@ class ScaledOperator(LinearOperator):
     def adjoint(self, outputs: Tensor) -> Tensor:
         """Map (r, *codomain_shape) to (r, *domain_shape)."""
         return self.base.adjoint(outputs * self._broadcast(outputs))
+
+    def add_norm_gradients_(
+        self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> None:
+        """Add `factor` times the gradients of :meth:`norm` to the ``.grad`` of some parameters, made where missing.
+
+        For a convolution with its own kernel they are ``s_c G_c``, G the gradient of ``<u, W v>`` in the kernel, and
+        ``<u_c, (W v)_c>`` in s_c, for each channel c: autograd over the kernel would take twice the time.
+        """
+        base = self.base
+        kernel = base.weight() if isinstance(base, ConvolutionOperator) and not base.module.transposed else None
+        if kernel is None or kernel is not base.parameters[0] or isinstance(factor, Tensor) or factor == 0:
+            super().add_norm_gradients_(factor, left, right, parameters)
+            return
+        assert isinstance(base, ConvolutionOperator)
+        gradient = base.weight_gradient(left, right)
+        with torch.enable_grad():
+            scale = self.scale()
+        own = [p for p in parameters if p is not kernel]
+        if own:
+            channels = (len(gradient), -1)
+            slopes = (left.view(channels) * base.apply(right.view(1, *self.domain_shape)).view(channels)).sum(1)
+            for parameter, slope in zip(own, torch.autograd.grad(scale, own, (factor * slopes).to(scale)), strict=True):
+                add_gradient_(parameter, slope)
+        if len(own) < len(parameters):
+            factors = (factor * scale.detach()).to(gradient.dtype).view(-1, *[1] * (gradient.dim() - 1))
+            add_gradient_(base.parameters[0], gradient, factors)
 
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, diag(s) W v>``, shape (), in the vectors' dtype."""

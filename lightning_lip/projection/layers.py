@@ -220,7 +220,7 @@ def projected_layers(
     found: dict[int, list[int]] = {}
     reasons: dict[int, str] = {}
     for index, op in enumerate(operators):
-        parameter = _writable(op)
+        parameter = writable(op)
         if isinstance(parameter, str):
             reasons[index] = parameter
         elif any(parameter is selected for selected in bound.selected(op)):
@@ -229,7 +229,7 @@ def projected_layers(
     for key, indices in found.items():
         op = operators[indices[0]]
         others = [o.name for i, o in enumerate(operators) if i not in indices and key in map(id, o.parameters)]
-        parameter = _writable(op)
+        parameter = writable(op)
         assert isinstance(parameter, nn.Parameter)
         if others:
             raise UnsupportedLayerError(
@@ -243,7 +243,7 @@ def projected_layers(
     return layers, reasons
 
 
-def _writable(op: LinearOperator) -> nn.Parameter | str:
+def writable(op: LinearOperator) -> nn.Parameter | str:
     """Return the parameter whose factor is the operator's factor, also in training, or why there is none."""
     if op.direct_parameter is not None:
         return op.direct_parameter
@@ -258,14 +258,14 @@ def _writable(op: LinearOperator) -> nn.Parameter | str:
         n = len(op.parameters)
         return f"its weight is computed from {n} parameters, so that none can be scaled alone" if n else "no parameter"
     parameter = op.parameters[0]
-    if isinstance(op, (ComputedMatrixOperator, DiagonalOperator)) and not _is_homogeneous(op, parameter):
+    if isinstance(op, (ComputedMatrixOperator, DiagonalOperator)) and not is_homogeneous(op, parameter):
         return "what it computes from its parameter does not scale with it"
     return parameter
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _is_homogeneous(op: LinearOperator, parameter: nn.Parameter) -> bool:
+def is_homogeneous(op: LinearOperator, parameter: nn.Parameter) -> bool:
     """Whether half the parameter gives half the weight, which is exact in floating point."""
     before, kept = op.weight().clone(), parameter.detach().clone()
     try:

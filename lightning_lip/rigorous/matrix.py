@@ -138,7 +138,7 @@ def _scaled_guess(estimate: float, exponent: int) -> float | None:
 
 
 def certified_largest_eigenvalue(
-    matrix: Tensor, estimate: float | None = None, sufficient: float = math.inf, tolerance: float = FIRST_TOLERANCE
+    matrix: Tensor, estimate: float | None = None, sufficient: float = math.inf, tolerance: float | None = None
 ) -> float:
     """Return a *certified upper bound* of the largest eigenvalue of a symmetric matrix that is positive semidefinite.
 
@@ -147,7 +147,7 @@ def certified_largest_eigenvalue(
             it. Positive semidefinite up to rounding errors.
         estimate: A guess of the eigenvalue; None finds one.
         sufficient: A bound that is known already: once the attempts exceed it, it is returned.
-        tolerance: How far (relative) above the estimate the first attempt lies.
+        tolerance: How far (relative) above the estimate the first attempt lies; None for :data:`FIRST_TOLERANCE`.
     """
     size = matrix.shape[0]
     diagonal = matrix.diagonal()
@@ -156,6 +156,7 @@ def certified_largest_eigenvalue(
     if estimate is None:
         estimate = _estimated_largest_eigenvalue(matrix)
     estimate = min(max(estimate, smallest), max(diagonal.sum().item(), smallest))
+    tolerance = FIRST_TOLERANCE if tolerance is None else tolerance
     while True:
         attempt = estimate * (1 + tolerance)
         if attempt >= sufficient:

@@ -52,6 +52,8 @@ ARGUMENTS = {
         "certified": {"class_path": "CertifiedValidation", "init_args": {"eps": [0.1], "task": "regression"}},
         "name": "a",
         "unknown": "refuse",
+        "health": False,
+        "summary": False,
     },
     "NoisyValidation": {
         "noise_levels": [0.0, 0.2],
@@ -83,6 +85,17 @@ ARGUMENTS = {
         "n_iterations": 2,
         "seed": 1,
         "name": "a",
+    },
+    "SpectralCaps": {
+        "radius": "mup",
+        "layers": ["net.*"],
+        "exclude": "net.2",
+        "block_size": 4,
+        "n_iterations": 2,
+        "every_n_steps": 2,
+        "seed": 1,
+        "name": "a",
+        "unknown": "refuse",
     },
     "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2", "unknown": "refuse"},
 }

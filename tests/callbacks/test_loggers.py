@@ -8,13 +8,14 @@ from support.trainers import svd_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_lip import LipschitzMonitor, LipschitzPenalty
+from lightning_lip.callbacks.monitoring.source import HEALTH
 
 LAYERS = ["net.0", "net.2", "net.4"]
 PENALTY_KEYS = {"lipschitz/product", "lipschitz/penalty"}
 MONITOR_KEYS = (
     PENALTY_KEYS
     | {"lipschitz/product_upper"}
-    | {f"lipschitz/{kind}/{layer}" for kind in ("spectral_norm", "log_share") for layer in LAYERS}
+    | {f"lipschitz/{kind}/{layer}" for kind in ("spectral_norm", "log_share", *HEALTH) for layer in LAYERS}
 )
 STEPS = [3, 7, 11]  # one epoch of 12 steps, every 4th, on Lightning's own x-axis
 

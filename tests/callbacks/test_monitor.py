@@ -6,13 +6,14 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from support.trainers import svd_norms
+from support.trainers import TwoNets, svd_norms
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
 from lightning_lip import CertifiedValidation, LipschitzMixin, LipschitzMonitor, LipschitzPenalty
+from lightning_lip.callbacks.monitoring.source import HEALTH
 from lightning_lip.callbacks.tensorboard.figures import heat_map, share_chart
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -45,7 +46,7 @@ def train(fit, tmp_path):
 def test_holds_every_tag_with_a_penalty(train, pl):
     # The monitor stands before the penalty: the order must not matter.
     module, events = train([LipschitzMonitor(), LipschitzPenalty(0.05)], package=pl)
-    tags = {f"lipschitz/{kind}/{name}" for kind in ("spectral_norm", "log_share") for name in LAYERS}
+    tags = {f"lipschitz/{kind}/{name}" for kind in ("spectral_norm", "log_share", *HEALTH) for name in LAYERS}
     tags |= {"lipschitz/product", "lipschitz/product_upper", "lipschitz/penalty"}
     assert tags <= set(events.Tags()["scalars"])
     assert "lipschitz/spectral_norms" in events.Tags()["images"]
@@ -111,7 +112,7 @@ def test_two_monitors_pair_with_the_penalties_of_their_name(train):
 def test_a_named_monitor_leaves_other_penalties_to_log_themselves(train):
     module, events = train([LipschitzPenalty(0.05, name="all"), LipschitzMonitor(layers="net.0", name="first")])
     scalars = {tag for tag in events.Tags()["scalars"] if tag.startswith("lipschitz/")}
-    first = ("spectral_norm/net.0", "log_share/net.0", "product", "product_upper")
+    first = ("product", "product_upper", *(f"{k}/net.0" for k in ("spectral_norm", "log_share", *HEALTH)))
     wanted = {f"lipschitz/first/{name}" for name in first} | {"lipschitz/all/product", "lipschitz/all/penalty"}
     assert scalars == wanted
     norms = svd_norms(module)
@@ -190,6 +191,14 @@ VECTORS = {"net.0": torch.ones(2, 4)}
         ({"histories": {"a": [[3, 7], 5, *HISTORY[2:]]}}, TypeError, r"`histories\['a'\]` to be a list"),
         ({"histories": {"a": [[3], *HISTORY[1:]]}}, ValueError, "1 steps, 2 and 2 rows, of lengths"),
         ({"histories": {"a": [[3, 7], [[1.0], [2, 3]], *HISTORY[2:]]}}, ValueError, r"lengths \[1, 2\]"),
+        ({"histories": {"a": [*HISTORY, {"a/x": 1.0}]}}, ValueError, r"`histories\['a'\]` to be a list \[steps"),
+        ({"histories": {"a": [*HISTORY, 1.0, 2.0]}}, TypeError, r"`histories\['a'\]: first` to be a mapping"),
+        ({"histories": {"a": [*HISTORY, {"a/x": 1.0}, {"a/x": "2"}]}}, TypeError, r"`histories\['a'\]: last`"),
+        (
+            {"histories": {"a": [*HISTORY, {"a/x": 1.0}, {"a/y": 2.0}]}},
+            ValueError,
+            "first and a last value of",
+        ),
         ({"own": "vectors"}, TypeError, "The state's `own` expected a state"),
         ({"own": {}}, ValueError, "The state's `own` expected a state"),
         ({"own": {"vectors": [1]}}, TypeError, r"`own\['vectors'\]` to be a mapping"),
@@ -198,7 +207,8 @@ VECTORS = {"net.0": torch.ones(2, 4)}
     ],
 )
 def test_a_state_is_checked_value_by_value(changed, error, message):
-    right = {"histories": {"lipschitz": HISTORY}, "own": {"vectors": VECTORS}}
+    ends = {"lipschitz/product": math.nan}, {"lipschitz/product": 2.0}
+    right = {"histories": {"lipschitz": HISTORY, "lipschitz/a": [*HISTORY, *ends]}, "own": {"vectors": VECTORS}}
     monitor = LipschitzMonitor()
     monitor.load_state_dict(right)
     with pytest.raises(error, match=message):
@@ -235,6 +245,100 @@ def test_weights_that_are_not_finite_stop_no_training(train, make_module):
     _, events = train([LipschitzMonitor()], module=module)
     assert math.isnan(events.Scalars("lipschitz/product")[-1].value)
     assert {"lipschitz/spectral_norms", "lipschitz/log_shares"} <= set(events.Tags()["images"])
+
+
+class Steps(lightning.Callback):
+    """Keeps the weights of each layer before and after every batch, and counts the copies that the monitor holds."""
+
+    def __init__(self):
+        self.before, self.after, self.n_copies = [], [], []
+
+    def weights(self, module):
+        return [p.detach().clone() for p in module.parameters() if p.dim() == 2]
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.before.append(self.weights(pl_module))
+        self.count(trainer)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.count(trainer)
+
+    def count(self, trainer):
+        (monitor,) = (c for c in trainer.callbacks if isinstance(c, LipschitzMonitor))
+        self.n_copies.append(sum(len(source.weights._kept) for source in monitor._sources))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.after.append(self.weights(pl_module))
+
+
+def test_health_of_every_layer(train):
+    _, events = train([steps := Steps(), LipschitzMonitor(), LipschitzPenalty(0.05)])
+    for index, name in enumerate(LAYERS):
+        logged = {kind: events.Scalars(f"lipschitz/{kind}/{name}") for kind in HEALTH}
+        for position, step in enumerate([3, 7, 11, 15, 19, 23]):
+            before, after = steps.before[step][index].double(), steps.after[step][index].double()
+            norm = float(after.norm())
+            wanted = {
+                "weight_norm": norm,
+                "stable_rank": norm**2 / float(torch.linalg.svdvals(after)[0]) ** 2,
+                "update_ratio": float((after - before).norm() / before.norm()),
+            }
+            assert wanted["update_ratio"] > 1e-4
+            for kind, value in wanted.items():
+                event = logged[kind][position]
+                assert (event.step, event.value) == (step, pytest.approx(value, rel=1e-4)), kind
+
+
+def test_weights_are_copied_for_a_logging_step_only(train):
+    _, events = train([LipschitzMonitor(layers="net.*"), steps := Steps()], max_epochs=1)
+    # At the start of each batch and right before its step; every fourth one is logged.
+    assert steps.n_copies == [0, 0, 0, 0, 0, 0, 0, 3] * 3
+    assert len(events.Scalars("lipschitz/update_ratio/net.0")) == 3
+
+
+def test_health_can_be_switched_off(train, told):
+    _, events = train([LipschitzMonitor(health=False, summary=False)])
+    assert not {tag.split("/")[1] for tag in events.Tags()["scalars"]} & set(HEALTH)
+    assert not any(text.startswith("LipschitzMonitor after") for text in told)
+    (category,) = layout_of(events).category
+    assert not {chart.title for chart in category.chart} & {"weight norms", "stable ranks", "update ratios"}
+
+
+def test_the_update_of_a_batch_with_two_optimizers_is_that_of_both(train):
+    _, events = train([LipschitzMonitor(), steps := Steps()], module=TwoNets())
+    for index, name in enumerate(["a", "b.0", "b.2"]):
+        before, after = steps.before[-1][index], steps.after[-1][index]
+        ratio = float((after - before).norm() / before.norm())
+        assert events.Scalars(f"lipschitz/update_ratio/{name}")[-1].value == pytest.approx(ratio, rel=1e-4)
+
+
+def test_the_health_of_a_convolution_is_its_kernels(train, make_module):
+    net = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.Flatten(), nn.Linear(27, 1))
+    _, events = train([LipschitzMonitor(n_iterations=20)], module=make_module(lightning, net=net))
+    norm = float(net[1].weight.detach().norm())
+    sigma = events.Scalars("lipschitz/spectral_norm/net.1")[-1].value
+    assert events.Scalars("lipschitz/weight_norm/net.1")[-1].value == pytest.approx(norm, rel=1e-5)
+    assert events.Scalars("lipschitz/stable_rank/net.1")[-1].value == pytest.approx(norm**2 / sigma**2, rel=1e-5)
+
+
+def test_a_page_at_the_end_tells_first_and_last_values(train, told):
+    _, events = train([LipschitzMonitor(), LipschitzPenalty(0.05)])
+    (page,) = (text for text in told if text.startswith("LipschitzMonitor after 24 steps"))
+    lines = [line.split() for line in page.splitlines()[1:]]
+    assert lines[0] == ["layer", "spectral", "norm", "weight", "norm", "stable", "rank", "update", "ratio"]
+    for name, line in zip(LAYERS, lines[1:4], strict=True):
+        wanted = [name]
+        for kind in ("spectral_norm", *HEALTH):
+            values = [event.value for event in events.Scalars(f"lipschitz/{kind}/{name}")]
+            wanted += [f"{values[0]:.3g}", "->", f"{values[-1]:.3g}"]
+        assert line == wanted
+    assert [line[0] for line in lines[4:]] == [f"lipschitz/{n}" for n in ("product", "product_upper", "penalty")]
+
+
+def test_without_a_logger_the_page_is_told_too(fit, told):
+    fit(LipschitzMonitor(), max_epochs=2)
+    (page,) = (text for text in told if text.startswith("LipschitzMonitor after 24 steps"))
+    assert "update ratio" in page
 
 
 @pytest.mark.parametrize("n_layers", [1, 4, 100])

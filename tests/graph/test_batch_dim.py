@@ -197,7 +197,7 @@ def test_regulariser_and_projector_take_the_whole_input() -> None:
     assert model.first.weight.grad is not None
     assert project(model, 0.01, example_input=x, batch_dim=None).bound <= 0.01
     assert certify(model, x, batch_dim=None).upper <= 0.01
-    assert bound_of(model, x, batch_dim=None).kind == "bound"
+    assert bound_of(model, x, batch_dim=None)[0].kind == "bound"
 
 
 class NodeClassifier(LightningModule):

@@ -3,21 +3,17 @@
 The file is also the script that its tests run on every rank: ``test_sharded.py <case>``.
 """
 
-import contextlib
 import math
 import os
-import subprocess
 import sys
-import tempfile
-import time
 import warnings
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from support import trainers
+from support.trainers import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +24,8 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegulariz
 from lightning_lip.certificates.interval import certify
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
+from lightning_lip.norms.frobenius import FrobeniusNorms
+from lightning_lip.operators.base import MatrixOperator
 from lightning_lip.penalty.scale import gradient_norms
 
 SIZES = [(3, 7), (1, 5), (7, 3), (5, 1), (6, 6), (6, 6), (260, 256)]
@@ -131,8 +129,26 @@ def case_shards(pl):
     mesh = init_device_mesh("cpu", (2,))
     for placements, n_calls in (([Shard(0)], 1), ([Shard(1)], 1), ([Replicate()], 0)):
         check_shards(mesh, placements, n_calls)
+        check_frobenius(mesh, placements)
     check_bad_layers(mesh)
     check_saved_sides(mesh)
+
+
+def check_frobenius(mesh, placements):
+    """Norms and changes are sums over ranks, in one all_reduce for all layers."""
+    plain = matrices()
+    model = sharded_copy(plain, mesh, placements)
+    norms = FrobeniusNorms([MatrixOperator(str(i), layer) for i, layer in enumerate(model)])
+    norms.keep()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(0.75)
+    with Count() as count:
+        found, ratios = norms.measure()
+    assert count.calls == sum(not p.is_replicate() for p in placements)
+    wanted = torch.stack([0.75 * layer.weight.detach().norm() for layer in plain])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 0.25), rtol=1e-12, atol=0)
 
 
 def check_bad_layers(mesh):
@@ -318,7 +334,7 @@ def check_training(pl, parallel, first=17, later=2, logged=1, data=1, tensor=1, 
 
 
 def case_training(pl):
-    check_training(pl, "fsdp", data=2, monitor=True, logged=3, logger=tensorboard(pl))
+    check_training(pl, "fsdp", data=2, monitor=True, logged=4, logger=tensorboard(pl))
     check_training(pl, "fsdp of each", data=2, gradient_clip_val=0.3)
     check_training(pl, "fsdp of some", data=2)
     check_training(pl, "tensor", tensor=2, gradient_clip_val=0.3)
@@ -355,36 +371,6 @@ def case_resume(pl):
         torch.save(straight, "straight.pt")
 
 
-def on_ranks(case, n_ranks, package):
-    """Run a case of this file in that many processes; the first that fails ends the others, which would wait for it."""
-    # This process holds the store, on a port that is its own from the start: one that is only found free may be taken.
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-W", "ignore", __file__, case, str(n_ranks), package]
-    with contextlib.ExitStack() as stack:
-        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(n_ranks)]
-        processes = [
-            subprocess.Popen(command, env=os.environ | common | {"LOCAL_RANK": str(rank)}, stderr=error)
-            for rank, error in enumerate(errors)
-        ]
-        end = time.monotonic() + 200
-        try:
-            while None in (codes := [process.poll() for process in processes]) and not any(codes):
-                if time.monotonic() > end:
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        for error in errors:
-            error.seek(0)
-        assert codes == [0] * n_ranks, "\n".join(
-            f"{code}: {e.read()[-3000:]}" for code, e in zip(codes, errors, strict=True)
-        )
-
-
 def case_long(pl):
     """Over 200 steps of FSDP2 the weights and vectors of the ranks stay the same bit for bit."""
     penalty = LipschitzPenalty(0.3)
@@ -403,7 +389,7 @@ needs_fsdp2 = pytest.mark.skipif(torch.__version__ < (2, 7), reason="FSDP2 of to
 @needs_fsdp2
 @pytest.mark.parametrize(("case", "n_ranks"), [("shards", 2), ("meshes", 4), ("training", 2), ("long", 2)])
 def test_on_ranks(case, n_ranks):
-    on_ranks(case, n_ranks, "lightning.pytorch")
+    on_ranks(__file__, case, n_ranks, "lightning.pytorch")
 
 
 @linux_only
@@ -411,7 +397,7 @@ def test_on_ranks(case, n_ranks):
 def test_resume():
     # The other Lightning: its classes differ, the callbacks must serve either.
     pl = pytest.importorskip("pytorch_lightning", minversion="2.6")
-    on_ranks("resume", 2, "pytorch_lightning")
+    on_ranks(__file__, "resume", 2, "pytorch_lightning")
     # In one process the wide layers' vectors are of the other side.
     with pytest.warns(UserWarning, match=r"singular vectors of layer 'net.0' are of its other side"):
         resumed, _ = train(pl, "one process", ckpt_path="whole.ckpt")

@@ -19,6 +19,7 @@ LINEAR = (
     "nn.Parameter(torch.randn({k}, {rows})) -> {m} @ {x}",
     "nn.Buffer(torch.randn({last}, {k})) -> torch.matmul({x}, {m})",
     "nn.Buffer(torch.randn({last}, {k})) -> aten.mm({x}, {m})",
+    "nn.Buffer(torch.randn({k}, {last}).to_sparse()) -> torch.sparse.mm({m}, {x}.T).T",
     f"{_MATRIX} -> torch.addmm(torch.ones(()).to({{x}}), {{x}}, {{m}}.T, beta={{0|2}}, alpha={{1|-3|0.5}})",
     f"{_SQUARE} -> {{m}}({{m}}({{x}}))",
     f"{_SQUARE} -> {{m}}({{x}}) + F.linear({{x}}, {{m}}.weight.T)",

@@ -1,7 +1,11 @@
 """What tests of callbacks share: quiet trainers, small modules, a penalty in the loss as the truth, and scripts."""
 
+import contextlib
+import os
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import lightning.pytorch
@@ -131,3 +135,36 @@ def run_script(script, *arguments, **options):
     path.write_text(script)
     command = [sys.executable, path, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, **options)
+
+
+def on_ranks(script, case, n_ranks, package):
+    """Run a case of a test file, which is a script too, in that many processes.
+
+    The first that fails ends the others, which would wait for it.
+    """
+    # This process holds the store, on a port that is its own from the start: one that is only found free may be taken.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    common |= {"OMP_NUM_THREADS": "1", "NODE_RANK": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", script, case, str(n_ranks), package]
+    with contextlib.ExitStack() as stack:
+        errors = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(n_ranks)]
+        processes = [
+            subprocess.Popen(command, env=os.environ | common | {"LOCAL_RANK": str(rank)}, stderr=error)
+            for rank, error in enumerate(errors)
+        ]
+        end = time.monotonic() + 200
+        try:
+            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for error in errors:
+            error.seek(0)
+        assert codes == [0] * n_ranks, "\n".join(
+            f"{code}: {e.read()[-3000:]}" for code, e in zip(codes, errors, strict=True)
+        )

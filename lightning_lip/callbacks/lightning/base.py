@@ -26,6 +26,7 @@ from lightning_lip.operators.recorded import stop_recording
 from lightning_lip.operators.selection import Selection, check_selection, refuse_replaced
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector
+from lightning_lip.projection.spectral_caps import NormCaps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as BaseCallback
@@ -50,12 +51,12 @@ else:
 __all__ = ["BaseCallback", "SelectingCallback", "skip_hooks"]
 
 
-Core = TypeVar("Core", LipschitzRegularizer, LipschitzProjector)
+Core = TypeVar("Core", LipschitzRegularizer, LipschitzProjector, NormCaps)
 """What a selecting callback hands the layers to; it holds the singular vectors."""
 
 
 class SelectingCallback(BaseCallback, Generic[Core]):
-    """A callback that selects layers when training starts and hands them to its core, a regulariser or a projector.
+    """A callback that selects layers when training starts and hands them to a regulariser, a projector or caps.
 
     With ``example_input="batch"`` it does so at the first training batch, before the forward pass. A loaded state waits
     until then. The singular vectors go from checkpoints, copies and an earlier fit of

@@ -53,6 +53,13 @@ def is_logging_step(trainer: Any) -> bool:
     return not trainer.fit_loop._should_accumulate()
 
 
+def is_end_or_logging_step(trainer: Any) -> bool:
+    """Whether loggers or the end of the epoch will read metrics at the end of this training batch, asked within it."""
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return True
+    return bool(trainer.loggers) and is_logging_step(trainer)
+
+
 def batches_begun(trainer: Any) -> int:
     """Return how many training batches have begun, the present one included: it tells batches apart."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)

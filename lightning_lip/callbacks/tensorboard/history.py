@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_lip.checks import check_integers, check_items, check_numbers, check_type, shown
+from lightning_lip.checks import check_integers, check_items, check_numbers
 
 MAX_STEPS = 512
 """Steps that are kept: with more, every other one is dropped and the spacing doubles."""
@@ -33,16 +33,18 @@ class History:
     seen: int = 0
 
     @classmethod
-    def of(cls, state: Any, n_layers: int) -> History:
-        """Return what was kept in a state, or an empty history if that was of another number of layers."""
+    def of(cls, state: Sequence[Any]) -> History:
+        """Return what was kept in a state."""
         steps, norms, shares, spacing, seen = state
-        if any(len(row) != n_layers for row in norms):
-            return cls()
         return cls(list(steps), list(norms), list(shares), spacing, seen)
 
     def state(self) -> list[Any]:
         """Return what goes into checkpoints."""
         return [self.steps, self.norms, self.shares, self.spacing, self.seen]
+
+    def is_of(self, n_layers: int) -> bool:
+        """Whether what is kept is of so many layers, or nothing is kept."""
+        return not self.norms or len(self.norms[0]) == n_layers
 
     def remember(self, step: int, norms: list[float], shares: list[float]) -> None:
         """Keep what the figures show of a logging step, thinned to at most `MAX_STEPS` steps."""
@@ -56,27 +58,25 @@ class History:
             self.spacing *= 2
 
 
-def check_histories(histories: Any) -> None:
-    """Check what a checkpoint keeps of histories, by the tag of their layers.
+def check_history(name: str, state: Sequence[Any]) -> None:
+    """Check what a checkpoint keeps of one history.
+
+    Args:
+        name: What the state is called.
+        state: Its five parts.
 
     Raises:
-        TypeError: If it is no mapping of lists, or their rows hold anything but numbers.
-        ValueError: If a list has not its five parts, a count is no integer, or the rows do not fit the steps.
+        TypeError: If a part is no list, or the rows hold anything but numbers.
+        ValueError: If a count is no integer, or the rows do not fit the steps.
     """
-    check_type("histories", histories, Mapping, "a mapping from tags to what the figures show")
-    for tag, state in histories.items():
-        name = f"histories[{tag!r}]"
-        parts = check_items(name, state, PARTS)
-        if len(parts) != 5:
-            raise ValueError(f"Expected `{name}` to be {PARTS}, got {shown(state)}.")
-        steps, norms, shares = (check_items(name, part, PARTS) for part in parts[:3])
-        check_integers(0, **{f"{name}: steps[{index}]": step for index, step in enumerate(steps)})
-        check_integers(1, **{f"{name}: spacing": parts[3]})
-        check_integers(0, **{f"{name}: seen": parts[4]})
-        # NaN and infinity are right: weights that were not finite had such norms.
-        lengths = {len(check_numbers(f"{name}: norms and shares", row)) for row in (*norms, *shares)}
-        if not len(steps) == len(norms) == len(shares) or len(lengths) > 1:
-            raise ValueError(
-                f"Expected `{name}` to hold a row of norms and one of shares for each step, all of one length, got "
-                f"{len(steps)} steps, {len(norms)} and {len(shares)} rows, of lengths {sorted(lengths)}."
-            )
+    steps, norms, shares = (check_items(name, part, PARTS) for part in state[:3])
+    check_integers(0, **{f"{name}: steps[{index}]": step for index, step in enumerate(steps)})
+    check_integers(1, **{f"{name}: spacing": state[3]})
+    check_integers(0, **{f"{name}: seen": state[4]})
+    # NaN and infinity are right: weights that were not finite had such norms.
+    lengths = {len(check_numbers(f"{name}: norms and shares", row)) for row in (*norms, *shares)}
+    if not len(steps) == len(norms) == len(shares) or len(lengths) > 1:
+        raise ValueError(
+            f"Expected `{name}` to hold a row of norms and one of shares for each step, all of one length, got "
+            f"{len(steps)} steps, {len(norms)} and {len(shares)} rows, of lengths {sorted(lengths)}."
+        )

@@ -9,14 +9,20 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
-from lightning_lip import LipschitzConstraint, LipschitzMonitor, LipschitzPenalty, MaxNorm
+from lightning_lip import LipschitzConstraint, LipschitzMonitor, LipschitzPenalty, MaxNorm, SpectralCaps
 
 
 def constraint(**arguments):
     return LipschitzConstraint(10.0, **arguments)
 
 
-SELECTING = pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint])
+def caps(**arguments):
+    return SpectralCaps(1.0, **arguments)
+
+
+REPORTING = pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint])
+"""Those that log a product."""
+SELECTING = pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint, caps])
 
 
 @SELECTING
@@ -40,7 +46,7 @@ def test_before_training_there_are_no_layers():
 
 
 @pytest.mark.parametrize("name", ["DeepSpeedStrategy", "FSDPStrategy"])
-@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint, lambda: MaxNorm(1.0)])
+@pytest.mark.parametrize("make", [LipschitzPenalty, LipschitzMonitor, constraint, lambda: MaxNorm(1.0), caps])
 def test_strategies_that_hide_weights_or_gradients_are_refused(fit, make, name):
     # Neither starts on a machine without a GPU; what is asked is the class's name.
     strategy = type(name, (SingleDeviceStrategy,), {})(device="cpu")
@@ -48,7 +54,7 @@ def test_strategies_that_hide_weights_or_gradients_are_refused(fit, make, name):
         fit(make(), strategy=strategy)
 
 
-@SELECTING
+@REPORTING
 @pytest.mark.parametrize("interval", [0.25, 3])
 def test_a_watched_bound_is_there_at_validations_within_an_epoch(fit, make, interval):
     seen = []
@@ -71,7 +77,7 @@ def test_layers_that_are_replaced_in_training(fit, make_module, make):
             pl_module.net[2] = nn.Linear(8, 8)
 
     module = make_module(lightning)
-    with pytest.raises(RuntimeError, match=r"Lipschitz.*: the layers \['net.2'\] are no longer part of the model"):
+    with pytest.raises(RuntimeError, match=r": the layers \['net.2'\] are no longer part of the model"):
         fit(make(), Replace(), module=module, max_epochs=2)
     fit(make(), module=module)  # another fit selects anew
 

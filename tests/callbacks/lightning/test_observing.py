@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty
 from lightning_lip.callbacks.lightning import observing
+from lightning_lip.callbacks.monitoring.source import HEALTH
 
 STEPS = {"max_epochs": 1, "limit_train_batches": 4, "log_every_n_steps": 1}
 NAMES = ["net.0+net.1", "net.3.weight_ih_l0", "net.3.weight_hh_l0", "net.5"]
@@ -90,6 +91,31 @@ def test_the_first_step_has_the_penalty_on_what_the_pass_showed(train, tmp_path,
     plain, _ = train(module=Net(automatic))
     for name in ("net.1.weight", "net.3.weight_hh_l0"):
         assert not torch.equal(module.get_parameter(name), plain.get_parameter(name))
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+@pytest.mark.parametrize("with_penalty", [True, False])
+def test_the_health_is_that_of_the_layers_that_the_first_pass_showed(train, tmp_path, automatic, with_penalty):
+    callbacks = [LipschitzMonitor(), *([LipschitzPenalty(1e-2)] if with_penalty else [])]
+    train(*callbacks, module=Net(automatic), logger=lightning.loggers.CSVLogger(tmp_path))
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["lipschitz/product"]]
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    for kind in HEALTH:
+        assert all(float(row[f"lipschitz/{kind}/{name}"]) > 0 for row in rows for name in NAMES)
+        assert f"lipschitz/{kind}/net.0" not in rows[0]
+
+
+def test_a_resumed_history_is_that_of_the_layers_that_the_first_pass_showed(train, tmp_path):
+    logging = {"logger": lightning.loggers.CSVLogger(tmp_path)}
+    _, trainer = train(LipschitzMonitor(), **logging)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    train(monitor := LipschitzMonitor(), max_epochs=2, ckpt_path=tmp_path / "one.ckpt", **logging)
+    steps, norms, *_, first, last = monitor.state_dict()["histories"]["lipschitz"]
+    assert steps == list(range(8))
+    assert {len(row) for row in norms} == {len(NAMES)}
+    assert [first[f"lipschitz/spectral_norm/{name}"] for name in NAMES] == norms[0]
+    assert [last[f"lipschitz/spectral_norm/{name}"] for name in NAMES] == norms[-1]
 
 
 def test_a_monitor_of_its_own_watches_too_and_changes_nothing(train):

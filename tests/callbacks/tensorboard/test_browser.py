@@ -95,6 +95,7 @@ def test_custom_scalars_hold_all_layers_in_one_chart_and_the_intervals(shows, fi
         {
             "spectral norms": f"Matches ({len(LAYERS) * len(RUNS)})",
             "parts of log bound": f"Matches ({len(LAYERS) * len(RUNS)})",
+            **dict.fromkeys(("weight norms", "stable ranks", "update ratios"), f"Matches ({len(LAYERS) * len(RUNS)})"),
             "bound, with its upper bound": f"Matches ({len(RUNS)})",
             "certified interval (band), plain bound (line)": f"Matches ({len(RUNS)})",
         },

@@ -10,4 +10,4 @@ def test_a_history_is_thinned():
     assert len(history.steps) <= MAX_STEPS
     assert len(history.norms) == len(history.shares) == len(history.steps)
     assert set(history.steps) == set(range(0, 5 * MAX_STEPS, history.spacing))
-    assert History.of(history.state(), 1) == history
+    assert History.of(history.state()) == history

@@ -1,0 +1,1 @@
+"""What a monitor measures, remembers, and tells at the end."""
