@@ -121,7 +121,7 @@ def main() -> None:
             print_line(console, summary(run(Job(name, arguments.limit))))
         return
     about = versions(*PACKAGES)
-    finished = Finished(arguments.output / ".zoo.partial", (about, list(OPTIMIZERS)), as_row)
+    finished = Finished(arguments.output / "zoo.partial.jsonl", (about, list(OPTIMIZERS)), as_row)
     jobs = [Job(name, arguments.limit) for name in ENTRIES]
     rows = map_with_progress(console, "models", run, jobs, arguments.workers, finished)
     write_rows(rows, arguments.output / "zoo.csv", about)
