@@ -12,7 +12,7 @@ SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spec
 	penalty $(addprefix callbacks/test_,$(addsuffix .py,certified_validation constraint lightning_cli loggers max_norm \
 	monitor noisy_validation penalty resume)))
 
-.PHONY: reproduce test test-short lint format docs pictures bench bench-kernels bench-gpu clean
+.PHONY: reproduce test test-short test-libraries lint format docs pictures bench bench-kernels bench-gpu zoo clean
 
 reproduce: $(VENV)/.installed
 	@echo "The paper's experiment on its real data: about 2 minutes."
@@ -24,6 +24,16 @@ test: $(VENV)/.installed
 
 test-short: $(VENV)/.installed
 	$(BIN)/pytest -n auto --dist loadfile $(SHORT) $(ARGS)
+
+# Libraries of models on Lightning, in an environment of their own; pip decides which versions go together.
+test-libraries: $(VENV)-libraries/.installed
+	$(VENV)-libraries/bin/pytest -p no:cacheprovider tests/bench/zoo/test_libraries.py $(ARGS)
+
+$(VENV)-libraries/.installed: pyproject.toml
+	test -x $(VENV)-libraries/bin/python || $(PYTHON) -m venv $(VENV)-libraries
+	$(VENV)-libraries/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-libraries/bin/python -m pip install -e ".[libraries,dev]"
+	touch $@
 
 # Types and imports are checked on an installed copy: what users get, not what lies in the checkout.
 lint: $(VENV)/.installed
@@ -55,6 +65,14 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.knee $(ARGS)
+
+# Popular models with the callbacks at their defaults: bench/results/zoo.csv and the table of docs/zoo.md.
+zoo: $(VENV)/.zoo
+	nice $(BIN)/python -m lightning_lip.bench.zoo.run $(ARGS)
+
+$(VENV)/.zoo: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[zoo]"
+	touch $@
 
 # On a machine with a GPU; DEV=cpu is a dry run.
 bench-gpu: $(VENV)/.installed

@@ -150,7 +150,7 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     if not dependent:
         if node.target is WHOLE_MODULE:
             return _inside(builder, node)
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if _is_random(node, arguments):
             return builder.refuse(node, "its value is random")
         return _independent(builder, node, arguments)
     like = dependent[0]
@@ -162,6 +162,14 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
         reason = f"its arguments are not those that its rule reads: {type(error).__name__}: {error}"
         return builder.refuse(node, reason, like)
     return _as_written(builder, node, like) or builder.refuse(node, reason, like)
+
+
+def _is_random(node: torch.fx.Node, arguments: dict[str, Any]) -> bool:
+    """Whether an operation draws numbers: dropout, inside attention too, and rrelu do so in training only."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    is_off = arguments.get("train") is False or arguments.get("training") is False
+    return not (is_off or arguments.get("dropout_p") == 0 or arguments.get("p") == 0)
 
 
 def _as_written(builder: Builder, node: torch.fx.Node, like: Dependent | None) -> Dependent | Refused | None:

@@ -192,7 +192,7 @@ def test_constants_are_rounded_up():
         (lambda m, x: F.group_norm(x.t()[..., None], 2), "batch for channels"),
         (lambda m, x: F.max_pool1d(x.t(), 2), "mixes the samples"),
         (lambda m, x: F.conv1d(x[:, None], x[:1, None, :2]), "mixes the samples|depends"),
-        (lambda m, x: torch.matmul(x[:, None], torch.ones(2, 4, 3)), "mixes the samples"),
+        (lambda m, x: torch.matmul(x[:, None], torch.ones(2, 4, 3)), "factor of its own"),
         (lambda m, x: x.min(1)[1] * 1.0, "jumps"),
     ],
 )
@@ -224,6 +224,24 @@ def test_refusals_name_every_module():
     assert "three" not in message
 
 
+@pytest.mark.parametrize(
+    "gelu",
+    [
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
+        lambda x: x * torch.sigmoid(1.702 * x),
+    ],
+)
+def test_a_written_out_function_behind_a_refused_operation_is_not_refused(gelu):
+    bilinear = Lambda(lambda m, x: gelu(m.b(x, x)), b=nn.Bilinear(3, 3, 2))
+    with pytest.raises(UnsupportedLayerError) as caught:
+        NetworkBound.trace(bilinear, torch.randn(2, 3))
+    assert [line.partition(",")[0] for line in str(caught.value).split("\n  - ")[1:]] == ["b (Bilinear)"]
+    # A power alone keeps its own reason.
+    squared = Lambda(lambda m, x: m.b(x, x) ** 2 + 1, b=nn.Bilinear(3, 3, 2))
+    with pytest.raises(UnsupportedLayerError, match="power"):
+        NetworkBound.trace(squared, torch.randn(2, 3))
+
+
 def test_embeddings_of_tokens_are_refused_and_of_positions_are_constants():
     embedding = nn.Embedding(5, 4)
     with pytest.raises(UnsupportedLayerError, match="look-up"):
@@ -232,6 +250,21 @@ def test_embeddings_of_tokens_are_refused_and_of_positions_are_constants():
     check_bound(positions, 3, 4, expected=norm(positions.a))
     with pytest.raises(UnsupportedLayerError, match="an input of"):
         NetworkBound.trace(Lambda(lambda m, x: x.float()), torch.zeros(2, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda m: F.dropout(m.a.weight[0], 0.1, m.training),
+        lambda m: F.dropout(m.a.weight[0], 0.0, True),
+        lambda m: F.rrelu(m.a.weight[0], training=m.training),
+        lambda m: F.scaled_dot_product_attention(m.a.weight, m.a.weight, m.a.weight, dropout_p=0.0)[0],
+    ],
+)
+def test_what_draws_numbers_in_training_only_is_a_constant_in_a_trace(constant):
+    """Of a decoder's learnt queries, say, whose attention does not depend on the input."""
+    model = Lambda(lambda m, x: x + constant(m), a=nn.Linear(4, 4)).train()
+    assert value_of(model, torch.randn(2, 4)) == pytest.approx(1.0)
 
 
 def test_an_output_without_the_input_is_refused():

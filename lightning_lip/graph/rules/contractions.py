@@ -122,8 +122,10 @@ def contracted(
     # A dimension of size 1 is broadcast along the other one, as if it were a dimension of the other alone.
     both = {label: n for label, n in zip(of_weight, weight_shape, strict=True) if label in sizes and n == sizes[label]}
     sample = None if value.axis is None else of_value[value.axis]
-    if sample is not None and (sample in both or sample not in kept):
+    if sample is not None and sample not in kept:
         raise SampleAxisError
+    if sample in both:
+        raise SampleAxisError("each sample of the batch has a factor of its own: give the factor without the batch")
     summed = [n for label, n in zip(of_value, value.shape, strict=True) if label not in kept and label not in both]
     constant = multiply_up(factor, sqrt_up(math.prod(summed))) if math.prod(summed) > 1 else factor
     axis = None if sample is None else list(kept).index(sample)

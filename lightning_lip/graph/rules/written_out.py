@@ -20,6 +20,7 @@ from lightning_lip.graph.builder import (
     Builder,
     Dependent,
     Independent,
+    Refused,
     RefusedError,
     arguments_of,
     dimensions,
@@ -29,7 +30,7 @@ from lightning_lip.graph.builder import (
     size_along,
 )
 from lightning_lip.rigorous.evaluation import evaluated
-from lightning_lip.rigorous.rounding import multiply_up, sqrt_up, sum_up
+from lightning_lip.rigorous.rounding import divide_up, multiply_up, sqrt_up, sum_up
 
 N_OPERATIONS = 40
 """How far back an operation is read."""
@@ -38,8 +39,10 @@ LARGEST = 2**20
 """How many elements a stored tensor may have to be looked at for a single number."""
 
 
-def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
+def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | Refused | None:
     """Return the value of an operation that is a known function of one earlier value, elementwise; None otherwise.
+
+    Of a refused value it is refused for that value's reasons, and not for those of the operations in between.
 
     Raises:
         RefusedError: If it is read, and is discontinuous; the message is the reason.
@@ -63,7 +66,58 @@ def written_out(builder: Builder, node: torch.fx.Node) -> Dependent | None:
         return builder.chain(node, value, constant, how="a function of one variable, written out")
     if reason is not None:
         raise reason
-    return _response_normalised(builder, node)
+    return _root_mean_square(builder, node) or _response_normalised(builder, node) or _of_refused(builder, node)
+
+
+def _of_refused(builder: Builder, node: torch.fx.Node) -> Refused | None:
+    """Return the refused value, of the fewest reasons, that an operation is a known function of; None without one."""
+    bases = sorted(_bases(builder, node, Refused), key=lambda base: len(builder.values[base].refusals))
+    for base in bases:
+        try:
+            fn.slopes_of(_Reader(builder, base).polynomial(node))
+        except (fn.UnknownFunctionError, ArithmeticError, ValueError):  # UnsupportedLayerError is a ValueError
+            continue
+        value: Refused = builder.values[base]
+        return value
+    return None
+
+
+def _root_mean_square(builder: Builder, node: torch.fx.Node) -> Dependent | Refused | None:
+    """Return the value of an RMSNorm without its gain, ``x / r`` with ``r^2 = |x|^2 / n + eps``, eps a number.
+
+    Its Jacobian ``(I - x x^T / (n r^2)) / r`` has the eigenvalues 1 / r and eps / r^3, so that the constant is
+    ``1 / sqrt(eps)``, which x = 0 attains. (Zhang and Sennrich, Root Mean Square Layer Normalization, 2019.)
+    """
+    a, b = _arguments(node, "mul", "multiply", keys=("self", "other"))
+    numerator, divisor = _arguments(node, "div", "divide", "true_divide", keys=("self", "other"))
+    pairs = [(a, b, "rsqrt"), (b, a, "rsqrt"), (numerator, divisor, "sqrt")]
+    for factor, root, name in pairs:
+        (inner,) = _arguments(root, name, keys=("self",))
+        mean, eps = _arguments(inner, "add", keys=("self", "other"))
+        squares, dims, keeps = _arguments(mean, "mean", keys=("self", "dim", "keepdim"))
+        source, exponent = _arguments(squares, "pow", keys=("self", "exponent"))
+        base = _without_casts(factor)
+        if source is None or _without_casts(source) is not base or exponent != 2 or not dims or not keeps:
+            continue
+        value = builder.values.get(base)
+        if not isinstance(eps, (int, float)) or not eps > 0:
+            return None
+        if isinstance(value, Refused):
+            return value
+        if isinstance(value, Dependent) and value.pending is None and dimensions(value, dims):
+            constant = divide_up(1.0, math.nextafter(math.sqrt(eps), 0.0))
+            return builder.chain(node, value, constant, how="a root mean square normalisation, written out")
+    return None
+
+
+def _without_casts(node: Any) -> Any:
+    """Return the node before casts that change neither dtype nor shape."""
+    while isinstance(node, torch.fx.Node) and _name(node) in ("to", "_to_copy", "type_as"):
+        source = node.args[0]
+        if not isinstance(source, torch.fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
+            break
+        node = source
+    return node
 
 
 def _response_normalised(builder: Builder, node: torch.fx.Node) -> Dependent | None:
@@ -117,8 +171,10 @@ def _name(node: Any) -> str:
     return name.removeprefix("aten::") if name.startswith("aten::") else ""
 
 
-def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
-    """Return the earlier values of the node's shape that it may be a function of, the latest first."""
+def _bases(
+    builder: Builder, node: torch.fx.Node, kind: type[Dependent] | type[Refused] = Dependent
+) -> list[torch.fx.Node]:
+    """Return the earlier values of a kind and of the node's shape that it may be a function of, the latest first."""
     seen: dict[torch.fx.Node, None] = {}
     waiting = [node]
     while waiting and len(seen) < N_OPERATIONS:
@@ -131,8 +187,9 @@ def _bases(builder: Builder, node: torch.fx.Node) -> list[torch.fx.Node]:
     found = []
     for source in seen:
         value = builder.values.get(source)
-        is_one = isinstance(value, Dependent) and value.shape == shape and value.pending is None
-        if is_one and is_real(source.meta["val"]):
+        if not isinstance(value, kind) or not is_real(source.meta["val"]) or shape_of(source) != shape:
+            continue
+        if isinstance(value, Refused) or value.pending is None:
             found.append(source)
     if len(found) > 1:
         order = {other: i for i, other in enumerate(node.graph.nodes)}

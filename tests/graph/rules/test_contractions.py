@@ -98,7 +98,7 @@ def test_one_weight_is_one_operator_however_it_is_used():
         (lambda m, x: torch.einsum("bi,bi->b", x, x), "product of two activations"),
         (lambda m, x: torch.einsum("bij,bjk->bik", x[:, None], x[:, :, None]), "product of two activations"),
         (lambda m, x: torch.einsum("bi,oi->o", x, m.w), "mixes the samples"),
-        (lambda m, x: torch.einsum("bi,bi->bi", x, m.w[:2]), "mixes the samples"),
+        (lambda m, x: torch.einsum("bi,bi->bi", x, m.w[:2]), "factor of its own"),
         (lambda m, x: torch.einsum("bii->bi", x[:, :, None] * m.w), "diagonal"),
         (lambda m, x: torch.einsum("bi,oi,oi->bo", x, m.w, m.w), "more than two"),
         (lambda m, x: torch.tensordot(x, m.w[:2], dims=([0], [0])), "mixes the samples"),

@@ -437,3 +437,56 @@ def test_what_is_no_response_normalisation_is_refused():
     ):
         with pytest.raises(UnsupportedLayerError, match="of two activations"):
             NetworkBound.trace(Lambda(function), torch.randn(2, 2, 3, 4))
+
+
+def llama(x):
+    wide = x.to(torch.float32)
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.04)).to(x.dtype)
+
+
+def gemma(x):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.04)
+
+
+def t5(x):
+    return torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + 0.04) * x
+
+
+def divided(x):
+    return x / torch.sqrt((x**2).mean((1, 2), keepdim=True) + 0.04)
+
+
+@pytest.mark.parametrize("function", [llama, gemma, t5, divided])
+def test_a_root_mean_square_normalisation_written_out(function):
+    """Its constant 1 / sqrt(eps) is attained at 0."""
+    model = Lambda(lambda m, x: function(x))
+    assert value_of(model, torch.randn(2, 3, 4)) == pytest.approx(5.0, rel=1e-12)
+    steep = torch.autograd.functional.jacobian(function, torch.zeros(1, 3, 4)).reshape(12, 12)
+    assert torch.linalg.matrix_norm(steep, 2) == pytest.approx(5.0, rel=1e-6)
+    far = torch.autograd.functional.jacobian(function, torch.randn(1, 3, 4)).reshape(12, 12)
+    assert torch.linalg.matrix_norm(far, 2) <= 5
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)),
+        lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.0),
+        lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) - 0.1),
+        lambda m, x: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 0.1),
+        lambda m, x: x.flip(1) * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1),
+        lambda m, x: x * torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 0.1),
+        lambda m, x: x * torch.rsqrt(x.pow(2).mean(0, keepdim=True) + 0.1),
+        lambda m, x: x * torch.rsqrt(x.half().pow(2).mean(-1, keepdim=True) + 0.1),
+    ],
+)
+def test_what_is_no_root_mean_square_normalisation_is_refused(function):
+    with pytest.raises(UnsupportedLayerError):
+        NetworkBound.trace(Lambda(function), torch.randn(2, 3, 4))
+
+
+def test_a_normalisation_behind_a_refused_operation_is_not_refused():
+    model = Lambda(lambda m, x: llama(m.b(x, x)), b=nn.Bilinear(4, 4, 4))
+    with pytest.raises(UnsupportedLayerError) as caught:
+        NetworkBound.trace(model, torch.randn(2, 3, 4))
+    assert [line.partition(",")[0] for line in str(caught.value).split("\n  - ")[1:]] == ["b (Bilinear)"]

@@ -1,0 +1,1 @@
+"""Popular models that nobody here wrote, trained with the callbacks at their defaults (`make zoo`)."""
