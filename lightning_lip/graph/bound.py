@@ -154,9 +154,9 @@ class NetworkBound:
         """
         node = head_node(self.traced, module)
         value, matrix = (self._values.get(n) for n in node.all_input_nodes[:2]) if node is not None else (None, None)
-        if node is not None and isinstance(value, Dependent) and isinstance(matrix, Independent):
-            if len(value.shape) == 2 and value.axis == 0:
-                return Head(module_path(node), matrix, value.term)
+        is_linear = isinstance(value, Dependent) and isinstance(matrix, Independent)
+        if node is not None and is_linear and len(value.shape) == 2 and value.axis == 0:
+            return Head(module_path(node), matrix, value.term)
         if module is not None:
             raise ValueError("Expected `head` to act on features of shape (B, d), which depend on the model's input.")
         return None

@@ -45,7 +45,8 @@ def penalty(parameters: Sequence[Tensor], trainable: Sequence[int], handle: int,
 @torch.library.custom_op(
     "lightning_lip::penalty",
     mutates_args=(),
-    schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, SymInt number, bool advance) -> (Tensor, Tensor[])",
+    schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, SymInt number, bool advance)"
+    " -> (Tensor, Tensor[])",
 )
 def _penalty(
     parameters: list[Tensor], trainable: list[int], handle: int, number: int, advance: bool

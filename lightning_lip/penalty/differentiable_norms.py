@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lip import kernels
+from lightning_lip.checks import check_state, check_vectors
 from lightning_lip.graph.bound import Bound, NetworkBound
 from lightning_lip.graph.program import Term
 from lightning_lip.kernels.tensors import in_double, without_autocast
@@ -128,8 +130,8 @@ class DifferentiableNorms(SelectedNorms):
         self._bound.follow_replaced()
         if not self._is_whole:
             instead = (
-                "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards. A bound can be read "
-                "under torch.no_grad()."
+                "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards. A bound can be "
+                "read under torch.no_grad()."
             )
             refuse_sharded(self._model, "A penalty or bound with a gradient, LipschitzMixin's too,", instead)
             self._is_whole = True
@@ -159,6 +161,18 @@ class DifferentiableNorms(SelectedNorms):
     def state_dict(self) -> dict[str, Any]:
         """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""
         return {"vectors": self._norms.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning.
+
+        Raises:
+            TypeError: If it is no mapping.
+            ValueError: If it is no such state.
+        """
+        check_state(state, ("vectors",), type(self).__name__)
+        check_vectors("vectors", state["vectors"])
+        self._norms.load_state_dict(state["vectors"])
+        self._step = self._step_version = None
 
     def _version(self) -> tuple[int, ...]:
         """Identify the state of the weights: changes with in-place updates, replacements, moves and optimiser steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from lightning_lip.checks import (
     check_number,
     check_parameters,
     check_scale,
-    check_state,
-    check_vectors,
 )
 from lightning_lip.graph.program import repeated
 from lightning_lip.kernels.tensors import in_double, without_autocast
@@ -252,15 +250,3 @@ class LipschitzRegularizer(DifferentiableNorms):
             ValueError: If a penalty of the user's own does not return a floating-point tensor of shape ().
         """
         return scalar(self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma)))
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning.
-
-        Raises:
-            TypeError: If it is no mapping.
-            ValueError: If it is no such state.
-        """
-        check_state(state, ("vectors",), "LipschitzRegularizer")
-        check_vectors("vectors", state["vectors"])
-        self._norms.load_state_dict(state["vectors"])
-        self._step = self._step_version = None

@@ -137,7 +137,7 @@ class SelectedNorms:
 
     @property
     def bound_kind(self) -> str:
-        """What :meth:`~.DifferentiableNorms.bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        """What the norms bound: ``"bound"``, the whole network over its traced graph, or ``"product"`` of layers."""
         return self._bound.kind
 
     @property

@@ -384,7 +384,7 @@ def advances(regularizer, act):
 def started():
     model = net()
     regularizer = LipschitzRegularizer(model, 1.0, block_size=2)
-    regularizer.bound()
+    regularizer.sigma()
     return model, regularizer
 
 
