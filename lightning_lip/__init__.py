@@ -9,6 +9,7 @@ from lightning_lip.callbacks import (
     NoisyValidation,
 )
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
+from lightning_lip.constants.activations import MaxMin
 from lightning_lip.constants.modules import register_constant
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.losses.certified_margin import CertifiedMarginLoss
@@ -31,6 +32,7 @@ __all__ = [
     "LipschitzPenalty",
     "LipschitzProjector",
     "LipschitzRegularizer",
+    "MaxMin",
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
