@@ -229,7 +229,7 @@ class CertifiedValidation(BaseCallback):
         if lowest == highest and accuracy < 1 and not self._warned_of_constant:
             self._warned_of_constant = True
             warnings.warn(
-                f"CertifiedValidation: all predictions are class {lowest:g}, at an accuracy of {accuracy:.3g}. A constant "
-                "classifier is certified at every eps: train for a smaller eps, or penalise less.",
+                f"CertifiedValidation: all predictions are class {lowest:g}, at an accuracy of {accuracy:.3g}. A "
+                "constant classifier is certified at every eps: train for a smaller eps, or penalise less.",
                 stacklevel=2,
             )

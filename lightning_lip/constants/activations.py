@@ -13,7 +13,7 @@ class MaxMin(nn.Module):
 
     Channel i of the first half and channel i of the second are a pair; the larger goes to the first half. It only
     permutes elements, so its constant is *exactly* 1 and, unlike a ReLU, it loses no direction: the activation
-    of choice where a certificate is trained for. A traced graph knows it by its operations, written out elsewhere as well.
+    of choice where a certificate is trained for. A traced graph knows it by its operations, wherever they are written.
 
     Args:
         dim: The dimension of the channels, of even size.
