@@ -161,7 +161,7 @@ class CertifiedValidation(BaseCallback):
         return found[0]
 
     def _named_head(self, pl_module: LightningModule) -> torch.nn.Module:
-        named = dict(pl_module.named_modules())
+        named: dict[str | None, torch.nn.Module] = {**dict(pl_module.named_modules())}
         if self.head not in named:
             raise ValueError(f"Expected `head` to name a layer of the module, got {self.head!r}.")
         return named[self.head]

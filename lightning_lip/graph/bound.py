@@ -153,10 +153,11 @@ class NetworkBound:
             ValueError: If the module is not such a layer of the network.
         """
         node = head_node(self.traced, module)
-        value, matrix = (self._values.get(n) for n in node.all_input_nodes[:2]) if node is not None else (None, None)
-        is_linear = isinstance(value, Dependent) and isinstance(matrix, Independent)
-        if node is not None and is_linear and len(value.shape) == 2 and value.axis == 0:
-            return Head(module_path(node), matrix, value.term)
+        if node is not None:
+            value, matrix = (self._values.get(source) for source in node.all_input_nodes[:2])
+            is_flat = isinstance(value, Dependent) and len(value.shape) == 2 and value.axis == 0
+            if is_flat and isinstance(matrix, Independent):
+                return Head(module_path(node), matrix, value.term)
         if module is not None:
             raise ValueError("Expected `head` to act on features of shape (B, d), which depend on the model's input.")
         return None

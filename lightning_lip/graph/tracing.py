@@ -290,7 +290,7 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
     """
     if head is None:
         last = [node for node in traced.graph.nodes if node.name in traced.outputs]
-        node = last[0] if len(last) == 1 else None
+        node: torch.fx.Node | None = last[0] if len(last) == 1 else None
         while node is not None and operation_name(node) in _SAME_DIFFERENCES:
             node = node.all_input_nodes[0]
         return node if node is not None and operation_name(node) == "linear" else None

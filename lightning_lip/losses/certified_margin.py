@@ -82,6 +82,8 @@ class CertifiedMarginLoss(nn.Module):
     """
 
     weight: Tensor | None
+    _model: nn.Module
+    _head: nn.Module | None
 
     def __init__(
         self,

@@ -252,7 +252,7 @@ def _extremes_of_one(builder: Builder, nodes: Any) -> Dependent | None:
         return None
     (_, root, first), (_, other, second) = found[0], found[1]
     is_one = root is other and first.shape == second.shape and first.shape[1] > 1
-    if not is_one or len(first.unique()) < first.numel() or len(second.unique()) < second.numel():
+    if not is_one or any(len(set(g.flatten().tolist())) < g.numel() for g in (first, second)):
         return None
     groups = [g.sort(1).values for g in (first, second)]
     alike = torch.equal(*(g[g[:, 0].argsort()] for g in groups))
@@ -274,7 +274,7 @@ def _extreme(builder: Builder, node: torch.fx.Node) -> tuple[str, torch.fx.Node,
     numbers = [_moved_numbers(builder, source, root) for source in sources]
     dims = arguments_of(node, lambda leaf: leaf).get("dim")
     if len(numbers) == 2:
-        groups = torch.stack(torch.broadcast_tensors(*numbers), -1)
+        groups = torch.stack([n.expand(torch.broadcast_shapes(*(m.shape for m in numbers))) for n in numbers], -1)
     elif isinstance(dims, int) or (isinstance(dims, (list, tuple)) and len(dims) == 1):
         groups = numbers[0].movedim(dims if isinstance(dims, int) else dims[0], -1)
     else:
