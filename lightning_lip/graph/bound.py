@@ -155,8 +155,11 @@ class NetworkBound:
         node = head_node(self.traced, module)
         if node is not None:
             value, matrix = (self._values.get(source) for source in node.all_input_nodes[:2])
-            is_flat = isinstance(value, Dependent) and len(value.shape) == 2 and value.axis == 0
-            if is_flat and isinstance(matrix, Independent):
+            if (
+                isinstance(value, Dependent)
+                and isinstance(matrix, Independent)
+                and (len(value.shape), value.axis) == (2, 0)
+            ):
                 return Head(module_path(node), matrix, value.term)
         if module is not None:
             raise ValueError("Expected `head` to act on features of shape (B, d), which depend on the model's input.")

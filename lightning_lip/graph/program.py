@@ -93,6 +93,8 @@ class BoundProgram:
         """
         steps = self._steps(result)
         constants, sources, targets = self._tables(steps, log_sigma)
+        if not self.instructions:
+            return constants.squeeze(0) + log_sigma[sources].sum()
         # A gather, not a matrix of counts: 0 * -inf is NaN. And a floor in place of -inf: where all branches of a sum
         # are -inf, the slope of torch.logsumexp is NaN.
         affine = constants.index_add(0, targets, log_sigma[sources]).clamp(min=FLOOR).unbind()

@@ -293,7 +293,7 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
         node: torch.fx.Node | None = last[0] if len(last) == 1 else None
         while node is not None and operation_name(node) in _SAME_DIFFERENCES:
             node = node.all_input_nodes[0]
-        return node if node is not None and operation_name(node) == "linear" else None
+        return None if node is None or operation_name(node) != "linear" else node
     names = names_of(traced.model, head)
     calls = [n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names]
     if len(calls) != 1:

@@ -274,7 +274,8 @@ def _extreme(builder: Builder, node: torch.fx.Node) -> tuple[str, torch.fx.Node,
     numbers = [_moved_numbers(builder, source, root) for source in sources]
     dims = arguments_of(node, lambda leaf: leaf).get("dim")
     if len(numbers) == 2:
-        groups = torch.stack([n.expand(torch.broadcast_shapes(*(m.shape for m in numbers))) for n in numbers], -1)
+        first, second = (n.expand(shape_of(node)) for n in numbers)
+        groups = torch.stack([first, second], -1)
     elif isinstance(dims, int) or (isinstance(dims, (list, tuple)) and len(dims) == 1):
         groups = numbers[0].movedim(dims if isinstance(dims, int) else dims[0], -1)
     else:
