@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lip.certificates.chains import chain_of
 from lightning_lip.certificates.contradiction import contradiction
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_floating, check_integers, check_model, check_number
+from lightning_lip.checks import check_floating, check_integers, check_model, check_number, check_type
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
@@ -216,6 +216,8 @@ def certify(
     check_model(model, "certify")
     check_integers(1, max_inputs=max_inputs)
     check_batch_dim(batch_dim)
+    if head is not None:
+        check_type("head", head, nn.Module, "a layer of the model")
     if not (isinstance(max_chain_flops, float) and max_chain_flops == math.inf):
         max_chain_flops = check_number("max_chain_flops", max_chain_flops)
     check_floating("jacobian_dtype", jacobian_dtype)

@@ -175,7 +175,7 @@ class NetworkBound:
         values = [value for value in entries if isinstance(value, Dependent)]
         if len(values) != 1:
             raise ValueError(
-                f"Expected a module with one input that depends on the model's, got a {type(module).__name__} with "
+                f"Expected `until` to have one input that depends on the model's, got a {type(module).__name__} with "
                 f"{len(values)} in the traced forward pass."
             )
         if values[0].pending is not None:

@@ -294,7 +294,7 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
         while node is not None and operation_name(node) in _SAME_DIFFERENCES:
             node = node.all_input_nodes[0]
         return None if node is None or operation_name(node) != "linear" else node
-    names = names_of(traced.model, head)
+    names = names_of(traced.model, head, "head")
     calls = [n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names]
     if len(calls) != 1:
         raise ValueError(
@@ -306,20 +306,20 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
 
 def entry_nodes(traced: TracedModel, module: nn.Module) -> list[torch.fx.Node]:
     """Return the values that a module's operations take from outside of it, each once."""
-    names = names_of(traced.model, module)
+    names = names_of(traced.model, module, "until")
     inside = [node for node in traced.graph.nodes if names & set(module_paths(node))]
     return list(dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside))
 
 
-def names_of(model: nn.Module, module: nn.Module) -> set[str]:
-    """Return the names under which a model holds a module, without the prefixes of wrappers.
+def names_of(model: nn.Module, module: nn.Module, argument: str) -> set[str]:
+    """Return the names under which a model holds a module, the value of `argument`, without the prefixes of wrappers.
 
     Raises:
         ValueError: If it does not hold it.
     """
     found = {name for name, m in model.named_modules(remove_duplicate=False) if m is module}
     if not found:
-        raise ValueError(f"Expected a module of the model, got another {type(module).__name__}.")
+        raise ValueError(f"Expected `{argument}` to be a module of the model, got another {type(module).__name__}.")
     return {".".join(part for part in name.split(".") if part != "_orig_mod") for name in found}
 
 

@@ -16,12 +16,10 @@ from lightning_lip.checks import (
     check_number,
     check_state,
     check_type,
-    is_finite_number,
-    shown,
 )
 from lightning_lip.graph.bound import Head, NetworkBound
 from lightning_lip.kernels.tensors import in_double
-from lightning_lip.losses.margin import MarginForm, Reduction, certified_margin_loss, check_logits
+from lightning_lip.losses.margin import MarginForm, Reduction, certified_margin_loss, check_logits, check_options
 from lightning_lip.penalty.differentiable_norms import OUTPUT, DifferentiableNorms
 
 Form = Literal["margin", "emma", "gloro", "lmt"]
@@ -106,12 +104,10 @@ class CertifiedMarginLoss(nn.Module):
         super().__init__()
         check_model(model, "CertifiedMarginLoss")
         check_choice("form", form, get_args(Form))
-        check_choice("reduction", reduction, get_args(Reduction))
+        check_options(weight, ignore_index, reduction, label_smoothing)
         check_integers(0, warmup_steps=warmup_steps)
         if head is not None:
             check_type("head", head, nn.Module, "a module of the model")
-        if not is_finite_number(label_smoothing) or not 0 <= label_smoothing <= 1:
-            raise ValueError(f"Expected `label_smoothing` to be a number from 0 to 1, got {shown(label_smoothing)}.")
         self.eps = check_number("eps", eps)
         self.form = form
         self.warmup_steps = warmup_steps

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_lip.checks import check_choice, check_tensor, shown
+from lightning_lip.checks import check_choice, check_tensor, check_type, is_finite_number, shown
 
 MarginForm = Literal["margin", "emma", "gloro"]
 Reduction = Literal["mean", "sum", "none"]
@@ -59,7 +59,7 @@ def certified_margin_loss(
 
     Raises:
         TypeError: For logits that are not floating point, or targets that are (probabilities of classes).
-        ValueError: For shapes other than stated above, or an unknown form.
+        ValueError: For shapes other than stated above, an unknown form or reduction, or a smoothing out of range.
 
     Example:
         >>> import torch
@@ -70,7 +70,11 @@ def certified_margin_loss(
     """
     check_choice("form", form, get_args(MarginForm))
     check_logits(logits, target)
+    check_options(weight, ignore_index, reduction, label_smoothing)
+    check_tensor("pairwise_bounds", pairwise_bounds)
     n_classes = logits.shape[1]
+    if weight is not None and weight.shape != (n_classes,):
+        raise ValueError(f"Expected `weight` of shape ({n_classes},), a factor for each class, got {shown(weight)}.")
     if pairwise_bounds.shape not in ((), (n_classes, n_classes)):
         raise ValueError(
             f"Expected `pairwise_bounds` of shape () or ({n_classes}, {n_classes}), for each pair of classes, got "
@@ -129,6 +133,21 @@ def _with_bottom(
     return losses.sum() / own.sum() if reduction == "mean" else losses.sum()
 
 
+def check_options(weight: object, ignore_index: object, reduction: object, label_smoothing: object) -> None:
+    """Check the arguments that a cross-entropy has.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If one is out of range.
+    """
+    if weight is not None:
+        check_tensor("weight", weight)
+    check_type("ignore_index", ignore_index, int, "an integer")
+    check_choice("reduction", reduction, get_args(Reduction))
+    if not is_finite_number(label_smoothing) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"Expected `label_smoothing` to be a number from 0 to 1, got {shown(label_smoothing)}.")
+
+
 def check_logits(logits: Tensor, target: Tensor) -> None:
     """Check logits (B, C) and classes (B,).
 
@@ -139,7 +158,7 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
     check_tensor("logits", logits)
     check_tensor("target", target)
     if not logits.is_floating_point():
-        raise TypeError(f"Expected floating-point logits, got {shown(logits)}.")
+        raise TypeError(f"Expected `logits` as floating-point logits, got {shown(logits)}.")
     if logits.dim() > 2:
         raise ValueError(
             f"Expected logits of shape (B, C), got {tuple(logits.shape)}: dense predictions, a class for each pixel, "
