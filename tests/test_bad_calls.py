@@ -275,7 +275,7 @@ CALLS = {
         lightning_lip.CertifiedMarginLoss,
         lambda: {"model": network(), "eps": 0.1, "example_input": EXAMPLE},
         {
-            "model": "model",
+            "model": set(),
             "eps": "at least 0",
             "head": {"None"},
             "form": "choice",

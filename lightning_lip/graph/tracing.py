@@ -290,10 +290,9 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
     """
     if head is None:
         last = [node for node in traced.graph.nodes if node.name in traced.outputs]
-        node: torch.fx.Node | None = last[0] if len(last) == 1 else None
-        while node is not None and operation_name(node) in _SAME_DIFFERENCES:
-            node = node.all_input_nodes[0]
-        return None if node is None or operation_name(node) != "linear" else node
+        while len(last) == 1 and operation_name(last[0]) in _SAME_DIFFERENCES:
+            last = last[0].all_input_nodes
+        return last[0] if len(last) == 1 and operation_name(last[0]) == "linear" else None
     names = names_of(traced.model, head, "head")
     calls = [n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names]
     if len(calls) != 1:

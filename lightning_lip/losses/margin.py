@@ -71,6 +71,7 @@ def certified_margin_loss(
     check_choice("form", form, get_args(MarginForm))
     check_logits(logits, target)
     check_options(weight, ignore_index, reduction, label_smoothing)
+    label_smoothing = float(label_smoothing)  # of a fraction, say
     check_tensor("pairwise_bounds", pairwise_bounds)
     n_classes = logits.shape[1]
     if weight is not None and weight.shape != (n_classes,):
@@ -164,13 +165,18 @@ def check_logits(logits: Tensor, target: Tensor) -> None:
             f"Expected logits of shape (B, C), got {tuple(logits.shape)}: dense predictions, a class for each pixel, "
             "have no margin loss here, since each output has a bound of its own."
         )
-    if target.is_floating_point() or target.shape == logits.shape:
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        raise ValueError(
+            f"Expected `logits` of shape (B, C) with at least 2 classes, got {tuple(logits.shape)}: a single logit z "
+            "is the pair (0, z)."
+        )
+    if target.is_floating_point() or target.dtype == torch.bool or target.shape == logits.shape:
         raise TypeError(
             f"Expected `target` as integer classes of shape (B,), got {shown(target)}: soft targets (probabilities of "
             "classes) have no margin; use label_smoothing, or the hard classes."
         )
-    if logits.dim() != 2 or logits.shape[1] < 2 or target.shape != logits.shape[:1]:
+    if target.shape != logits.shape[:1]:
         raise ValueError(
-            "Expected logits of shape (B, C) with at least 2 classes and target of shape (B,), got "
-            f"{tuple(logits.shape)} and {tuple(target.shape)}: a single logit z is the pair (0, z)."
+            f"Expected `target` of shape (B,), one class for each sample of `logits` {tuple(logits.shape)}, got "
+            f"{tuple(target.shape)}."
         )

@@ -113,7 +113,7 @@ def test_under_autocast_it_is_computed_in_fp32(form):
         (torch.zeros(4, 3), torch.zeros(4), TypeError, "integer classes"),
         (torch.zeros(2, 3, 5, 5), torch.zeros(2, 5, 5, dtype=torch.long), ValueError, "dense predictions"),
         (torch.zeros(4, 1), torch.zeros(4, dtype=torch.long), ValueError, "at least 2 classes"),
-        (torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), ValueError, r"target of shape \(B,\)"),
+        (torch.zeros(4, 3), torch.zeros(3, dtype=torch.long), ValueError, r"`target` of shape \(B,\)"),
         (torch.zeros(4, 3, dtype=torch.long), torch.zeros(4, dtype=torch.long), TypeError, "floating-point logits"),
     ],
 )
