@@ -289,7 +289,7 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
         ValueError: If `head` is called more than once, or not as one linear operation.
     """
     if head is None:
-        last = [node for node in traced.graph.nodes if node.name in traced.outputs]
+        last: list[torch.fx.Node] = [node for node in traced.graph.nodes if node.name in traced.outputs]
         while len(last) == 1 and operation_name(last[0]) in _SAME_DIFFERENCES:
             last = last[0].all_input_nodes
         return last[0] if len(last) == 1 and operation_name(last[0]) == "linear" else None

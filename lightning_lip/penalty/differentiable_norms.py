@@ -187,9 +187,8 @@ class DifferentiableNorms(SelectedNorms):
             TypeError: If the bound is that of a graph.
         """
         if self._bound.kind == "bound":
-            name = type(self).__name__
             raise TypeError(
-                f"A {name} over a traced graph cannot be copied or pickled: construct one for the copied "
+                "A LipschitzRegularizer over a traced graph cannot be copied or pickled: construct one for the copied "
                 "model, and carry the vectors over with state_dict() and load_state_dict()."
             )
         return self.__dict__
