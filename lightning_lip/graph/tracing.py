@@ -294,7 +294,9 @@ def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.No
             last = last[0].all_input_nodes
         return last[0] if len(last) == 1 and operation_name(last[0]) == "linear" else None
     names = names_of(traced.model, head, "head")
-    calls = [n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names]
+    calls: list[torch.fx.Node] = [
+        n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names
+    ]
     if len(calls) != 1:
         raise ValueError(
             f"Expected `head` to be one linear layer of the model, called once, got a {type(head).__name__} with "
