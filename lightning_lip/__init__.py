@@ -10,8 +10,11 @@ from lightning_lip.callbacks import (
     SpectralCaps,
 )
 from lightning_lip.certificates.interval import Certificate, Uncertified, certify
+from lightning_lip.constants.activations import MaxMin
 from lightning_lip.constants.modules import register_constant
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.losses.certified_margin import CertifiedMarginLoss
+from lightning_lip.losses.margin import certified_margin_loss
 from lightning_lip.metrics import CertifiedAccuracy, NoisyMeanAbsoluteError
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -22,6 +25,7 @@ from lightning_lip.usage.operators import register_operator
 __all__ = [
     "Certificate",
     "CertifiedAccuracy",
+    "CertifiedMarginLoss",
     "CertifiedValidation",
     "LipschitzConstraint",
     "LipschitzMixin",
@@ -29,6 +33,7 @@ __all__ = [
     "LipschitzPenalty",
     "LipschitzProjector",
     "LipschitzRegularizer",
+    "MaxMin",
     "MaxNorm",
     "NoisyMeanAbsoluteError",
     "NoisyValidation",
@@ -37,6 +42,7 @@ __all__ = [
     "SpectralCaps",
     "Uncertified",
     "UnsupportedLayerError",
+    "certified_margin_loss",
     "certify",
     "project",
     "rebalance",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lip.penalty.penalties import COEFFICIENT
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -77,7 +77,13 @@ class LipschitzMixin(_Base):
 
     def lipschitz_bound(self) -> Tensor:
         """Return the product of the selected layers' spectral norms; see :meth:`LipschitzRegularizer.bound`."""
-        return self.lipschitz_regularizer().bound()
+        return self.lipschitz_log_bound().exp()
+
+    def lipschitz_log_bound(self, until: nn.Module | None = None) -> Tensor:
+        """Return the bound's logarithm, differentiable in a loss; see :meth:`LipschitzRegularizer.log_bound`."""
+        regularizer = self.lipschitz_regularizer()
+        self._adopt()
+        return regularizer.log_bound(until)
 
     def spectral_norms(self) -> dict[str, Tensor]:
         """Return the estimates (from below) of the spectral norms, shape () each, by layer name."""

@@ -141,7 +141,9 @@ ACCURACY = {
     "target": {"int"},
     "lipschitz": REALS | {"0-d"},
     "last_weight": {"None", "2-d"},
+    "output_lipschitz": REALS | {"None", "0-d"},
 }
+MARGIN = {"reduction": "choice", "label_smoothing": {"0", "0.5", "Fraction", "np.float64"}}
 SPECTRA = {
     "spectra": {"np 2-d", "2-d", "[[1.0], [2.0, 3.0]]"},
     "log_target": "number",
@@ -278,6 +280,38 @@ CALLS = {
         lambda: {"model": network(), "target": 1.0},
         {"model": "model", "target": "positive", "layers": "selection", "method": "choice"},
     ),
+    "CertifiedMarginLoss": (
+        lightning_lip.CertifiedMarginLoss,
+        lambda: {"model": network(), "eps": 0.1, "example_input": EXAMPLE},
+        {
+            "model": set(),
+            "eps": "at least 0",
+            "head": {"None"},
+            "form": "choice",
+            "warmup_steps": "count from 0",
+            "example_input": set(),
+            "weight": {"None", "1-d"},
+            "ignore_index": {"-1", "0", "3"},
+            **MARGIN,
+            **ITERATING,
+            "backend": {"None"},
+        },
+    ),
+    "certified_margin_loss": (
+        lightning_lip.certified_margin_loss,
+        lambda: {"logits": LOGITS, "target": TARGET, "pairwise_bounds": torch.tensor(0.1)},
+        {
+            "logits": {"2-d"},
+            "target": {"int"},
+            # NaN shows in the loss, and a look at it would wait for the device.
+            "pairwise_bounds": {"0-d", "0-d nan", "2-d"},
+            "form": "choice",
+            "weight": {"None", "1-d"},
+            "ignore_index": {"-1", "0", "3"},
+            **MARGIN,
+        },
+    ),
+    "MaxMin": (lightning_lip.MaxMin, dict, {"dim": {"-1", "0", "3", "True", "10**400"}}),
     "MaxNorm": (
         lightning_lip.MaxNorm,
         lambda: {"max_value": 1.0},
@@ -305,6 +339,7 @@ CALLS = {
             "prefix": "text",
             "max_inputs": "count from 0",
             "batch_dim": "batch dimension",
+            "head": "name",
         },
     ),
     "NoisyValidation": (
@@ -363,9 +398,9 @@ CALLS = {
         {"radius": REALS | FLAT | {"0-d"}},
     ),
     "CertifiedAccuracy.update": (
-        lambda logits, target, lipschitz, last_weight=None: metrics.CertifiedAccuracy(0.1).update(
-            logits, target, lipschitz, last_weight
-        ),
+        lambda logits, target, lipschitz, last_weight=None, output_lipschitz=None: metrics.CertifiedAccuracy(
+            0.1
+        ).update(logits, target, lipschitz, last_weight, output_lipschitz),
         lambda: {"logits": LOGITS, "target": TARGET, "lipschitz": 1.0},
         ACCURACY,
     ),
@@ -414,6 +449,7 @@ CALLS = {
             "example_input": set(),
             "jacobian_dtype": set(),
             "data": {"None"},
+            "head": {"None"},
             "max_inputs": "count",
             "max_chain_flops": REALS | {"inf"},
             "batch_dim": "batch dimension",

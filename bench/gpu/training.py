@@ -38,4 +38,4 @@ def strategy(name: str, precision: str) -> None:
     # More steps than the default interval of logging, so that the monitor acts.
     n_steps = 1 if DRY else 100
     seconds, _ = fit(contender.training, [callback, LipschitzMonitor()], batch, 1, n_steps, precision, name)
-    record(strategy=name, precision=precision, ms=1e3 * seconds, product=float(callback.regularizer.bound()))
+    record(strategy=name, precision=precision, ms=1e3 * seconds, product=callback.regularizer.bound().item())

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
-from torchmetrics import MeanAbsoluteError, MeanMetric, Metric
+from torchmetrics import MaxMetric, MeanAbsoluteError, MeanMetric, Metric, MetricCollection, MinMetric
 from typing_extensions import override
 
 from lightning_lip.callbacks.lightning.base import BaseCallback
@@ -31,7 +31,9 @@ class CertifiedValidation(BaseCallback):
     - ``lipschitz/lower``: the largest Jacobian norm over the first `max_inputs` validation inputs of each rank, a
       *lower bound*, true up to rounding in fp32;
     - a classifier: ``val/certified_accuracy/eps=0.1``, the share of samples that stay correctly classified under every
-      perturbation of the input of norm at most 0.1;
+      perturbation of the input of norm at most 0.1, and at ``eps=0`` the accuracy. Where the network ends in a linear
+      layer, or `head` names it, each pair of classes has the constant of its own difference of logits (pairwise), which
+      is often far smaller. A warning tells once if all predictions of a validation are one class;
     - a regression: ``val/certified_worst_case_mae/eps=0.1``, an upper bound of the mean absolute error under the worst
       such perturbation of every sample.
 
@@ -50,6 +52,8 @@ class CertifiedValidation(BaseCallback):
             one backward pass each, with more outputs 60 passes.
         batch_dim: None says that each validation batch is one sample as a whole, as a graph's nodes are: a perturbation
             of norm eps is one of all of it.
+        head: The name of the linear layer whose outputs are the logits, where other operations follow it in `forward`;
+            the certificates are then of its largest output.
 
     Raises:
         ValueError: If `eps` is empty, holds a number below 0 or not finite, or one twice, `task` is unknown, or
@@ -65,6 +69,7 @@ class CertifiedValidation(BaseCallback):
         prefix: str = "val",
         max_inputs: int = 64,
         batch_dim: Literal[0] | None = 0,
+        head: str | None = None,
     ) -> None:
         self.eps = check_levels("eps", eps)
         check_choice("task", task, ("classification", "regression"))
@@ -72,7 +77,10 @@ class CertifiedValidation(BaseCallback):
         check_integers(0, max_inputs=max_inputs)
         check_batch_to_xy(batch_to_xy)
         check_batch_dim(batch_dim)
+        if head is not None:
+            check_type("head", head, str, "the name of a layer")
         self._batch_dim = batch_dim
+        self.head = head
         self.task = task
         self.prefix = prefix
         self.max_inputs = max_inputs
@@ -83,13 +91,20 @@ class CertifiedValidation(BaseCallback):
         self._warned = False
         self._metric: Metric | None = None
         self._growth: MeanMetric | None = None
+        self._predicted: MetricCollection | None = None
+        self._warned_of_constant = False
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._certified, self._lower, self._n_measured = {}, None, 0
-        metric: Metric = CertifiedAccuracy(list(self.eps)) if self.task == "classification" else MeanAbsoluteError()
+        metric: Metric = CertifiedAccuracy(self._radii()) if self.task == "classification" else MeanAbsoluteError()
+        self._predicted = MetricCollection([MinMetric(), MaxMetric()]).to(pl_module.device)
         self._metric = metric.to(pl_module.device)
         self._growth = MeanMetric().to(pl_module.device)
+
+    def _radii(self) -> list[float]:
+        """Return the norms that a classifier is certified at: 0, the accuracy, always among them."""
+        return list(self.eps) if 0 in self.eps else [0.0, *self.eps]
 
     @override
     def on_validation_batch_start(
@@ -108,9 +123,17 @@ class CertifiedValidation(BaseCallback):
             return
         self._measure(pl_module, inputs)
         with trainer.precision_plugin.forward_context(), isolate_rng(), torch.no_grad():
-            outputs = pl_module(inputs)
+            outputs = self._outputs(pl_module, inputs)
         if self.task == "classification":
-            self._metric.update(outputs, target, certificate.upper)
+            head = certificate.head
+            if head is None:
+                self._metric.update(outputs, target, certificate.upper)
+            else:
+                # What follows a named head has no part in its outputs, and its constant none in theirs.
+                whole = certificate.upper if self.head is None else None
+                self._metric.update(outputs, target, head.features, head.weight, whole)
+            if self._predicted is not None and len(target):
+                self._predicted.update(outputs.argmax(dim=1))
             return
         if outputs.shape != target.shape:
             raise ValueError(
@@ -124,6 +147,25 @@ class CertifiedValidation(BaseCallback):
         n_outputs = target.numel() if self._batch_dim is None else target[0].numel()
         self._growth.update(1 / math.sqrt(max(1, n_outputs)), target.numel())
 
+    def _outputs(self, pl_module: LightningModule, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the outputs of the module, or those of the head that is named."""
+        if self.head is None:
+            outputs: torch.Tensor = pl_module(inputs)
+            return outputs
+        found: list[torch.Tensor] = []
+        handle = self._named_head(pl_module).register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            pl_module(inputs)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _named_head(self, pl_module: LightningModule) -> torch.nn.Module:
+        named: dict[str | None, torch.nn.Module] = {**dict(pl_module.named_modules())}
+        if self.head not in named:
+            raise ValueError(f"Expected `head` to name a layer of the module, got {self.head!r}.")
+        return named[self.head]
+
     def _measure(self, pl_module: LightningModule, inputs: torch.Tensor) -> None:
         """Raise the lower bound to the largest Jacobian norm over these inputs, while there are inputs to go."""
         left = self.max_inputs - self._n_measured
@@ -136,7 +178,9 @@ class CertifiedValidation(BaseCallback):
             self._n_measured += len(whole)
 
     def _certify(self, pl_module: LightningModule, inputs: torch.Tensor) -> Certificate | None:
-        result = certify(pl_module, inputs if self._batch_dim is None else inputs[:2], batch_dim=self._batch_dim)
+        example = inputs if self._batch_dim is None else inputs[:2]
+        head = None if self.head is None else self._named_head(pl_module)
+        result = certify(pl_module, example, batch_dim=self._batch_dim, head=head)
         if result.certified:
             return result
         if not self._warned:
@@ -152,7 +196,8 @@ class CertifiedValidation(BaseCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metric, self._metric = self._metric, None
         growth, self._growth = self._growth, None
-        if metric is None or growth is None or trainer.sanity_checking:
+        predicted, self._predicted = self._predicted, None
+        if metric is None or growth is None or predicted is None or trainer.sanity_checking:
             return
         # Each rank certifies with inputs of its own: all log, or none, since what follows is collective.
         is_certified = bool(self._certified) and None not in self._certified.values()
@@ -162,12 +207,14 @@ class CertifiedValidation(BaseCallback):
         lipschitz = max(certificate.upper for certificate in certificates)
         value = metric.compute()
         if self.task == "classification":
-            name, values = "certified_accuracy", value.flatten().tolist()
+            name, values, levels = "certified_accuracy", value.flatten().tolist(), self._radii()
+            self._warn_of_constant(predicted.compute(), values[levels.index(0)])
         else:
+            levels = list(self.eps)
             name = "certified_worst_case_mae"
             mae, mean_growth = float(value), float(growth.compute())
             values = [certified_worst_case_mae(mae, lipschitz, e * mean_growth) for e in self.eps]
-        metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(self.eps, values, strict=True)}
+        metrics = {f"{self.prefix}/{name}/eps={e:g}": v for e, v in zip(levels, values, strict=True)}
         estimates = [math.nan if certificate.estimate is None else certificate.estimate for certificate in certificates]
         interval = {"lipschitz/certified": lipschitz, "lipschitz/estimate": max(estimates)}
         if self._lower is not None:
@@ -175,3 +222,14 @@ class CertifiedValidation(BaseCallback):
         # compute() has summed over ranks, so that all hold the same values; except the lower bound, which each measured
         # on its own inputs: the largest counts.
         pl_module.log_dict({**interval, **metrics}, sync_dist=True, reduce_fx="max")
+
+    def _warn_of_constant(self, predicted: dict[str, torch.Tensor], accuracy: float) -> None:
+        """Warn once of a classifier that predicts one class, which the bound does not show."""
+        lowest, highest = float(predicted["MinMetric"]), float(predicted["MaxMetric"])
+        if lowest == highest and accuracy < 1 and not self._warned_of_constant:
+            self._warned_of_constant = True
+            warnings.warn(
+                f"CertifiedValidation: all predictions are class {lowest:g}, at an accuracy of {accuracy:.3g}. A "
+                "constant classifier is certified at every eps: train for a smaller eps, or penalise less.",
+                stacklevel=2,
+            )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lip.certificates.chains import chain_of
 from lightning_lip.certificates.contradiction import contradiction
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_callable, check_floating, check_integers, check_model, check_number
+from lightning_lip.checks import check_callable, check_floating, check_integers, check_model, check_number, check_type
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
@@ -73,6 +73,24 @@ class Part:
 
 
 @dataclass(frozen=True)
+class CertifiedHead:
+    """The last linear layer, and what is certified about all before it, for pairwise certificates of a classifier.
+
+    The difference of logits i and j has the constant ``|w_i - w_j| features``: see
+    :func:`~lightning_lip.metrics.certified_accuracy`.
+
+    Attributes:
+        name: The layer's name in the model.
+        weight: Its weight, (C, d), as it was.
+        features: The *certified upper bound* of the map from inputs to the layer's inputs, rounded up.
+    """
+
+    name: str
+    weight: Tensor
+    features: float
+
+
+@dataclass(frozen=True)
 class _Result:
     """What both results hold.
 
@@ -106,6 +124,8 @@ class Certificate(_Result):
         tighter: The method that gave `upper`.
         bounds: Every certified upper bound that was computed, by method.
         skipped: Methods for chains that were left out although the network is one, and why.
+        head: The last linear layer, where the network ends in one on features (B, d), with a weight that is stored as
+            it is, but for a log-softmax; or the one that `head` named. Else None.
         refused: Empty.
         certified: True.
     """
@@ -115,6 +135,7 @@ class Certificate(_Result):
     tighter: Method
     bounds: Mapping[Method, float]
     skipped: tuple[str, ...] = ()
+    head: CertifiedHead | None = field(default=None, compare=False, repr=False)
     refused: tuple[str, ...] = field(default=(), init=False)
     certified: ClassVar[Literal[True]] = True
 
@@ -143,6 +164,7 @@ def certify(
     data: Tensor | Iterable[Any] | None = None,
     *,
     batch_dim: BatchDim = 0,
+    head: nn.Module | None = None,
     max_inputs: int = 256,
     jacobian_dtype: torch.dtype = torch.float64,
     max_chain_flops: float = 1e12,
@@ -167,6 +189,7 @@ def certify(
             an (inputs, target) pair, or of the structure of `example_input`.
         batch_dim: None says that there is no batch: the whole input is one sample, as the nodes of a graph are, and so
             is each batch of `data`. The norms are then over all elements of each tensor.
+        head: The last linear layer, where the network does not end in it, for :attr:`Certificate.head`.
         max_inputs: Only the first so many inputs of `data` are used.
         jacobian_dtype: What the network is evaluated in for the lower bound; fp32 for one that does not run in fp64.
         max_chain_flops: The bounds for chains are left out where they need more floating-point operations.
@@ -177,8 +200,8 @@ def certify(
         A :class:`Certificate`, or an :class:`Uncertified` with the reasons; ``.certified`` tells them apart.
 
     Raises:
-        ValueError: If `example_input` has no batch dimension or the forward pass fails on it, or `data` is empty or not
-            finite.
+        ValueError: If `example_input` has no batch dimension or the forward pass fails on it, `data` is empty or not
+            finite, or `head` is no linear layer of the network with a stored weight.
         UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         TypeError: If the model is no module, or `data` is not of one of these forms.
 
@@ -195,6 +218,8 @@ def certify(
     check_batch_dim(batch_dim)
     if on_layer is not None:
         check_callable("on_layer", on_layer, "(name, number of layers) -> None", 2)
+    if head is not None:
+        check_type("head", head, nn.Module, "a layer of the model")
     if not (isinstance(max_chain_flops, float) and max_chain_flops == math.inf):
         max_chain_flops = check_number("max_chain_flops", max_chain_flops)
     check_floating("jacobian_dtype", jacobian_dtype)
@@ -239,7 +264,19 @@ def certify(
     reason = _contradiction(lower, upper, jacobian_dtype) or contradiction(network, example_input, upper)
     if reason is not None:
         return Uncertified(lower, estimate, parts, graph, (reason,))
-    return Certificate(lower, estimate, parts, graph, upper, log_upper, tighter, bounds, skipped)
+    last = _certified_head(network, head, norms)
+    return Certificate(lower, estimate, parts, graph, upper, log_upper, tighter, bounds, skipped, last)
+
+
+def _certified_head(network: NetworkBound, module: nn.Module | None, norms: Sequence[float]) -> CertifiedHead | None:
+    head = network.head(module)
+    # A computed weight is known up to rounding only.
+    if head is None or head.matrix.owner is None:
+        if module is not None:
+            raise ValueError("Expected `head` to be a linear layer with a stored weight: its weight is computed.")
+        return None
+    weight: Tensor = head.matrix.compute().detach().clone()
+    return CertifiedHead(head.name, weight, exp_up(network.log_bound_up(norms, head.features)))
 
 
 def _reasons(error: UnsupportedLayerError) -> tuple[str, ...]:

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.graph.builder import (
-    Builder,
-    Dependent,
-    GraphNode,
-    Refused,
-)
-from lightning_lip.graph.program import BoundProgram, ProductBound, log_up
+from lightning_lip.graph.builder import Builder, Dependent, GraphNode, Independent, Refused
+from lightning_lip.graph.program import BoundProgram, ProductBound, Term, log_up
 from lightning_lip.graph.refusals import Refusal, listed
-from lightning_lip.graph.tracing import TracedModel, trace
+from lightning_lip.graph.tracing import TracedModel, entry_nodes, head_node, module_path, trace
 from lightning_lip.graph.walk import walk_graph
 from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
@@ -31,7 +26,22 @@ from lightning_lip.operators.selection import PROVIDERS, Selected, Selection, Un
 from lightning_lip.rigorous.rounding import sum_up
 from lightning_lip.usage.observation import Observation
 
-__all__ = ["Bound", "GraphNode", "NetworkBound", "bound_of", "observed_product"]
+__all__ = ["Bound", "GraphNode", "Head", "NetworkBound", "bound_of", "observed_product"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer of a classifier: its outputs are the logits, the bound of its inputs is that of the rest.
+
+    Attributes:
+        name: The name of the module whose forward holds it.
+        matrix: Its weight, (C, d), read or computed anew by ``matrix.compute()``, differentiable in the parameters.
+        features: The term of its input, (B, d).
+    """
+
+    name: str
+    matrix: Independent
+    features: Term
 
 
 class NetworkBound:
@@ -59,12 +69,14 @@ class NetworkBound:
         operators: Sequence[LinearOperator],
         program: BoundProgram,
         nodes: Sequence[GraphNode],
+        values: Mapping[torch.fx.Node, Any],
     ) -> None:
         self.traced = traced
         self.operators = list(operators)
         self.selected_ids = {id(p) for op in self.operators for p in op.parameters}
         self._program = program
         self._nodes = list(nodes)
+        self._values = values
         owners = [(module._parameters, key) for module, _, key in traced.owners.values()]
         self._slots = [(slots, key, slots[key]) for slots, key in owners if slots.get(key) is not None]
         """Where the model keeps its parameters, and those that it kept there at the last look."""
@@ -109,7 +121,7 @@ class NetworkBound:
         if not dependent:
             raise ValueError("No output of the model depends on a floating-point tensor in `example_input`.")
         builder.program.result = builder.combine("norm", dependent)
-        return cls(traced, builder.operators, builder.program, list(builder.report.values()))
+        return cls(traced, builder.operators, builder.program, list(builder.report.values()), builder.values)
 
     def selected(self, op: LinearOperator) -> list[nn.Parameter]:
         """Return the parameters of an operator that belong to selected layers."""
@@ -128,7 +140,52 @@ class NetworkBound:
             for op in self.operators:
                 op.replace_parameters(replaced)
 
-    def log_bound(self, log_sigma: Tensor) -> Tensor:
+    def head(self, module: nn.Module | None = None) -> Head | None:
+        """Return the linear layer whose outputs are the logits: the last operation, or a log-softmax before it.
+
+        Args:
+            module: The layer, where something else follows it; the logits are then its outputs.
+
+        Returns:
+            The head; None where none is named and the network does not end in one on features of shape (B, d).
+
+        Raises:
+            ValueError: If the module is not such a layer of the network.
+        """
+        node = head_node(self.traced, module)
+        if node is not None:
+            value, matrix = (self._values.get(source) for source in node.all_input_nodes[:2])
+            if (
+                isinstance(value, Dependent)
+                and isinstance(matrix, Independent)
+                and (len(value.shape), value.axis) == (2, 0)
+            ):
+                return Head(module_path(node), matrix, value.term)
+        if module is not None:
+            raise ValueError("Expected `head` to act on features of shape (B, d), which depend on the model's input.")
+        return None
+
+    def input_of(self, module: nn.Module) -> Term:
+        """Return the term of a module's input, for the bound of all that comes before the module.
+
+        Raises:
+            ValueError: If it is not in the graph, has several inputs, or is one operator with the layer before it.
+        """
+        entries = [self._values.get(node) for node in entry_nodes(self.traced, module)]
+        values = [value for value in entries if isinstance(value, Dependent)]
+        if len(values) != 1:
+            raise ValueError(
+                f"Expected `until` to have one input that depends on the model's, got a {type(module).__name__} with "
+                f"{len(values)} in the traced forward pass."
+            )
+        if values[0].pending is not None:
+            raise ValueError(
+                f"The {type(module).__name__} is one operator with the layer before it, and its input has no bound of "
+                "its own: name that layer, or the module that follows."
+            )
+        return values[0].term
+
+    def log_bound(self, log_sigma: Tensor, result: Term | None = None) -> Tensor:
         """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.
 
         Constants that depend on parameters or buffers outside the operators (PReLU's slopes, registered rules) are
@@ -137,6 +194,7 @@ class NetworkBound:
         Args:
             log_sigma: Logarithms of the spectral norms in the order of :attr:`operators`, shape (L,); -inf for a zero
                 weight. In its dtype and on its device; fp64 for a certificate.
+            result: The term of an earlier value, to bound that one; None for the output.
 
         Raises:
             ValueError: If the shape is not (L,).
@@ -146,7 +204,7 @@ class NetworkBound:
                 f"Expected `log_sigma` of shape ({len(self.operators)},), one for each operator, got "
                 f"{tuple(log_sigma.shape)}."
             )
-        return self._program.evaluate(log_sigma)
+        return self._program.evaluate(log_sigma, result)
 
     def log_bound_and_slopes(self, log_sigma: Tensor) -> tuple[float, Tensor]:
         """Return the logarithm of the bound and its gradient in `log_sigma`, shape (L,).
@@ -165,10 +223,14 @@ class NetworkBound:
         value = float(log_bound.detach())
         return value, slopes if value < math.inf else slopes + math.nan
 
-    def log_bound_up(self, norms: Sequence[float]) -> float:
+    def log_bound_up(self, norms: Sequence[float], result: Term | None = None) -> float:
         """Return an upper bound of the logarithm of the bound for L norms, rounding included.
 
         Its constants are rounded up.
+
+        Args:
+            norms: Upper bounds of the operators' norms.
+            result: The term of an earlier value, to bound that one; None for the output.
 
         Raises:
             ValueError: If the bound is NaN.
@@ -176,14 +238,14 @@ class NetworkBound:
         logs = [log_up(norm) for norm in norms]
         if math.inf in logs:
             return math.inf
-        value = float(self.log_bound(torch.tensor(logs, dtype=torch.float64, device="cpu")))
+        value = float(self.log_bound(torch.tensor(logs, dtype=torch.float64, device="cpu"), result))
         if math.isnan(value):
             raise ValueError(
                 "The bound is NaN: a parameter that the network's constants are read from (PReLU's) has become it."
             )
         if not math.isfinite(value):
             return value
-        return sum_up([value, self._program.rounding(logs)])
+        return sum_up([value, self._program.rounding(logs, result)])
 
     def explain(self) -> list[GraphNode]:
         """Return the graph's operations in forward order, each with its rule, its constant and its operator's name."""

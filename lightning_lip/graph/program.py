@@ -69,7 +69,7 @@ class BoundProgram:
         self.instructions: list[tuple[Combination, list[Term]]] = []
         self.lives: list[Callable[[], float]] = []
         self.result = Term()
-        self._cache: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._cache: dict[tuple[torch.device, torch.dtype, int, Term], tuple[Tensor, Tensor, Tensor]] = {}
 
     def combine(self, kind: Combination, terms: Sequence[Term]) -> Term:
         """Return the term of a combination of branches; one branch is itself."""
@@ -83,15 +83,18 @@ class BoundProgram:
         self.lives.append(read)
         return len(self.lives) - 1
 
-    def evaluate(self, log_sigma: Tensor) -> Tensor:
+    def evaluate(self, log_sigma: Tensor, result: Term | None = None) -> Tensor:
         """Return the logarithm of the bound, shape (), differentiable in `log_sigma`.
 
         Args:
             log_sigma: Logarithms of the operators' norms, shape (L,); -inf (a zero weight) is allowed and gives
                 finite gradients.
+            result: The term of an earlier value in the network, to bound that one; None for the output.
         """
-        steps = [*self.instructions, ("sum", [self.result])]
+        steps = self._steps(result)
         constants, sources, targets = self._tables(steps, log_sigma)
+        if not self.instructions:
+            return constants.squeeze(0) + log_sigma[sources].sum()
         # A gather, not a matrix of counts: 0 * -inf is NaN. And a floor in place of -inf: where all branches of a sum
         # are -inf, the slope of torch.logsumexp is NaN.
         affine = constants.index_add(0, targets, log_sigma[sources]).clamp(min=FLOOR).unbind()
@@ -106,14 +109,17 @@ class BoundProgram:
             results.append(_combined(kind, values))
         return torch.where(results[-1] <= FLOOR / 2, -math.inf, results[-1])
 
-    def rounding(self, log_sigma: Sequence[float]) -> float:
+    def _steps(self, result: Term | None) -> list[tuple[Combination, list[Term]]]:
+        return [*self.instructions, ("sum", [self.result if result is None else result])]
+
+    def rounding(self, log_sigma: Sequence[float], result: Term | None = None) -> float:
         """Return how far rounding moves :meth:`evaluate` in fp64 at most, for given logarithms of the norms.
 
         Its additions, exponentials and logarithms err by a few u each, of values that no more than the sum of all
         terms' logarithms and of log k at each of k branches can reach; 16 u for each number that enters is ample.
         """
         lives = [log_up(read()) for read in self.lives]
-        terms = [term for _, branch in [*self.instructions, ("sum", [self.result])] for term in branch]
+        terms = [term for _, branch in self._steps(result) for term in branch]
         logs = [
             log
             for term in terms
@@ -127,7 +133,7 @@ class BoundProgram:
         self, steps: Sequence[tuple[Combination, list[Term]]], log_sigma: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the terms' constants, and the pairs (operator, term) of their factors as two index tensors."""
-        key = (log_sigma.device, log_sigma.dtype, len(steps))
+        key = (log_sigma.device, log_sigma.dtype, len(steps), steps[-1][1][0])
         table = self._cache.get(key)
         if table is None:
             terms = [term for _, branch in steps for term in branch]

@@ -262,6 +262,56 @@ def module_path(node: torch.fx.Node) -> str:
     return next(reversed(module_paths(node)), "")
 
 
+_SAME_DIFFERENCES = frozenset({"log_softmax", "alias", "clone", "contiguous", "detach", "to", "_to_copy"})
+"""Operations on logits (B, C) that keep the difference of any two of a sample's."""
+
+
+def head_node(traced: TracedModel, head: nn.Module | None = None) -> torch.fx.Node | None:
+    """Return the linear operation whose outputs are the logits; None where the output shows none.
+
+    Args:
+        traced: The graph.
+        head: The module whose forward holds it; None for the last operation, but for a log-softmax after it.
+
+    Raises:
+        ValueError: If `head` is called more than once, or not as one linear operation.
+    """
+    if head is None:
+        last: list[torch.fx.Node] = [node for node in traced.graph.nodes if node.name in traced.outputs]
+        while len(last) == 1 and operation_name(last[0]) in _SAME_DIFFERENCES:
+            last = last[0].all_input_nodes
+        return last[0] if len(last) == 1 and operation_name(last[0]) == "linear" else None
+    names = names_of(traced.model, head, "head")
+    calls: list[torch.fx.Node] = [
+        n for n in traced.graph.nodes if operation_name(n) == "linear" and module_path(n) in names
+    ]
+    if len(calls) != 1:
+        raise ValueError(
+            f"Expected `head` to be one linear layer of the model, called once, got a {type(head).__name__} with "
+            f"{len(calls)} linear operations in the traced forward pass."
+        )
+    return calls[0]
+
+
+def entry_nodes(traced: TracedModel, module: nn.Module) -> list[torch.fx.Node]:
+    """Return the values that a module's operations take from outside of it, each once."""
+    names = names_of(traced.model, module, "until")
+    inside = [node for node in traced.graph.nodes if names & set(module_paths(node))]
+    return list(dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in inside))
+
+
+def names_of(model: nn.Module, module: nn.Module, argument: str) -> set[str]:
+    """Return the names under which a model holds a module, the value of `argument`, without the prefixes of wrappers.
+
+    Raises:
+        ValueError: If it does not hold it.
+    """
+    found = {name for name, m in model.named_modules(remove_duplicate=False) if m is module}
+    if not found:
+        raise ValueError(f"Expected `{argument}` to be a module of the model, got another {type(module).__name__}.")
+    return {".".join(part for part in name.split(".") if part != "_orig_mod") for name in found}
+
+
 class Sizes:
     """Sizes of traced tensors that the values of stored ones decide: how many elements of a mask are true, say."""
 

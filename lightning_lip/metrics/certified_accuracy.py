@@ -26,6 +26,9 @@ from lightning_lip.metrics.plotting import plot_levels
 # More than the relative rounding error of a threshold: a product of four factors, and of a scaled difference's norm.
 _SLACK = 16 * 2.0**-53
 
+_SQRT2 = math.sqrt(2)
+"""It is rounded up."""
+
 
 def certified_accuracy(
     logits: Tensor,
@@ -33,6 +36,7 @@ def certified_accuracy(
     lipschitz: float | Tensor,
     radius: float | Sequence[float],
     last_weight: Tensor | None = None,
+    output_lipschitz: float | Tensor | None = None,
 ) -> Tensor:
     """Return the share of samples that are classified correctly under every perturbation of norm at most `radius`.
 
@@ -47,6 +51,8 @@ def certified_accuracy(
             the map from inputs to the last layer's inputs.
         radius: The norm eps of the perturbation, or R of them; at least 0.
         last_weight: The last layer's weight, (C, d), for the pairwise form.
+        output_lipschitz: With `last_weight`, a Lipschitz constant of the map from inputs to logits too, which serves
+            the pairs for which it is the smaller one.
 
     Returns:
         Tensor of shape (), or (R,) for a sequence of radii, float32.
@@ -64,7 +70,7 @@ def certified_accuracy(
         tensor([0.6667, 0.3333])
     """
     radii = _check_radius(radius)
-    certified, total = _update(logits, target, lipschitz, radii, last_weight)
+    certified, total = _update(logits, target, lipschitz, radii, last_weight, output_lipschitz)
     value = _compute(certified, torch.tensor(total, device=certified.device))
     return value if isinstance(radius, Sequence) else value[0]
 
@@ -119,7 +125,9 @@ class CertifiedAccuracy(Metric):
     - ``target`` (:class:`~torch.Tensor`): (B,), integer classes;
     - ``lipschitz``: an upper bound of the Lipschitz constant, which training changes from epoch to epoch;
     - ``last_weight`` (optional): the last layer's weight (C, d), for the pairwise form; `lipschitz` is then the
-      constant of the map from inputs to the last layer's inputs.
+      constant of the map from inputs to the last layer's inputs;
+    - ``output_lipschitz`` (optional, with `last_weight`): one of the map from inputs to logits too, which serves the
+      pairs for which it is the smaller one.
 
     ``compute`` returns a tensor of shape (), or (R,) for a sequence of radii: the share of samples that are certified,
     see :func:`certified_accuracy`. At radius 0 that is the accuracy. Raises RuntimeError where no sample was seen. The
@@ -159,10 +167,15 @@ class CertifiedAccuracy(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(
-        self, logits: Tensor, target: Tensor, lipschitz: float | Tensor, last_weight: Tensor | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        lipschitz: float | Tensor,
+        last_weight: Tensor | None = None,
+        output_lipschitz: float | Tensor | None = None,
     ) -> None:
         """Count the certified samples of one batch."""
-        certified, total = _update(logits, target, lipschitz, self.radii, last_weight)
+        certified, total = _update(logits, target, lipschitz, self.radii, last_weight, output_lipschitz)
         # Out of place: states made in inference mode stay usable after it.
         self.certified = self.certified + certified
         self.total = self.total + total
@@ -201,11 +214,17 @@ _HINT = {
     "mae": "",
     "noise_norm": "",
     "lipschitz": ": pass an upper bound such as certify(...).upper; where nothing is certified there is none",
+    "output_lipschitz": "",
 }
 
 
 def _update(
-    logits: Tensor, target: Tensor, lipschitz: float | Tensor, radii: tuple[float, ...], last_weight: Tensor | None
+    logits: Tensor,
+    target: Tensor,
+    lipschitz: float | Tensor,
+    radii: tuple[float, ...],
+    last_weight: Tensor | None,
+    output_lipschitz: float | Tensor | None,
 ) -> tuple[Tensor, int]:
     """Number of certified samples per radius, shape (R,), int64, and the number of samples."""
     _check_batch(logits, target)
@@ -215,7 +234,7 @@ def _update(
     scores, classes = logits.detach().to(device, torch.float64), target.detach().to(device, torch.int64)
     margins = scores.gather(1, classes[:, None]) - scores
     if last_weight is None:
-        slopes, slack = scores.new_full((1, 1), math.sqrt(2)), 1 + _SLACK  # math.sqrt(2) is rounded up
+        slopes, slack = scores.new_full((1, 1), _SQRT2), 1 + _SLACK
     else:
         check_tensor("last_weight", last_weight)
         if last_weight.dim() != 2 or last_weight.shape[0] != n_classes or not last_weight.numel():
@@ -227,11 +246,21 @@ def _update(
         slack = 1 + _SLACK + 2.0**-52 * last_weight.shape[1]
     own_class = torch.arange(n_classes, device=device) == classes[:, None]
     finite = scores.isfinite().all(dim=1)
-    growths = [constant * eps * slack for eps in radii]
-    # Where fp64 underflows, the slack does not cover the rounding, but the next number does. A zero is exact.
-    growths = [math.nextafter(g, math.inf) if constant and eps else 0.0 for g, eps in zip(growths, radii, strict=True)]
-    certified = [(finite & ((margins > slopes * g) | own_class).all(dim=1)).sum() for g in growths]
+    thresholds = [slopes * _growth(constant, eps, slack) for eps in radii]
+    if output_lipschitz is not None:
+        whole = _check_constant("output_lipschitz", output_lipschitz)
+        least = [_SQRT2 * _growth(whole, eps, 1 + _SLACK) for eps in radii]
+        thresholds = [t.clamp(max=other) for t, other in zip(thresholds, least, strict=True)]
+    certified = [(finite & ((margins > threshold) | own_class).all(dim=1)).sum() for threshold in thresholds]
     return torch.stack(certified).to(logits.device), len(classes)
+
+
+def _growth(constant: float, eps: float, slack: float) -> float:
+    """Return ``constant eps`` rounded up, by the slack of what it is multiplied with too.
+
+    Where fp64 underflows, the slack does not cover the rounding, but the next number does. A zero is exact.
+    """
+    return math.nextafter(constant * eps * slack, math.inf) if constant and eps else 0.0
 
 
 def _compute(certified: Tensor, total: Tensor) -> Tensor:

@@ -28,25 +28,29 @@ def register(regularizer: Any) -> int:
     return handle
 
 
-def penalty(parameters: Sequence[Tensor], trainable: Sequence[int], handle: int, advance: bool) -> Tensor:
-    """Return the penalty of the regulariser behind `handle`, shape (), differentiable in its trainable parameters.
+def penalty(parameters: Sequence[Tensor], trainable: Sequence[int], handle: int, number: int, advance: bool) -> Tensor:
+    """Return a quantity of the norms behind `handle`, shape (), differentiable in their trainable parameters.
 
     Args:
         parameters: All that the regulariser computes it from, each once.
         trainable: Which of them get a gradient, by index.
         handle: What :func:`register` returned.
+        number: Which quantity: the penalty or a log bound, as their ``evaluate`` numbers them.
         advance: Whether the singular vectors may advance.
     """
-    value: Tensor = torch.ops.lightning_lip.penalty(list(parameters), list(trainable), handle, advance)[0]
+    value: Tensor = torch.ops.lightning_lip.penalty(list(parameters), list(trainable), handle, number, advance)[0]
     return value
 
 
 @torch.library.custom_op(
     "lightning_lip::penalty",
     mutates_args=(),
-    schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, bool advance) -> (Tensor, Tensor[])",
+    schema="(Tensor[] parameters, SymInt[] trainable, SymInt handle, SymInt number, bool advance)"
+    " -> (Tensor, Tensor[])",
 )
-def _penalty(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
+def _penalty(
+    parameters: list[Tensor], trainable: list[int], handle: int, number: int, advance: bool
+) -> tuple[Tensor, list[Tensor]]:
     regularizer = _BY_HANDLE.get(handle)
     if regularizer is None:
         raise RuntimeError("The LipschitzRegularizer of a compiled graph no longer exists: compile again.")
@@ -59,14 +63,16 @@ def _penalty(parameters: list[Tensor], trainable: list[int], handle: int, advanc
     chosen = [live[index] for index in trainable]
     # Custom operators run without autograd; this switches it on again.
     with torch.inference_mode(False), torch.enable_grad():
-        value = regularizer.eager_value(advance)
+        value = regularizer.evaluate(number, advance)
         grads = torch.autograd.grad(value, chosen, allow_unused=True) if value.requires_grad else [None] * len(chosen)
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
     return value.detach().to(_dtype(parameters)), [g.contiguous() for g in filled]
 
 
 @_penalty.register_fake
-def _(parameters: list[Tensor], trainable: list[int], handle: int, advance: bool) -> tuple[Tensor, list[Tensor]]:
+def _(
+    parameters: list[Tensor], trainable: list[int], handle: int, number: int, advance: bool
+) -> tuple[Tensor, list[Tensor]]:
     grads = [torch.empty_like(parameters[i], memory_format=torch.contiguous_format) for i in trainable]
     return parameters[0].new_empty((), dtype=_dtype(parameters)), grads
 
@@ -80,11 +86,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     ctx.save_for_backward(*output[1])
 
 
-def _backward(ctx: Any, value: Tensor, grads: Any) -> tuple[list[Tensor | None], None, None, None]:
+def _backward(ctx: Any, value: Tensor, grads: Any) -> tuple[list[Tensor | None], None, None, None, None]:
     spread: list[Tensor | None] = [None] * ctx.n_parameters
     for index, grad in zip(ctx.trainable, ctx.saved_tensors, strict=True):
         spread[index] = value.to(grad.dtype) * grad
-    return spread, None, None, None
+    return spread, None, None, None, None
 
 
 _penalty.register_autograd(_backward, setup_context=_save)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,20 +15,12 @@ from lightning_lip.checks import (
     check_number,
     check_parameters,
     check_scale,
-    check_state,
-    check_vectors,
 )
-from lightning_lip.graph.bound import Bound
 from lightning_lip.graph.program import repeated
 from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.inputs import BatchDim
-from lightning_lip.models.optimizer_steps import optimizer_steps
-from lightning_lip.models.sharding import refuse_sharded
-from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.coverage import Coverage
 from lightning_lip.operators.selection import Selection, Unknown
-from lightning_lip.penalty import compiled
-from lightning_lip.penalty.partial_norm import partial_norm
+from lightning_lip.penalty.differentiable_norms import DifferentiableNorms, logs
 from lightning_lip.penalty.penalties import (
     KNEE,
     Penalty,
@@ -40,10 +31,12 @@ from lightning_lip.penalty.penalties import (
     level_of,
     scalar,
 )
-from lightning_lip.penalty.selected_norms import SelectedNorms
+
+PENALTY = -1
+"""What :meth:`LipschitzRegularizer.evaluate` returns the penalty for; other numbers are of log bounds."""
 
 
-class LipschitzRegularizer(SelectedNorms):
+class LipschitzRegularizer(DifferentiableNorms):
     """A penalty on the layers' spectral norms together, added to a loss or straight to the gradients.
 
     The default penalises the product of the spectral norms (N. Couellan, "The coupling effect of Lipschitz
@@ -129,19 +122,12 @@ class LipschitzRegularizer(SelectedNorms):
         self._penalty = get_penalty(penalty, target, knee)
         self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
-        self._is_whole = False
         selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "unknown": unknown}
         iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
         super().__init__(model, example_input, inputs, selection, iteration, batch_dim)
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
         is_product = self._bound.kind == "product"
         self._code = kernels.PENALTY_CODES[penalty] if is_product and isinstance(penalty, str) else None
-        self._handle = compiled.register(self)
-
-    def _take(self, bound: Bound, coverage: Coverage) -> None:
-        super()._take(bound, coverage)
-        self._step: kernels.PowerStep | None = None
-        self._step_version: tuple[int, ...] | None = None
 
     def value(self) -> Tensor:
         """Return coefficient * penalty, shape (), differentiable in the weights: add it to the loss.
@@ -156,36 +142,19 @@ class LipschitzRegularizer(SelectedNorms):
         Raises:
             UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
         """
-        advance = torch.is_grad_enabled() and self._model.training
-        if torch.compiler.is_compiling():
-            parameters = self.parameters()
-            penalised = {id(p) for p in self.penalised_parameters()}
-            trainable = [i for i, p in enumerate(parameters) if p.requires_grad and id(p) in penalised]
-            return compiled.penalty(parameters, trainable, self._handle, advance)
-        return self.eager_value(advance)
+        return self.quantity(PENALTY)
 
     @without_autocast()
-    def eager_value(self, advance: bool) -> Tensor:
-        """Return :meth:`value`, as Python runs it; `advance` says whether the vectors may advance."""
-        self._bound.follow_replaced()
-        if not self._is_whole:
-            instead = "Use LipschitzPenalty, or add_grad_() after the backward pass: they work on shards."
-            refuse_sharded(self._model, "LipschitzRegularizer.value(), and LipschitzMixin with it,", instead)
-            self._is_whole = True
-        version = self._version()
-        step = self._step if version == self._step_version else None
-        if step is None and advance:
-            # Copies: autograd keeps the vectors until the backward pass, the kernels overwrite theirs.
-            step = self._norms.step().copied()
-            self._step, self._step_version = step, version
-        elif step is None:
-            step = self._norms.current().copied()
-        norms = [self._norm(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
-        sigma = torch.stack([norm.to(step.sigma) for norm in norms])
-        # log 0 = -inf is right, its slope 1/0 is not: a zero layer has no gradient. NaN stays NaN, to be seen.
-        zero = sigma == 0
-        log_sigma = torch.where(zero, torch.ones_like(sigma), sigma).log()
-        log_sigma = torch.where(zero, torch.full_like(sigma, -math.inf), log_sigma)
+    def evaluate(self, number: int, advance: bool) -> Tensor:
+        """Return :meth:`value` for :data:`PENALTY`, and otherwise a log bound, as Python runs it.
+
+        Args:
+            number: Which of them.
+            advance: Whether the vectors may advance.
+        """
+        if number != PENALTY:
+            return super().evaluate(number, advance)
+        log_sigma = logs(self.differentiable_norms(advance))
         value = self.penalty_of(log_sigma)
         if log_sigma.requires_grad:
             self._check(value, log_sigma)
@@ -268,13 +237,6 @@ class LipschitzRegularizer(SelectedNorms):
             op.add_norm_gradients_(factor, left, right, trainable)
         self._norms.rank_one_update_(grads, coefficients)
 
-    def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
-        """Return the operator's norm, differentiable in its penalised parameters only."""
-        penalised = self.penalised(op)
-        if len(penalised) == len(op.parameters):
-            return op.norm(left, right)
-        return partial_norm(op, penalised, left, right)
-
     def penalty_of(self, log_sigma: Tensor) -> Tensor:
         """Return the penalty without its coefficient for given log spectral norms.
 
@@ -288,47 +250,3 @@ class LipschitzRegularizer(SelectedNorms):
             ValueError: If a penalty of the user's own does not return a floating-point tensor of shape ().
         """
         return scalar(self._penalty(repeated(log_sigma, self._multiplicities), self.log_bound_of(log_sigma)))
-
-    def iterate(self) -> None:
-        """Advance the singular vectors on the present weights, and nothing else."""
-        with torch.inference_mode(False):
-            self._step, self._step_version = self._norms.step().copied(), self._version()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the persistent vectors, as plain tensors by layer name: loadable with ``weights_only=True``."""
-        return {"vectors": self._norms.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the vectors of :meth:`state_dict`; layers that do not fit start afresh, with a warning.
-
-        Raises:
-            TypeError: If it is no mapping.
-            ValueError: If it is no such state.
-        """
-        check_state(state, ("vectors",), "LipschitzRegularizer")
-        check_vectors("vectors", state["vectors"])
-        self._norms.load_state_dict(state["vectors"])
-        self._step = self._step_version = None
-
-    def _version(self) -> tuple[int, ...]:
-        """Identify the state of the weights: changes with in-place updates, replacements, moves and optimiser steps."""
-        versions = (x for op in self.operators for p in op.parameters for x in (p._version, p.data_ptr()))
-        # Fused optimisers do not count their updates in `_version`.
-        return (optimizer_steps(), *versions)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse to copy a traced graph, whose rules read the modules that they were traced from.
-
-        Raises:
-            TypeError: If the regulariser is traced.
-        """
-        if self._bound.kind == "bound":
-            raise TypeError(
-                "A LipschitzRegularizer over a traced graph cannot be copied or pickled: construct one for the copied "
-                "model, and carry the vectors over with state_dict() and load_state_dict()."
-            )
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give a copy a handle of its own."""
-        self.__dict__.update(state, _handle=compiled.register(self))

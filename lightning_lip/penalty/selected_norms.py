@@ -135,30 +135,9 @@ class SelectedNorms:
         """Return estimates of the L layers' top singular values, (r_l,) each; see :meth:`SpectralNorms.ritz_values`."""
         return self._norms.ritz_values()
 
-    def log_bound(self) -> Tensor:
-        """Return S, the logarithm of :meth:`bound`, shape (), fp64 where the device has it; -inf if a layer is zero."""
-        return self.log_bound_of(self.log_sigma())
-
-    def log_bound_of(self, log_sigma: Tensor) -> Tensor:
-        """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
-        return self._bound.log_bound(log_sigma)
-
-    def bound(self) -> Tensor:
-        """Return the bound with the present estimates, shape (), fp64 where the device has it.
-
-        With a traced graph an *estimate* of a Lipschitz bound of the whole network: the rules are proven, the spectral
-        norms in it are estimates from below. Without one, an *estimate from below* of the product of the selected
-        layers' spectral norms, which bounds the network only if it is the chain of these layers and activations of
-        constant 1. The vectors do not advance.
-
-        Raises:
-            RuntimeError: If the input size of a convolution is not known yet.
-        """
-        return self.log_bound().exp()
-
     @property
     def bound_kind(self) -> str:
-        """What :meth:`bound` is: ``"bound"`` of the whole network over its traced graph, or ``"product"`` of layers."""
+        """What the norms bound: ``"bound"``, the whole network over its traced graph, or ``"product"`` of layers."""
         return self._bound.kind
 
     @property

@@ -190,3 +190,85 @@ def test_ranks_log_together_or_not_at_all():
     done = run_script(DISAGREEING)
     assert "ENDED []" in done.stdout, done.stderr[-3000:]
     assert "has no certificate" in done.stderr
+
+
+def classifier(net, **options):
+    return make_module(lightning, net=net, loss=nn.functional.cross_entropy, **options)
+
+
+def with_a_common_direction():
+    """A trained-looking net whose head has a large direction in common, which no difference of logits sees."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        net[2].weight += 20
+    return net
+
+
+def points():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    return x, torch.utils.data.DataLoader([(x, torch.zeros(40, dtype=torch.long))], batch_size=None)
+
+
+def labelled(net):
+    x, _ = points()
+    y = net(x).argmax(1)
+    return x, y, torch.utils.data.DataLoader([(x, y)], batch_size=None)
+
+
+def test_the_certificates_are_pairwise_where_the_network_ends_in_a_linear_layer():
+    net = with_a_common_direction()
+    x, y, data = labelled(net)
+    logged = validate(classifier(net), data, (0.01, 0.05))
+    features = certify(net[:2], x[:1]).upper
+    for eps in (0.01, 0.05):
+        expected = certified_accuracy(net(x), y, features, eps, last_weight=net[2].weight)
+        assert logged[f"val/certified_accuracy/eps={eps:g}"] == pytest.approx(expected.item())
+        assert certified_accuracy(net(x), y, certify(net, x[:1]).upper, eps) < expected
+    assert logged["val/certified_accuracy/eps=0"] == 1
+
+
+def test_a_head_that_other_operations_follow_is_named():
+    net = with_a_common_direction()
+    x, y, data = labelled(net)
+    whole = nn.Sequential(net, nn.Softmax(1))
+    plain = validate(classifier(whole), data, (0.05,))
+    named = validate(classifier(whole), data, (0.05,), head="net.0.2")
+    features = certify(net[:2], x[:1]).upper
+    expected = certified_accuracy(net(x), y, features, 0.05, last_weight=net[2].weight)
+    assert named["val/certified_accuracy/eps=0.05"] == pytest.approx(expected.item())
+    assert plain["val/certified_accuracy/eps=0.05"] < expected
+    with pytest.raises(ValueError, match="to name a layer"):
+        validate(classifier(whole), data, head="net.9")
+    with pytest.raises(ValueError, match="one linear layer"):
+        validate(classifier(whole), data, head="net.1")
+
+
+def test_a_computed_head_has_no_pairwise_certificate():
+    net = with_a_common_direction()
+    torch.nn.utils.parametrizations.weight_norm(net[2])
+    x, _, _ = labelled(net)
+    assert certify(net, x[:1]).head is None
+    with pytest.raises(ValueError, match="stored weight"):
+        certify(net, x[:1], head=net[2])
+
+
+def test_the_smaller_constant_serves_each_pair():
+    x, y = torch.tensor([[3.0, 0.0, 2.0]]), torch.tensor([0])
+    weight = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [2.9, 0.0]])
+    assert certified_accuracy(x, y, 1.0, 0.6, last_weight=weight) == 0  # class 1: .6 x 6 > 3
+    assert certified_accuracy(x, y, 1.5, 0.6) == 0  # class 2: .6 x 1.5 sqrt(2) > 1
+    assert certified_accuracy(x, y, 1.0, 0.6, last_weight=weight, output_lipschitz=1.5) == 1
+
+
+def test_a_classifier_of_one_class_is_told():
+    net = with_a_common_direction()
+    with torch.no_grad():
+        net[2].weight.zero_()
+        net[2].bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    x, _ = points()
+    data = torch.utils.data.DataLoader([(x, torch.arange(40) % 4)], batch_size=None)
+    with pytest.warns(UserWarning, match="all predictions are class 1, at an accuracy of 0.25"):
+        logged = validate(classifier(net), data, (5.0,))
+    assert logged["val/certified_accuracy/eps=5"] == 0.25
+    assert logged["val/certified_accuracy/eps=0"] == 0.25

@@ -73,6 +73,7 @@ ARGUMENTS = {
         "prefix": "test",
         "max_inputs": 8,
         "batch_dim": None,
+        "head": "net.2",
     },
     "LipschitzConstraint": {
         "target": 3.0,

@@ -138,18 +138,6 @@ def _select(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Depende
     return builder.join(node, "norm", branches, scales, [axis for _, axis in placed])
 
 
-@rule("cat", "concat", "concatenate", "stack")
-def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
-    shape = shape_of(node)
-    dim = a["dim"] % len(shape)
-    branches = [v for v in a["tensors"] if isinstance(v, Dependent)]
-    stacked = "stack" in str(node.target)
-    axes = [v.axis_after(1 if stacked and v.axis is not None and dim <= v.axis else 0) for v in branches]
-    if not stacked and dim in axes:
-        raise SampleAxisError
-    return builder.join(node, "norm", branches, [1.0] * len(branches), axes)
-
-
 @rule("mean", "sum", "amax", "amin", "max", "min", "logsumexp", "linalg_vector_norm", "norm", "frobenius_norm")
 def _reduce(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     name = node.target._schema.name.rpartition("::")[2]  # type: ignore[union-attr]

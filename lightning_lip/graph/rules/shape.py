@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from lightning_lip.graph.builder import (
     Independent,
     RefusedError,
     SampleAxisError,
+    arguments_of,
     dimensions,
     only_input,
     rule,
     shape_of,
 )
+from lightning_lip.graph.tracing import operation_name
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.rigorous.rounding import sqrt_up
 
@@ -64,9 +67,22 @@ def _move(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     value = only_input(a, "other")
     if isinstance(a.get("dtype"), torch.dtype):
         raise RefusedError("a view as another dtype reads the bits anew")
+    result = _carried_out(node, a, _numbers(value))
+    if isinstance(result, Tensor):
+        return _moved(builder, node, value, result)
+    return tuple(_moved(builder, node, value, part) for part in result)
+
+
+def _numbers(value: Dependent) -> Tensor:
+    """Return the numbers of a value's elements, from 1 on, in its shape."""
     numbers = torch.arange(1, 1 + torch.Size(value.shape).numel(), dtype=torch.float64, device="cpu")
+    return numbers.reshape(value.shape)
+
+
+def _carried_out(node: torch.fx.Node, a: dict[str, Any], numbers: Tensor) -> Any:
+    """Return the result of an operation that moves elements, on numbers in place of its first argument."""
     arguments = dict(a)
-    arguments[next(iter(a))] = numbers.reshape(value.shape)
+    arguments[next(iter(a))] = numbers
     for name, argument in a.items():
         if isinstance(argument, (Dependent, Independent)) and name == "other":
             arguments[name] = torch.empty(argument.shape, device="cpu")
@@ -75,10 +91,7 @@ def _move(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     if "pad" in str(node.target) and a.get("value") is not None:
         # Padded elements are 0 here, whatever the constant.
         arguments["value"] = 0.0
-    result = node.target(**arguments)  # type: ignore[operator]
-    if isinstance(result, Tensor):
-        return _moved(builder, node, value, result)
-    return tuple(_moved(builder, node, value, part) for part in result)
+    return node.target(**arguments)  # type: ignore[operator]
 
 
 def _indices(argument: Any) -> Any:
@@ -211,6 +224,89 @@ def _ordered(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Any:
     axis = value.axis_after(-1 if len(shape) < len(value.shape) and is_before else 0)
     result = builder.chain(node, value, sqrt_up(n) if running and n > 1 else 1.0, shape=shape, axis=axis)
     return result if isinstance(node.meta["val"], Tensor) else (result, None)
+
+
+@rule("cat", "concat", "concatenate", "stack")
+def _concatenate(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> Dependent:
+    shape = shape_of(node)
+    dim = a["dim"] % len(shape)
+    branches = [v for v in a["tensors"] if isinstance(v, Dependent)]
+    stacked = "stack" in str(node.target)
+    axes = [v.axis_after(1 if stacked and v.axis is not None and dim <= v.axis else 0) for v in branches]
+    if not stacked and dim in axes:
+        raise SampleAxisError
+    sorted_value = _extremes_of_one(builder, node.args[0]) if len(set(axes)) == 1 else None
+    if sorted_value is not None:
+        return builder.chain(node, sorted_value, how="largest and smallest of disjoint groups", axis=axes[0])
+    return builder.join(node, "norm", branches, [1.0] * len(branches), axes)
+
+
+def _extremes_of_one(builder: Builder, nodes: Any) -> Dependent | None:
+    """Return the value of which two branches are the maxima and the minima of the same disjoint groups of elements.
+
+    MaxMin and GroupSort of two, written out. Side by side they are continuous and, piece by piece, a selection in which
+    no element stands twice, for a group has two elements at least. *Exact*: the constant is 1.
+    """
+    found = [_extreme(builder, node) for node in nodes]
+    if len(found) != 2 or found[0] is None or found[1] is None or found[0][:2] == found[1][:2]:
+        return None
+    (_, root, first), (_, other, second) = found[0], found[1]
+    is_one = root is other and first.shape == second.shape and first.shape[1] > 1
+    if not is_one or any(len(set(g.flatten().tolist())) < g.numel() for g in (first, second)):
+        return None
+    groups = [g.sort(1).values for g in (first, second)]
+    alike = torch.equal(*(g[g[:, 0].argsort()] for g in groups))
+    return builder.values[root] if alike else None
+
+
+def _extreme(builder: Builder, node: torch.fx.Node) -> tuple[str, torch.fx.Node, Tensor] | None:
+    """Return which extreme an operation takes, of what value, and the numbers of the elements by group (n, g)."""
+    if node.target is operator.getitem and node.args[1] == 0:
+        node = node.all_input_nodes[0]
+    name = operation_name(node)
+    if name not in ("max", "min", "amax", "amin", "maximum", "minimum"):
+        return None
+    sources = node.all_input_nodes
+    roots = {_root(source) for source in sources}
+    root = next(iter(roots))
+    if len(roots) != 1 or not isinstance(builder.values[root], Dependent):
+        return None
+    numbers = [_moved_numbers(builder, source, root) for source in sources]
+    dims = arguments_of(node, lambda leaf: leaf).get("dim")
+    if len(numbers) == 2:
+        first, second = (n.expand(shape_of(node)) for n in numbers)
+        groups = torch.stack([first, second], -1)
+    elif isinstance(dims, int) or (isinstance(dims, (list, tuple)) and len(dims) == 1):
+        groups = numbers[0].movedim(dims if isinstance(dims, int) else dims[0], -1)
+    else:
+        return None
+    return "max" if "max" in name else "min", root, groups.flatten(0, -2)
+
+
+def _is_move(node: torch.fx.Node) -> bool:
+    parent = node.all_input_nodes[0] if node.target is operator.getitem else node
+    return operation_name(parent) in (*SAME, *MOVES)
+
+
+def _root(node: torch.fx.Node) -> torch.fx.Node:
+    """Return the last value on the way to a node from which on elements are only moved."""
+    while _is_move(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _moved_numbers(builder: Builder, node: torch.fx.Node, root: torch.fx.Node) -> Any:
+    """Return the numbers of the root's elements where the operations up to a node move them."""
+    path = [node]
+    while path[-1] is not root:
+        path.append(path[-1].all_input_nodes[0])
+    numbers: Any = _numbers(builder.values[root])
+    for step in reversed(path[:-1]):
+        if step.target is operator.getitem:
+            numbers = numbers[step.args[1]]
+        elif operation_name(step) in MOVES:
+            numbers = _carried_out(step, arguments_of(step, lambda leaf: builder.values.get(leaf, leaf)), numbers)
+    return numbers
 
 
 @rule("scatter_add", "index_add", "scatter_reduce")

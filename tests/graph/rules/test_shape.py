@@ -189,3 +189,65 @@ def test_writing_into_a_part_in_place():
         return y
 
     check_bound(Lambda(forward), 4, expected=math.sqrt(9 + 4), n=2)
+
+
+def group_sort(x, size, dim=1):
+    """GroupSort as deel-torchlip writes it."""
+    shape = (*x.shape[:dim], x.shape[dim] // size, size, *x.shape[dim + 1 :])
+    if size == 2:
+        y = x.view(shape)
+        smaller, larger = y.min(dim + 1, keepdim=True)[0], y.max(dim + 1, keepdim=True)[0]
+        return torch.cat([smaller, larger], dim + 1).view(x.shape)
+    return x.reshape(shape).sort(dim + 1)[0].reshape(x.shape)
+
+
+def halves(x, dim=1):
+    first, second = x.split(x.size(dim) // 2, dim)
+    return torch.cat([torch.max(first, second), torch.min(first, second)], dim)
+
+
+SORTED = {
+    "halves": halves,
+    "the last dimension": lambda x: halves(x, -1),
+    "chunks": lambda x: torch.cat([torch.minimum(*x.chunk(2, 1)), torch.maximum(*x.chunk(2, 1))], 1),
+    "groups of two": lambda x: group_sort(x, 2),
+    "groups of four": lambda x: group_sort(x, 4),
+    "neighbours": lambda x: torch.stack(
+        [torch.maximum(x[:, ::2], x[:, 1::2]), torch.minimum(x[:, ::2], x[:, 1::2])], 2
+    ),
+    "swapped": lambda x: torch.cat([torch.maximum(x[:, :2], x[:, 2:]), torch.minimum(x[:, 2:], x[:, :2])], 1),
+    "amax": lambda x: torch.stack([x.unflatten(1, (2, 2)).amax(1), x.unflatten(1, (2, 2)).amin([1])], 1),
+    "three of each": lambda x: torch.cat([x.unflatten(2, (2, 3)).amax(3), x.unflatten(2, (2, 3)).amin(3)], 2),
+    "twice": lambda x: halves(halves(x)),
+}
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_extremes_of_disjoint_groups_side_by_side_have_constant_one(name):
+    check_bound(Lambda(lambda m, x: SORTED[name](x)), 4, 6, n=8, expected=1.0, attained=True)
+
+
+MORE_THAN_ONE = {
+    "maxima twice": lambda x: torch.cat([torch.maximum(*x.chunk(2, 1)), torch.maximum(*x.chunk(2, 1))], 1),
+    "other pairs": lambda x: torch.cat([torch.maximum(*x.chunk(2, 1)), torch.minimum(x[:, ::2], x[:, 1::2])], 1),
+    "groups of one": lambda x: torch.cat([x.unsqueeze(1).amax(1), x.unsqueeze(1).amin(1)], 1),
+    "an element in two groups": lambda x: torch.cat(
+        [torch.maximum(x[:, :1], x[:, 1:]), torch.minimum(x[:, :1], x[:, 1:])], 1
+    ),
+    "three branches": lambda x: torch.cat(
+        [torch.maximum(*x.chunk(2, 1)), torch.minimum(*x.chunk(2, 1)), torch.minimum(*x.chunk(2, 1))], 1
+    ),
+    "of itself": lambda x: torch.cat([torch.maximum(x, x), torch.minimum(x, x)], 1),
+}
+
+
+@pytest.mark.parametrize("name", MORE_THAN_ONE)
+def test_extremes_that_may_take_an_element_twice_count_more(name):
+    bound = NetworkBound.trace(Lambda(lambda m, x: MORE_THAN_ONE[name](x)), torch.zeros(2, 4, 6, dtype=torch.float64))
+    assert bound.log_bound(torch.zeros(0, dtype=torch.float64)).exp() > 1.4
+
+
+def test_extremes_of_two_values_are_no_sorted_pairs():
+    model = Lambda(lambda m, x: torch.cat([torch.maximum(x, 2 * x), torch.minimum(x, 2 * x)], 1))
+    bound = NetworkBound.trace(model, torch.zeros(2, 4, 6, dtype=torch.float64))
+    assert bound.log_bound(torch.zeros(0, dtype=torch.float64)).exp() > 2.2

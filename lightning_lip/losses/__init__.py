@@ -1,0 +1,1 @@
+"""Losses in which the network's Lipschitz bound enters the logits."""
