@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
@@ -153,14 +154,23 @@ def check_floating(name: str, value: object) -> None:
         raise TypeError(f"Expected `{name}` to be a floating-point dtype, torch.float32 say, got {shown(value)}.")
 
 
-def check_callable(name: str, value: object, what: str) -> None:
-    """Check that an argument can be called.
+def check_callable(name: str, value: object, what: str, n_arguments: int | None = None) -> None:
+    """Check that an argument can be called, or that it is a function or module of so many positional arguments.
 
     Raises:
         TypeError: If it cannot.
     """
-    if not callable(value):
+    if not callable(value) or (n_arguments is not None and isinstance(value, type)):
         raise TypeError(f"Expected `{name}` to be a callable {what}, got {shown(value)}.")
+    if n_arguments is None:
+        return
+    try:
+        # A module is called through its forward.
+        inspect.signature(value.forward if isinstance(value, nn.Module) else value).bind(*range(n_arguments))
+    except TypeError as error:
+        raise TypeError(f"Expected `{name}` to be a callable {what}, {shown(value)} is none: {error}.") from None
+    except ValueError:  # a built-in function without a signature
+        pass
 
 
 def check_items(name: str, values: Any, what: str) -> list[Any]:

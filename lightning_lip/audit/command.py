@@ -25,7 +25,7 @@ from lightning_lip.checks import (
     shown,
 )
 from lightning_lip.errors import AuditError, BoundError
-from lightning_lip.models.inputs import BatchDim, call_arguments
+from lightning_lip.models.inputs import BatchDim, call_arguments, check_batch_dim
 from lightning_lip.models.modules import eval_mode
 from lightning_lip.reporting.console import make_console
 from lightning_lip.reporting.documents import versions
@@ -148,11 +148,12 @@ def document(
 
     Raises:
         TypeError: If an argument is of another type.
-        ValueError: If `n_inputs` or `max_bound` is out of range.
+        ValueError: If `n_inputs`, `max_bound` or `batch_dim` is out of range.
     """
     check_type("target", target, str, "a name")
     check_model(model, "document")
     check_type("result", result, (Certificate, Uncertified), "what certify returned")
+    check_batch_dim(batch_dim)
     if not _tensors(example):
         raise TypeError(f"Expected `example` to be an input of the model, got {shown(example)}.")
     if n_inputs is not None:

@@ -157,9 +157,9 @@ class LipschitzPenalty(ObservingCallback):
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
             **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
-            "knee": check_knee(self._arguments["knee"]),
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
+            "knee": check_knee(self._arguments["knee"]),
             **{name: text for name, text in selections.items() if text},
         }
 

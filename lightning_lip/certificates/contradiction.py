@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_lip.graph.bound import NetworkBound
-from lightning_lip.graph.tracing import FAILURES, TracedModel, as_traced
+from lightning_lip.graph.tracing import TracedModel, as_traced
 from lightning_lip.kernels.tensors import full_fp32
-from lightning_lip.models.inputs import call_arguments, floating_dtype, traced_example
+from lightning_lip.models.inputs import FAILURES, call_arguments, floating_dtype, traced_example
 
 SLOPE_TOLERANCE = 1e-5
 """What a measured slope may exceed a bound by, relative: torch rounds constants of some activations to fp32, and its

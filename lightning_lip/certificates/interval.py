@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lip.certificates.chains import chain_of
 from lightning_lip.certificates.contradiction import contradiction
 from lightning_lip.certificates.jacobians import largest_jacobian_norm
-from lightning_lip.checks import check_floating, check_integers, check_model, check_number
+from lightning_lip.checks import check_callable, check_floating, check_integers, check_model, check_number
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import GraphNode, NetworkBound
 from lightning_lip.graph.program import log_up
@@ -193,6 +193,8 @@ def certify(
     check_model(model, "certify")
     check_integers(1, max_inputs=max_inputs)
     check_batch_dim(batch_dim)
+    if on_layer is not None:
+        check_callable("on_layer", on_layer, "(name, number of layers) -> None", 2)
     if not (isinstance(max_chain_flops, float) and max_chain_flops == math.inf):
         max_chain_flops = check_number("max_chain_flops", max_chain_flops)
     check_floating("jacobian_dtype", jacobian_dtype)

@@ -13,9 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_lip.checks import check_finite, check_tensor, check_type
 from lightning_lip.constants.modules import rms_eps
-from lightning_lip.graph.tracing import FAILURES
 from lightning_lip.kernels.tensors import full_fp32, without_autocast
-from lightning_lip.models.inputs import BatchDim
+from lightning_lip.models.inputs import FAILURES, BatchDim
 from lightning_lip.models.modules import eval_mode, parametrizations_uncached, state_kept
 
 CHUNK = 64

@@ -21,6 +21,7 @@ from lightning_lip.checks import check_model
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.whole_modules import WholeModule, traced_whole
 from lightning_lip.models.inputs import (
+    FAILURES,
     BatchDim,
     call_arguments,
     check_batch_dim,
@@ -36,19 +37,6 @@ from lightning_lip.models.modules import (
     walk,
 )
 from lightning_lip.models.sharding import refuse_sharded
-
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    RuntimeError,
-    StopIteration,
-    TypeError,
-    ValueError,
-)
-"""What a forward pass raises that does not run in a dtype or at a point, or that torch.export does not take."""
 
 
 @dataclass(frozen=True)

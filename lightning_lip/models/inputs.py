@@ -13,6 +13,19 @@ from torch.utils import _pytree as pytree
 from lightning_lip.checks import shown
 from lightning_lip.models.modules import parameters_kept
 
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    StopIteration,
+    TypeError,
+    ValueError,
+)
+"""What a forward pass raises that does not run in a dtype or at a point, or that torch.export does not take."""
+
 
 def call_arguments(example_input: object) -> tuple[tuple[object, ...], Mapping[str, object]]:
     """Split an example input into positional and keyword arguments of a model."""
@@ -70,10 +83,10 @@ def check_batch_dim(batch_dim: object) -> None:
     Raises:
         ValueError: If it is neither the first dimension nor None.
     """
-    if batch_dim is not None and (isinstance(batch_dim, bool) or batch_dim != 0):
+    if batch_dim is not None and (type(batch_dim) is not int or batch_dim != 0):
         raise ValueError(
             "Expected `batch_dim` to be 0 (samples lie along the first dimension) or None (the whole input is one "
-            f"sample, as a graph's nodes are), got {batch_dim!r}."
+            f"sample, as a graph's nodes are), got {shown(batch_dim)}."
         )
 
 

@@ -8,7 +8,6 @@ formed: 120 layers of norm 3 overflow fp32, their logarithms do not. The six bui
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_lip.checks import check_number, got, is_finite_number, shown
+from lightning_lip.checks import check_callable, check_number, got, is_finite_number, shown
 from lightning_lip.kernels.penalties import (
     LARGEST_KNEE,
     built_in,
@@ -96,13 +95,7 @@ def get_penalty(penalty: PenaltyName | Penalty, target: float = 1.0, knee: float
         raise ValueError(f"Unknown penalty {penalty!r}: expected one of {names}, or a callable of your own.")
     if not callable(penalty) or isinstance(penalty, type):
         raise TypeError(f"Expected `penalty` to be a name or a callable, got {got(penalty)}.")
-    try:
-        # A module is called through its forward.
-        inspect.signature(getattr(penalty, "forward", penalty)).bind(None, None)
-    except TypeError as error:
-        raise TypeError(f"Expected `penalty` to take (log_sigma, log_bound), {penalty!r} does not: {error}.") from None
-    except ValueError:  # a built-in function without a signature
-        pass
+    check_callable("penalty", penalty, "(log_sigma, log_bound) -> penalty", 2)
     return penalty
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lip.errors import UnsupportedLayerError
-from lightning_lip.models.inputs import call_arguments
+from lightning_lip.models.inputs import FAILURES, call_arguments
 from lightning_lip.models.modules import eval_mode, state_kept
 from lightning_lip.models.sharding import is_dealt_out
 from lightning_lip.operators.base import LinearOperator
@@ -116,11 +116,20 @@ def observe(model: nn.Module, inputs: object) -> Observation:
     Args:
         model: The model.
         inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+
+    Raises:
+        ValueError: If the forward pass fails on them.
     """
     args, kwargs = call_arguments(inputs)
     observer = Observer(model)
     with state_kept(model), eval_mode(model), torch.inference_mode(False), torch.no_grad(), observer:
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except FAILURES as error:
+            raise ValueError(
+                f"Expected `inputs` to be an input of {type(model).__name__}: a tensor, a tuple of arguments "
+                f"or a dict of keyword ones. The forward pass fails on it: {type(error).__name__}: {error}"
+            ) from error
     return Observation(model, observer)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lip.checks import check_callable
 from lightning_lip.constants.modules import ConstantRule, register_constant
 from lightning_lip.constants.pooling import per_dimension
 from lightning_lip.errors import UnsupportedLayerError
@@ -161,5 +162,6 @@ def register_operator(
     if not callable(function):
         raise TypeError(f"Expected `function` to be a callable (module) -> matrix, got {type(function).__name__}.")
     if norm is not None:
+        check_callable("norm", norm, "(module) -> float, or None")
         register_constant(module_type, norm)
     register_matrix(module_type, function)

@@ -40,6 +40,7 @@ ARGUMENTS = {
         "name": "a",
         "knee": 50.0,
         "unknown": "refuse",
+        "batch_dim": None,
     },
     "LipschitzMonitor": {
         "layers": "net.*",
@@ -54,6 +55,7 @@ ARGUMENTS = {
         "unknown": "refuse",
         "health": False,
         "summary": False,
+        "batch_dim": None,
     },
     "NoisyValidation": {
         "noise_levels": [0.0, 0.2],
@@ -70,6 +72,7 @@ ARGUMENTS = {
         "batch_to_xy": f"{__name__}.to_xy",
         "prefix": "test",
         "max_inputs": 8,
+        "batch_dim": None,
     },
     "LipschitzConstraint": {
         "target": 3.0,
@@ -85,6 +88,7 @@ ARGUMENTS = {
         "n_iterations": 2,
         "seed": 1,
         "name": "a",
+        "batch_dim": None,
     },
     "SpectralCaps": {
         "radius": "mup",

@@ -141,8 +141,9 @@ def test_takes_the_mixins_layers(train, make_module):
             return super().training_step(batch, batch_idx) + 0.05 * self.lipschitz_penalty()
 
     module, events = train([LipschitzMonitor()], module=Module())
-    # The mixin's default coefficient is 1: the factor in the loss is the user's own.
-    assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(math.prod(svd_norms(module)), rel=1e-5)
+    # The mixin's default coefficient; the factor in the loss is the user's own.
+    product = math.prod(svd_norms(module))
+    assert events.Scalars("lipschitz/penalty")[-1].value == pytest.approx(1e-3 * product, rel=1e-5)
 
 
 def test_steps_of_an_accumulated_gradient(train):
@@ -422,6 +423,7 @@ def test_hyperparameters_stand_beside_the_users_own(train, pl, make_module, tmp_
         "lipschitz/penalty": "product",
         "lipschitz/coefficient": 0.05,
         "lipschitz/target": 2.0,
+        "lipschitz/knee": 100.0,
         "lipschitz/block_size": 8.0,
         "lipschitz/n_iterations": 1.0,
         "lipschitz/every_n_steps": 1.0,

@@ -436,7 +436,7 @@ def test_layers_that_cannot_be_iterated_are_refused(mesh):
         (convolution, r"Conv2d\): .* DTensor .*, which is supported for linear layers only: .* ignored_params="),
     ):
         with pytest.raises(UnsupportedLayerError, match=reason):
-            LipschitzRegularizer(nn.Sequential(layer), 1.0)
+            LipschitzRegularizer(nn.Sequential(layer), 1.0, unknown="refuse")
     # A validation leaves the outermost module's weights whole.
     with torch.no_grad():
         convolution(torch.zeros(1, 1, 4, 4))
