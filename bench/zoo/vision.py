@@ -136,8 +136,8 @@ def _densenet(models: Any) -> nn.Module:
     return model
 
 
-# At 32 pixels the last maps of some have one pixel, and batch normalisation is over the 8 numbers of the batch. Training
-# with SGD is chaotic then: a coefficient of 1e-9 changes the loss after 20 steps from .9 to 0, or from 1.3 to 9.
+# At 32 pixels the last maps of some have one pixel, and batch normalisation is over the 8 numbers of the batch. SGD is
+# chaotic then: a coefficient of 1e-9 changes the loss after 20 steps from .9 to 0, or from 1.3 to 9.
 TORCHVISION = [
     _torchvision("alexnet", 64),
     _torchvision("vgg11", 32),
