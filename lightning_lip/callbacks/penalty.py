@@ -327,7 +327,7 @@ class LipschitzPenalty(ObservingCallback):
         regularizer = self.regularizer
         moved = regularizer.penalised_parameters() if parameters is None else parameters
         loss, penalty = gradient_norms(moved, lambda: regularizer.accumulate_(scale, advance, parameters))
-        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers, or a
+        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers, a
         # head that begins at zero, with which the penalty has no gradient until it moves.
         self._is_compared = 0 < loss < math.inf and (penalty > 0 or self._n_steps > 3)
         if self._is_compared and tells:
