@@ -22,6 +22,7 @@ from lightning_lip import LipschitzMonitor, LipschitzPenalty, LipschitzRegulariz
 from lightning_lip.bench.zoo.entry import Batch, Entry
 
 STEPS = 20
+NUDGES = 3
 ITERATIONS = 20
 """Of the block iteration, before a traced bound is read."""
 
@@ -46,6 +47,8 @@ class Row:
         left_out: The layers that are left out, by type, as text.
         start: The loss before training.
         losses: After 20 steps, by optimiser, without and with the callbacks; NaN where it is not finite.
+        nudged: Where the training with the callbacks ended too high, by optimiser: the losses of trainings without them
+            from weights changed by a millionth.
         products: The product of the covered norms (log10), by optimiser, at the end without and with.
         seconds: Of the trainings, by optimiser, without and with.
         warnings: What the callbacks warned of.
@@ -62,6 +65,7 @@ class Row:
     left_out: str = ""
     start: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
+    nudged: dict[str, list[float]] = field(default_factory=dict)
     products: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -84,6 +88,11 @@ class Row:
         """Whether both trainings ran, and the one with the callbacks ended near enough."""
         losses = self.losses.get(optimizer, [])
         return len(losses) == 2 and losses[1] <= FACTOR * losses[0] + SLACK
+
+    def unstable(self, optimizer: str) -> bool:
+        """Whether a training without the callbacks ends as much too high from weights changed by a millionth."""
+        nudged = self.nudged.get(optimizer, [])
+        return bool(nudged) and not max(nudged) <= FACTOR * self.losses[optimizer][0] + SLACK
 
     def kept(self, optimizer: str) -> float | None:
         """How much of the decrease of the loss without the callbacks there is with them; None where it is below 1%."""
@@ -151,7 +160,11 @@ def measure(entry: Entry) -> Iterator[Row]:
         for with_callbacks in (False, True):
             row.stage = f"{optimizer} {'with' if with_callbacks else 'without'} the callbacks"
             yield row
-            _train(entry, batch, optimizer, with_callbacks, row)
+            _compare(entry, batch, optimizer, with_callbacks, row)
+        if not row.within(optimizer):
+            row.stage = f"{optimizer} without the callbacks, nudged"
+            yield row
+            row.nudged[optimizer] = [_nudged(entry, batch, optimizer, seed) for seed in range(NUDGES)]
     row.stage = "trace"
     yield row
     trace(entry, batch, row)
@@ -159,26 +172,14 @@ def measure(entry: Entry) -> Iterator[Row]:
     yield row
 
 
-def _train(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row: Row) -> None:
-    """Train for 20 steps and add what came of it to the row."""
+def _compare(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row: Row) -> None:
+    """Train, and add what came of it to the row."""
     module = Module(entry, optimizer)
     penalty = LipschitzPenalty()
-    callbacks: list[pl.Callback] = [penalty, LipschitzMonitor()] if with_callbacks else []
-    torch.manual_seed(2)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            log_every_n_steps=STEPS // 2,
-            logger=TensorBoardLogger(folder),
-            callbacks=callbacks,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
+        _train(module, batch, [penalty, LipschitzMonitor()] if with_callbacks else [])
     row.seconds.setdefault(optimizer, []).append(round(time.perf_counter() - start, 2))
     row.losses.setdefault(optimizer, []).append(module.loss(batch))
     if not with_callbacks:
@@ -190,6 +191,34 @@ def _train(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, row
     row.products.setdefault(optimizer, []).append(float(penalty.regularizer.log_bound()) / math.log(10))
     told = {str(w.message).split("\n")[0] for w in caught if "lipschitz" in str(w.message).lower()}
     row.warnings = sorted({*row.warnings, *told})
+
+
+def _nudged(entry: Entry, batch: Batch, optimizer: str, seed: int) -> float:
+    """Return the loss after a training without the callbacks, from weights changed by a millionth."""
+    module = Module(entry, optimizer)
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=rng)
+    _train(module, batch, [])
+    return module.loss(batch)
+
+
+def _train(module: Module, batch: Batch, callbacks: list[pl.Callback]) -> None:
+    """Train for 20 steps."""
+    torch.manual_seed(2)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            log_every_n_steps=STEPS // 2,
+            logger=TensorBoardLogger(folder),
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(Repeated(batch), batch_size=None))
 
 
 def _counted(kinds: Iterable[str]) -> str:

@@ -18,7 +18,11 @@ COLUMNS = [
     "model",
     "holds",
     "loss_at_start",
-    *(f"{name}_{what}" for name in OPTIMIZERS for what in ("loss_without", "loss_with", "kept", "log10_product")),
+    *(
+        f"{name}_{what}"
+        for name in OPTIMIZERS
+        for what in ("loss_without", "loss_with", "kept", "log10_product", "nudged_without")
+    ),
     "parameters",
     "covered",
     "share",
@@ -45,6 +49,7 @@ def _cells(row: Row) -> list[Any]:
         without, with_callbacks = (_number(x) for x in _pair(row.losses.get(name, [])))
         products = row.products.get(name, [])
         losses += [without, with_callbacks, _number(row.kept(name)), _number(products[-1]) if products else ""]
+        losses.append(" ".join(_number(loss) for loss in row.nudged.get(name, [])))
     seconds = [sum(_pair(row.seconds.get(name, []))[side] or 0.0 for name in OPTIMIZERS) for side in (0, 1)]
     return [
         row.name,
@@ -130,7 +135,8 @@ def _line(row: Row) -> str:
     for name in OPTIMIZERS:
         without, with_callbacks = _pair(row.losses.get(name, []))
         bold = "" if row.within(name) else "**"
-        losses.append(f"{bold}{_number(without)} → {_number(with_callbacks)}{bold}")
+        mark = "†" if row.unstable(name) else ""
+        losses.append(f"{bold}{_number(without)} → {_number(with_callbacks)}{bold}{mark}")
     if row.log10_bound is not None:
         bound = "0" if math.isinf(row.log10_bound) else f"10^{row.log10_bound:.1f}"
     else:

@@ -327,8 +327,9 @@ class LipschitzPenalty(ObservingCallback):
         regularizer = self.regularizer
         moved = regularizer.penalised_parameters() if parameters is None else parameters
         loss, penalty = gradient_norms(moved, lambda: regularizer.accumulate_(scale, advance, parameters))
-        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers.
-        self._is_compared = 0 < loss < math.inf
+        # A first step may be none: a gradient scaler that begins too high, a loss that does not reach these layers, a
+        # head that begins at zero, with which the penalty has no gradient until it moves.
+        self._is_compared = 0 < loss < math.inf and (penalty > 0 or self._n_steps > 3)
         if self._is_compared and tells:
             # Without warm-up: what is meant is the coefficient.
             warning = out_of_scale(loss, penalty / (self._warmup() * self.every_n_steps), self.coefficient)

@@ -268,6 +268,15 @@ def test_a_penalty_out_of_scale_is_told_once_with_a_coefficient_to_try(
     assert not told_of_scale(record)
 
 
+def test_with_a_head_that_begins_at_zero_the_scale_is_compared_once_it_moves(fit, make_module):
+    """The product is zero at the first step, and its gradient steep at the second."""
+    module = make_module(lightning, optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-4))
+    nn.init.zeros_(module.net[-1].weight)
+    with pytest.warns(UserWarning, match=SCALE) as record:
+        fit(LipschitzPenalty(100.0), module=module, max_epochs=3)
+    assert len(told_of_scale(record)) == 1
+
+
 def test_a_training_that_goes_on_is_not_compared_again(fit, tmp_path):
     penalty = LipschitzPenalty(100.0)
     with pytest.warns(UserWarning, match=SCALE):

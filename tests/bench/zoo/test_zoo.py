@@ -66,7 +66,11 @@ def test_a_penalty_that_destroys_the_training_is_found(monkeypatch):
     assert not row.error
     assert not row.holds
     assert row.kept("sgd") < 0.5
+    # The training without it is stable, so that it is the penalty's doing.
+    assert row.nudged["sgd"] == pytest.approx([row.losses["sgd"][0]] * 3, rel=1e-2)
+    assert not row.unstable("sgd")
     assert "**" in page([row], {})
+    assert "†" not in page([row], {})
 
 
 def test_a_model_that_fails_or_takes_too_long_is_a_row():
@@ -139,6 +143,8 @@ def test_a_row_holds_only_if_everything_ran_and_no_loss_suffered():
     assert not worse.within("sgd")
     assert not worse.within("adam")
     assert not failed.holds
+    assert not worse.unstable("sgd")
+    assert replace(worse, nudged={"sgd": [1.0, 2.2, 1.0]}).unstable("sgd")
     assert as_row(json.loads(json.dumps(asdict(done)))) == done
 
 
