@@ -240,10 +240,10 @@ class LipschitzMonitor(ObservingCallback):
             return
         self._lay_out(trainer)
         logging = is_logging_step(trainer)
-        if self._core is not None:
+        if self._core is not None and self._core.operators:
             self._core.iterate()
         kept: dict[str, float] = {}
-        for source in self._sources:
+        for source in filter(_has_layers, self._sources):
             metrics, norms, shares = source.measure()
             if logging:
                 source.remember(logging_step(trainer), norms, shares)
@@ -261,7 +261,7 @@ class LipschitzMonitor(ObservingCallback):
         step = logging_step(trainer) - 1
         if not has_tensorboard(trainer):
             return
-        for source in self._sources:
+        for source in filter(_has_layers, self._sources):
             spectra = source.regularizer.ritz_values()  # on every rank: those of sharded weights are sums over ranks
             for writer in tensorboard_writers(trainer):
                 _draw(writer, source, spectra, step)
@@ -343,6 +343,11 @@ class LipschitzMonitor(ObservingCallback):
         for source in self._sources:
             if source.tag in state["histories"]:
                 source.restore(state["histories"][source.tag])
+
+
+def _has_layers(source: Source) -> bool:
+    """Whether layers are known: where only a forward pass shows them, a first step that was skipped showed none."""
+    return bool(source.names)
 
 
 def _penalties(trainer: Any) -> list[LipschitzPenalty]:

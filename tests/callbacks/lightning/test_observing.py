@@ -194,3 +194,24 @@ def test_a_compiled_module_is_watched_and_compiles(train):
     train(penalty := LipschitzPenalty(), module=module)
     assert list(penalty.regularizer.spectral_norms()) == NAMES
     assert compiled
+
+
+class Recurrent(Net):
+    """A recurrent layer alone, whose weights only a forward pass shows; the first batch is skipped before that."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.LSTM(4, 1), First())
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
+def test_nothing_is_logged_before_a_layer_is_known(train, tmp_path):
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    train(LipschitzMonitor(), LipschitzPenalty(), module=Recurrent(), logger=logger)
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("lipschitz/product")]
+    assert rows
+    assert all(float(row["lipschitz/spectral_norm/net.0.weight_hh_l0"]) >= 0 for row in rows)
