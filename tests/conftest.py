@@ -72,15 +72,21 @@ def pl(request):
 
 
 @pytest.fixture
-def told():
+def told(monkeypatch):
     """Return the texts that the package has told for information since the test began."""
     texts = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
     logger = rank_zero.log
+    # Whatever an earlier test in this process made of them.
+    monkeypatch.setattr(logger, "disabled", False)
+    monkeypatch.setattr(rank_zero.rank_zero_only, "rank", 0, raising=False)
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield texts
     logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.fixture

@@ -469,7 +469,7 @@ def test_what_needs_whole_weights_is_refused(mesh, is_whole):
         (lambda: MaxNorm(1.0).on_train_start(None, model), "MaxNorm", "remove the callback"),
         (
             regularizer.value,
-            r"LipschitzRegularizer.value\(\), and LipschitzMixin",
+            r"A penalty or bound with a gradient, LipschitzMixin's too",
             r"Use LipschitzPenalty, or add_grad_",
         ),
     ):

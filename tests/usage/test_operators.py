@@ -170,7 +170,7 @@ def test_a_registered_matrix_counts_and_no_certificate_rests_on_it():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"), [((int, len), "module_type"), ((Mirror, 3), "function"), ((Mirror, len, 3), "rule")]
+    ("arguments", "error"), [((int, len), "module_type"), ((Mirror, 3), "function"), ((Mirror, len, 3), "norm")]
 )
 def test_wrong_arguments_are_refused(arguments, error):
     with pytest.raises(TypeError, match=error):
