@@ -175,7 +175,7 @@ def _log_bound(network: nn.Module, regularizer: LipschitzRegularizer | None) -> 
     network.eval()
     for _ in range(20):
         regularizer.iterate()
-    found = float(regularizer.log_bound())
+    found = float(regularizer.log_bound().detach())
     network.train(was_training)
     return found if math.isfinite(found) else None
 

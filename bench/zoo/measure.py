@@ -188,7 +188,9 @@ def _compare(entry: Entry, batch: Batch, optimizer: str, with_callbacks: bool, r
     row.covered = round(coverage.share * row.parameters)
     row.layers = _counted(coverage.layers.values())
     row.left_out = _counted(layer.kind for layer in coverage.skipped)
-    row.products.setdefault(optimizer, []).append(float(penalty.regularizer.log_bound()) / math.log(10))
+    with torch.no_grad():
+        log_product = float(penalty.regularizer.log_bound())
+    row.products.setdefault(optimizer, []).append(log_product / math.log(10))
     told = {str(w.message).split("\n")[0] for w in caught if "lipschitz" in str(w.message).lower()}
     row.warnings = sorted({*row.warnings, *told})
 
@@ -199,7 +201,7 @@ def _nudged(entry: Entry, batch: Batch, optimizer: str, seed: int) -> float:
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter *= 1 + 1e-6 * torch.randn(parameter.shape, generator=rng)
+            parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=rng))
     _train(module, batch, [])
     return module.loss(batch)
 
@@ -239,7 +241,7 @@ def trace(entry: Entry, batch: Batch, row: Row) -> None:
         return
     for _ in range(ITERATIONS):
         regularizer.iterate()
-    row.log10_bound = float(regularizer.log_bound()) / math.log(10)
+    row.log10_bound = float(regularizer.log_bound().detach()) / math.log(10)
 
 
 def _reasons(text: str) -> list[str]:

@@ -154,7 +154,7 @@ def register_operator(
         ...     def forward(self, x):
         ...         return x - 2 * (x @ self.v)[:, None] * self.v
         >>> register_operator(Mirror, lambda module: torch.eye(3) - 2 * torch.outer(module.v, module.v))
-        >>> LipschitzRegularizer(Mirror(), coefficient=1.0).bound().round(decimals=4)
+        >>> LipschitzRegularizer(Mirror(), coefficient=1.0).bound().detach().round(decimals=4)
         tensor(5., dtype=torch.float64)
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
