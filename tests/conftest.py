@@ -62,6 +62,10 @@ def _seeded_on_one_thread_in_a_folder(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     for name in SET_BY_TESTS:
         os.environ.pop(name, None)
+    # An autocast region left open would make every later one of this process keep the weights that it cast first.
+    torch.autocast_increment_nesting()
+    assert torch.autocast_decrement_nesting() == 0, "an autocast region was left open"
+    assert torch.is_grad_enabled(), "gradients were left disabled"
 
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])

@@ -150,13 +150,13 @@ class LipschitzPenalty(ObservingCallback):
 
     @property
     def hyperparameters(self) -> dict[str, float | str]:
-        """The arguments that tell training runs apart, as numbers and text."""
+        """The arguments that say what is penalised, as numbers and text; not how closely the norms are followed."""
         penalty = self._arguments["penalty"]
         selections = {name: selection_text(self._arguments[name]) for name in ("layers", "exclude")}
         return {
             "penalty": penalty if isinstance(penalty, str) else getattr(penalty, "__name__", type(penalty).__name__),
             "coefficient": self.coefficient,
-            **{name: self._arguments[name] for name in ("target", "block_size", "n_iterations")},
+            "target": self._arguments["target"],
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
             "knee": check_knee(self._arguments["knee"]),

@@ -424,8 +424,6 @@ def test_hyperparameters_stand_beside_the_users_own(train, pl, make_module, tmp_
         "lipschitz/coefficient": 0.05,
         "lipschitz/target": 2.0,
         "lipschitz/knee": 100.0,
-        "lipschitz/block_size": 8.0,
-        "lipschitz/n_iterations": 1.0,
         "lipschitz/every_n_steps": 1.0,
         "lipschitz/warmup_steps": 0.0,
         "lipschitz/layers": "net.0, net.2",
