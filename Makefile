@@ -12,7 +12,7 @@ SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spec
 	penalty $(addprefix callbacks/test_,$(addsuffix .py,certified_validation constraint lightning_cli loggers max_norm \
 	monitor noisy_validation penalty resume)))
 
-.PHONY: reproduce test test-short test-libraries lint format docs pictures bench bench-kernels bench-gpu zoo clean
+.PHONY: reproduce test test-short test-libraries lint format docs release pictures bench bench-kernels bench-gpu zoo clean
 
 reproduce: $(VENV)/.installed
 	@echo "The paper's experiment on its real data: about 2 minutes."
@@ -49,6 +49,10 @@ format: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# sdist and wheel in dist/, checked; ARGS=--draft before CHANGELOG.md has the version and its date.
+release: $(VENV)/.installed
+	$(BIN)/python .ci/release.py $(ARGS)
 
 # The pictures in docs/pictures: needs Chromium and its driver.
 pictures: $(VENV)/.installed

@@ -1,5 +1,7 @@
 """See, penalise, bound and certify the Lipschitz constant of a network while it trains."""
 
+from importlib.metadata import version
+
 from lightning_lip.callbacks import (
     CertifiedValidation,
     LipschitzConstraint,
@@ -49,3 +51,6 @@ __all__ = [
     "register_constant",
     "register_operator",
 ]
+
+__version__ = version("lightning-lip")
+"""The version of the installed package, which pyproject.toml states."""

@@ -21,6 +21,8 @@ PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 # ``` {.python .no-run}.
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RUNNABLE = [page for page in PAGES if BLOCK.search((DOCS / page).read_text())]
+# What a page needs beside the package itself.
+NEEDS = {"recipes/hugging-face.md": ("transformers", "accelerate")}
 
 
 def test_there_are_pages_with_code():
@@ -30,6 +32,8 @@ def test_there_are_pages_with_code():
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_the_code_of_a_page_runs(page, monkeypatch):
+    for package in NEEDS.get(page, ()):
+        pytest.importorskip(package, reason=f"needs {package}, of the extra `dev`")
     monkeypatch.setattr(constants, "_RULES", dict(constants._RULES))  # pages register constants of their own
     text = (DOCS / page).read_text()
     namespace = {"__name__": f"docs_{Path(page).stem}".replace("-", "_")}

@@ -39,9 +39,10 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_all_examples_are_tested():
-    listed = set(re.findall(r"\]\(([\w/.]+\.(?:py|yaml))\)", (EXAMPLES / "README.md").read_text()))
-    files = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".py", ".yaml")}
-    assert listed == files == {"train.py", "cli/main.py", "cli/config.yaml", "third_party.py", "fabric.py", "plain.py"}
+    listed = set(re.findall(r"\]\(([\w/.]+\.(?:py|yaml|ipynb))\)", (EXAMPLES / "README.md").read_text()))
+    files = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".py", ".yaml", ".ipynb")}
+    scripts = {"train.py", "cli/main.py", "cli/config.yaml", "third_party.py", "fabric.py", "plain.py"}
+    assert listed == files == scripts | {"quickstart.ipynb"}
 
 
 @pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
@@ -82,3 +83,37 @@ def test_cli(run, package, tmp_path):
     # The module's example input lets the callbacks trace its graph.
     assert {"lipschitz/bound", "lipschitz/penalty", "lipschitz/certified", "val/noisy_mae/eta=0.2", "val/mse"} <= tags
     assert "val/certified_worst_case_mae/eps=0.05" in tags
+
+
+def texts_and_pictures(notebook):
+    """Return what a notebook's cells print, and the pictures that they show, in base64."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    return text, [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+
+
+def test_quickstart(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient, of the extra `dev`")
+    nbformat = pytest.importorskip("nbformat", reason="needs nbformat, of the extra `dev`")
+    pytest.importorskip("ipykernel", reason="needs ipykernel, of the extra `dev`")
+    stored = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    code = [cell for cell in stored.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert "stderr" not in [output.get("name") for cell in code for output in cell.outputs]
+    text, pictures = texts_and_pictures(stored)
+    assert len(pictures) == 2
+    assert all(len(picture) < 60_000 for picture in pictures)
+
+    notebook = nbformat.from_dict(stored)
+    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert list(tmp_path.iterdir()) == []
+    now, drawn = texts_and_pictures(notebook)
+    assert len(drawn) == 2
+    assert re.sub(r"[\d.]+", "#", now) == re.sub(r"[\d.]+", "#", text)
+    (before, product), (after, smaller) = re.findall(r"accuracy (\d\.\d+), product (\d+\.\d+)", now)
+    assert min(float(before), float(after)) > 0.9
+    assert float(smaller) < 0.5 * float(product)
+    for lower, upper in re.findall(r"in \[([\d.]+), ([\d.]+)\]", now):
+        assert 0.5 * float(upper) < float(lower) <= float(upper)

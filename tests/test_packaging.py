@@ -5,6 +5,7 @@ Every path that is not in `PUBLIC` is private and may move.
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import lightning_lip
 
@@ -58,7 +60,7 @@ def run(command, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel from a copy: a build leaves folders in its source tree, which other tests would see."""
+    """Build the sdist and, from it, the wheel, from a copy: a build leaves folders in its source tree."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -69,7 +71,7 @@ def wheel(tmp_path_factory):
     out = tmp_path_factory.mktemp("wheel")
     # Isolation fetches setuptools from the network: only where the environment has none.
     isolation = ["--no-isolation"] if importlib.util.find_spec("setuptools") else []
-    run([sys.executable, "-m", "build", "--wheel", *isolation, "--outdir", str(out), str(source)], cwd=out)
+    run([sys.executable, "-m", "build", *isolation, "--outdir", str(out), str(source)], cwd=out)
     (path,) = out.glob("*.whl")
     return path
 
@@ -159,6 +161,8 @@ def test_the_wheel_works_without_the_checkout(unpacked, tmp_path):
         f"(found,) = distributions(name='lightning-lip', path=[{str(unpacked)!r}])\n"
         "(command,) = [e for e in found.entry_points if e.group == 'console_scripts']\n"
         "assert command.name == 'lightning-lip'\n"
+        "import lightning_lip\n"
+        f"assert lightning_lip.__version__ == found.version == {declared_version()!r}, found.version\n"
         "print(sys.modules[command.load().__module__].__file__)\n"
     )
     output = run([sys.executable, "-c", code], cwd=tmp_path, PYTHONPATH=str(unpacked))
@@ -166,6 +170,26 @@ def test_the_wheel_works_without_the_checkout(unpacked, tmp_path):
     assert len(files) == len(packages()) + 1
     elsewhere = [file for file in files if unpacked.resolve() not in file.parents]
     assert not elsewhere, f"imported from outside the wheel, so missing in pyproject.toml: {elsewhere}"
+
+
+def declared_version():
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return version
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == declared_version()
+    assert {"cff-version", "message", "title", "authors", "license", "date-released"} <= set(citation)
+
+
+def test_ci_runs_every_python_that_is_declared():
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', text)
+    assert f'requires-python = ">={declared[0]}"' in text
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["pythons"]["strategy"]["matrix"]["python"] == declared
+    assert ".ci/run" in [step.get("run") for step in jobs["whole"]["steps"]]
 
 
 def test_importing_keeps_the_logger_of_lightnings_messages():
