@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 from lightning_lip.kernels.penalties import PENALTY_CODES
 from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, penalty_slope, power_step
+from lightning_lip.kernels.symbol import Symbol
 from lightning_lip.kernels.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Iteration(Protocol):
     def vectors(self) -> list[Tensor]:
         """The present blocks; they may be views that the next step overwrites."""
 
-    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
+    def power_step(
+        self, weights: Sequence[Tensor], n_iterations: int, scales: Sequence[Tensor | None] | None = None
+    ) -> PowerStep:
         """Advance the blocks as :func:`power_step` does; the vectors returned may be overwritten by the next step."""
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -72,6 +75,7 @@ class Iteration(Protocol):
         level: float,
         scale: float,
         multiplicities: Sequence[int],
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Advance, and add the gradient of ``scale * penalty`` of :func:`penalty_slope`; return that, shape ().
 
@@ -154,22 +158,34 @@ def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = Non
 
 
 def iterations_for(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], backend: Backend | None = None
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    backend: Backend | None = None,
+    symbols: Sequence[Symbol | None] | None = None,
 ) -> list[tuple[list[int], Iteration]]:
     """Return iterations that together serve all weights, each with the indices of its own.
 
     Weights of one backend, device and dtype share an iteration: one call, one launch.
 
     Args:
-        weights: L matrices, each of shape (m_l, n_l).
-        vectors: L starting blocks, each of shape (r_l, min(m_l, n_l)).
+        weights: L matrices, each of shape (m_l, n_l), or kernels of convolutions.
+        vectors: L starting blocks, each of shape (r_l, min(m_l, n_l)); of a kernel, its starting state.
         backend: As in :func:`choose_backend`.
+        symbols: What each kernel is iterated as, None for a matrix; None where all are matrices.
     """
     groups: dict[tuple[str, torch.device, torch.dtype], list[int]] = {}
-    for index, (weight, block) in enumerate(zip(weights, vectors, strict=True)):
-        name = choose_backend(weight, len(block), backend)
+    symbols = symbols or [None] * len(weights)
+    for index, (weight, block, symbol) in enumerate(zip(weights, vectors, symbols, strict=True)):
+        # The compiled kernels do not serve symbols yet.
+        name = choose_backend(weight, len(block), backend) if symbol is None else "reference"
         groups.setdefault((name, weight.device, weight.dtype), []).append(index)
     return [
-        (indices, _implementation(name)([weights[i] for i in indices], [vectors[i] for i in indices]))  # type: ignore[call-arg]
+        (
+            indices,
+            _implementation(name)(  # type: ignore[call-arg]
+                *([of[i] for i in indices] for of in (weights, vectors)),
+                *([[symbols[i] for i in indices]] if any(symbols[i] for i in indices) else []),
+            ),
+        )
         for (name, _, _), indices in groups.items()
     ]
