@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.kernels.waves import Geometry, waves_of
 
 MOMENTUM = 0.2
@@ -130,6 +131,7 @@ class SymbolStep(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast()
 def symbol_step(kernel: Tensor, state: Tensor, geometry: Geometry, n_waves: int, n_iterations: int = 1) -> SymbolStep:
     """Advance the waves of a layer and return the leading one.
 

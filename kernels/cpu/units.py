@@ -19,7 +19,6 @@ from lightning_lip.kernels.cpu.compiled.symbol import scratch_sizes
 from lightning_lip.kernels.symbol import Symbol
 from lightning_lip.kernels.waves import Geometry, waves_of
 
-
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of weights that compiled kernels know, and of gradients."""
 
