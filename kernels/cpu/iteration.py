@@ -341,8 +341,8 @@ class CpuIteration:
             scales: As in :meth:`power_step`.
 
         Returns:
-            ``scale * penalty``, shape (), fp32; the next call overwrites it, and `coefficients` too. A layer that is exactly zero gets no
-            gradient, nor does one whose coefficient is not finite.
+            ``scale * penalty``, shape (), fp32; the next call overwrites it, and `coefficients` too. A layer that is
+            exactly zero gets no gradient, nor does one whose coefficient is not finite.
         """
         self._take_weights(weights)
         self._take_scales(scales)
