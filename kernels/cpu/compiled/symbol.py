@@ -25,7 +25,8 @@ from lightning_lip.kernels.cpu.compiled.registers import (
     turn_and_add,
 )
 from lightning_lip.kernels.cpu.compiled.ritz import largest, new_scale
-from lightning_lip.kernels.symbol import LEAST_CURVATURE, LONGEST_STEP, MOMENTUM, N_NEWTON_STEPS, SAME_WAVE
+from lightning_lip.kernels.frequencies import LEAST_CURVATURE, LONGEST_STEP, N_NEWTON_STEPS
+from lightning_lip.kernels.symbol import MOMENTUM, SAME_WAVE
 
 _STRIP = 32
 """Columns whose sums over pairs of taps are formed at a time: their taps lie in the first-level cache."""
@@ -120,7 +121,10 @@ def _derive(row: I64, real: F64, imaginary: F64, w: F64, powers: F64, out: F64) 
             out[1 + a] -= odd * lags[d * dims + a]
             for b in range(a + 1):
                 out[4 + 3 * a + b] += even * lags[d * dims + a] * lags[d * dims + b]
+    halves = f64(row[at.HALVES], dims)
     for a in range(dims):
+        if halves[a] == 0.0:  # f is constant along this dimension, and the way there 0
+            out[4 + 4 * a] = 1.0 + abs(value)
         for b in range(a):
             out[4 + 3 * b + a] = out[4 + 3 * a + b]
     out[0] = value
