@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_lip.kernels.cpu.layout import MAX_BLOCK_SIZE
 from lightning_lip.kernels.penalties import PENALTY_CODES
 from lightning_lip.kernels.reference import PowerStep, ReferenceIteration, penalty_slope, power_step
+from lightning_lip.kernels.symbol import Symbol
 from lightning_lip.kernels.tensors import is_sharded
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Iteration(Protocol):
     def vectors(self) -> list[Tensor]:
         """The present blocks; they may be views that the next step overwrites."""
 
-    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
+    def power_step(
+        self, weights: Sequence[Tensor], n_iterations: int, scales: Sequence[Tensor | None] | None = None
+    ) -> PowerStep:
         """Advance the blocks as :func:`power_step` does; the vectors returned may be overwritten by the next step."""
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
@@ -72,6 +75,7 @@ class Iteration(Protocol):
         level: float,
         scale: float,
         multiplicities: Sequence[int],
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Advance, and add the gradient of ``scale * penalty`` of :func:`penalty_slope`; return that, shape ().
 
@@ -87,27 +91,34 @@ def _implementation(backend: str) -> type[Iteration]:
     return ReferenceIteration
 
 
-def _why_not(backend: str, weight: Tensor, block_size: int) -> str | None:
+def _why_not(backend: str, weight: Tensor, block_size: int, symbol: Symbol | None = None) -> str | None:
     """Return why a backend cannot serve a weight, in words, or None if it can."""
     if backend == "reference":
         return None
     if is_sharded(weight):
         return "it is a DTensor (FSDP2, tensor parallel)"
-    reason: str | None = _implementation(backend).why_not(weight, block_size)  # type: ignore[attr-defined]
+    if symbol is not None and backend == "gpu":
+        return "the symbols of convolutions are not compiled for a GPU yet"
+    arguments = (weight, block_size) if symbol is None else (weight, block_size, symbol)
+    reason: str | None = _implementation(backend).why_not(*arguments)  # type: ignore[attr-defined]
     return reason
 
 
 _already_told: set[str] = set()
 
 
-def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = None) -> str:
+def choose_backend(
+    weight: Tensor, block_size: int, backend: Backend | None = None, symbol: Symbol | None = None
+) -> str:
     """Return the backend for a weight: by its device, or the one asked for by argument or environment.
 
     Args:
-        weight: Shape (m, n).
+        weight: Shape (m, n), or a convolution's kernel.
         block_size: Vectors, r.
         backend: The backend to force; None asks the environment variable ``LIGHTNING_LIP_BACKEND``, then the device.
-            An automatic choice that cannot serve falls back to the reference, and logs the reason once.
+            An automatic choice that cannot serve falls back to the reference, and logs the reason once. So does one
+            that cannot serve a symbol, forced or not: nothing but the reference serves all of them.
+        symbol: What a kernel is iterated as; None for a matrix.
 
     Raises:
         ValueError: If the backend asked for is unknown or cannot serve this weight; the message says why.
@@ -115,14 +126,16 @@ def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = No
     forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced is not None:
         check_backend(forced)
-        reason = _why_not(forced, weight, block_size)
-        if reason is not None:
+        reason = _why_not(forced, weight, block_size, symbol)
+        if reason is not None and symbol is None:
             raise ValueError(f"The backend {forced!r} cannot serve a weight of shape {tuple(weight.shape)}: {reason}.")
-        return forced
-    natural = {"cpu": "cpu", "cuda": "gpu"}.get(weight.device.type, "reference")
-    reason = _why_not(natural, weight, block_size)
-    if reason is None:
-        return natural
+        if reason is None:
+            return forced
+    else:
+        natural = {"cpu": "cpu", "cuda": "gpu"}.get(weight.device.type, "reference")
+        reason = _why_not(natural, weight, block_size, symbol)
+        if reason is None:
+            return natural
     if reason not in _already_told:
         _already_told.add(reason)
         _logger.info("Some weights are served by the PyTorch reference instead of the compiled kernels: %s.", reason)
@@ -154,22 +167,33 @@ def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = Non
 
 
 def iterations_for(
-    weights: Sequence[Tensor], vectors: Sequence[Tensor], backend: Backend | None = None
+    weights: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    backend: Backend | None = None,
+    symbols: Sequence[Symbol | None] | None = None,
 ) -> list[tuple[list[int], Iteration]]:
     """Return iterations that together serve all weights, each with the indices of its own.
 
     Weights of one backend, device and dtype share an iteration: one call, one launch.
 
     Args:
-        weights: L matrices, each of shape (m_l, n_l).
-        vectors: L starting blocks, each of shape (r_l, min(m_l, n_l)).
+        weights: L matrices, each of shape (m_l, n_l), or kernels of convolutions.
+        vectors: L starting blocks, each of shape (r_l, min(m_l, n_l)); of a kernel, its starting state.
         backend: As in :func:`choose_backend`.
+        symbols: What each kernel is iterated as, None for a matrix; None where all are matrices.
     """
     groups: dict[tuple[str, torch.device, torch.dtype], list[int]] = {}
-    for index, (weight, block) in enumerate(zip(weights, vectors, strict=True)):
-        name = choose_backend(weight, len(block), backend)
+    symbols = symbols or [None] * len(weights)
+    for index, (weight, block, symbol) in enumerate(zip(weights, vectors, symbols, strict=True)):
+        name = choose_backend(weight, len(block), backend, symbol)
         groups.setdefault((name, weight.device, weight.dtype), []).append(index)
     return [
-        (indices, _implementation(name)([weights[i] for i in indices], [vectors[i] for i in indices]))  # type: ignore[call-arg]
+        (
+            indices,
+            _implementation(name)(  # type: ignore[call-arg]
+                *([of[i] for i in indices] for of in (weights, vectors)),
+                *([[symbols[i] for i in indices]] if any(symbols[i] for i in indices) else []),
+            ),
+        )
         for (name, _, _), indices in groups.items()
     ]

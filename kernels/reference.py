@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lightning_lip.kernels.penalties import PENALTY_CODES, built_in
+from lightning_lip.kernels.symbol import Symbol, symbol_step
 from lightning_lip.kernels.tensors import without_autocast
 
 
@@ -36,9 +37,10 @@ class PowerStep(NamedTuple):
 
     Attributes:
         sigma: Estimates (from below) of the L spectral norms, shape (L,), fp32 (fp64 if a weight is fp64).
-        left: L unit vectors ``u_l``, each of shape (m_l,); zeros where the weight is exactly zero.
-        right: L unit vectors ``v_l``, each of shape (n_l,); ``u_l^T W_l v_l = sigma_l``.
-        vectors: The next blocks, each of shape (r_l, min(m_l, n_l)) with orthonormal rows.
+        left: L unit vectors ``u_l``, each of shape (m_l,); zeros where the weight is exactly zero. Of a symbol,
+            real and imaginary part: see :class:`~lightning_lip.kernels.symbol.SymbolStep`.
+        right: L unit vectors ``v_l``, each of shape (n_l,); ``u_l^T W_l v_l = sigma_l``. Of a symbol, two rows too.
+        vectors: The next blocks, each of shape (r_l, min(m_l, n_l)) with orthonormal rows; of a symbol, its state.
     """
 
     sigma: Tensor
@@ -197,10 +199,11 @@ def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iteration
 
 
 @torch.no_grad()
+@without_autocast()
 def rank_one_update_(
     grads: Sequence[Tensor], coefficients: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]
 ) -> None:
-    """Add ``c_l u_l v_l^T`` to each gradient in place.
+    """Add ``c_l u_l v_l^T`` to each gradient in place; for a kernel, (rows, columns, *taps), the sum of two such terms.
 
     Args:
         grads: L gradients, each of shape (m_l, n_l), of any floating dtype; the sum is formed in fp32 (fp64 for fp64)
@@ -212,7 +215,8 @@ def rank_one_update_(
     """
     for index, grad in enumerate(grads):
         coefficient = coefficients[index].to(left[index])
-        update = torch.outer(left[index] * coefficient, right[index])
+        u, v = (vector.view(1 if grad.dim() == 2 else 2, -1) for vector in (left[index], right[index]))
+        update = ((u * coefficient).mT @ v).view(grad.shape)
         grad.add_(torch.where(coefficient == 0, torch.zeros_like(update), update))
 
 
@@ -249,22 +253,63 @@ class ReferenceIteration:
     """The iteration of L weights by the functions of this file, with the blocks kept from step to step.
 
     Args:
-        weights: L matrices, each of shape (m_l, n_l), on any device; only their number matters.
-        vectors: Starting blocks, each of shape (r_l, min(m_l, n_l)), in :func:`compute_dtype` of their weights.
+        weights: L matrices, each of shape (m_l, n_l), on any device, or kernels of convolutions; only their number
+            matters.
+        vectors: Starting blocks, each of shape (r_l, min(m_l, n_l)), in :func:`compute_dtype` of their weights; of a
+            kernel, its starting state.
+        symbols: What each kernel is iterated as, None for a matrix; None where all are matrices.
     """
 
-    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], symbols: Sequence[Symbol | None] | None = None
+    ) -> None:
         self.vectors = list(vectors)
+        self._symbols = list(symbols or [None] * len(weights))
+        self._scales: list[Tensor | None] = [None] * len(weights)
         self._last: PowerStep | None = None
+        self.coefficients: Tensor | None = None
 
-    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
-        """Advance the blocks; see :func:`power_step`."""
-        self._last = step = power_step(weights, self.vectors, n_iterations)
-        self.vectors = step.vectors
-        return step
+    def power_step(
+        self, weights: Sequence[Tensor], n_iterations: int, scales: Sequence[Tensor | None] | None = None
+    ) -> PowerStep:
+        """Advance the blocks; see :func:`power_step` and :func:`~lightning_lip.kernels.symbol.symbol_step`.
+
+        Args:
+            weights: The L weights.
+            n_iterations: Reads of each weight.
+            scales: For each kernel s, shape (rows of all groups,), by which its rows are multiplied, or None.
+        """
+        self._scales = list(scales or self._scales)
+        matrices = [i for i, symbol in enumerate(self._symbols) if symbol is None]
+        found: list[tuple[Tensor, Tensor, Tensor, Tensor] | None] = [None] * len(weights)
+        if matrices:
+            step = power_step([weights[i] for i in matrices], [self.vectors[i] for i in matrices], n_iterations)
+            for place, index in enumerate(matrices):
+                found[index] = tuple(part[place] for part in step)  # type: ignore[assignment]
+        for index, symbol in enumerate(self._symbols):
+            if symbol is not None:
+                found[index] = symbol_step(
+                    self._scaled(weights[index], index), self.vectors[index], *symbol, n_iterations
+                )
+        sigmas, left, right, vectors = (list(part) for part in zip(*(f for f in found if f is not None), strict=True))
+        dtype = max((s.dtype for s in sigmas), key=lambda d: d.itemsize)
+        sigma = torch.stack([s.to(sigmas[0].device, dtype) for s in sigmas])
+        self._last = PowerStep(sigma, left, right, vectors)
+        self.vectors = vectors
+        return self._last
+
+    def _scaled(self, weight: Tensor, index: int) -> Tensor:
+        """Return a kernel with its rows scaled."""
+        scale = self._scales[index]
+        if scale is None:
+            return weight
+        kernel = weight.to(self.vectors[index].dtype)
+        return kernel * scale.to(kernel).view(-1, *[1] * (kernel.dim() - 1))
 
     def rank_one_update_(self, grads: Sequence[Tensor | None], coefficients: Tensor) -> None:
         """Add ``c_l u_l v_l^T`` of the last step to each gradient; see :func:`rank_one_update_`.
+
+        The gradient is that of the weight: u is multiplied by the scale of the rows, if there is one.
 
         Raises:
             RuntimeError: If no step was taken yet.
@@ -273,7 +318,9 @@ class ReferenceIteration:
             raise RuntimeError("There are no singular vectors yet: take a power_step first.")
         for index, grad in enumerate(grads):
             if grad is not None:
-                left, right = self._last.left[index], self._last.right[index]
+                left, right, scale = self._last.left[index], self._last.right[index], self._scales[index]
+                if scale is not None:
+                    left = (left.view(2, -1) * scale.to(left)).flatten()
                 rank_one_update_([grad], coefficients[index : index + 1], [left], [right])
 
     def penalise_(
@@ -285,15 +332,20 @@ class ReferenceIteration:
         level: float,
         scale: float,
         multiplicities: Sequence[int],
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Advance, and add the gradient of ``scale * penalty``; see :func:`penalty_slope`.
+
+        Afterwards `coefficients`, shape (L,), holds ``c_l = scale d penalty / d sigma_l``, zero where that is not
+        finite: the gradient in the scales is the caller's.
 
         Returns:
             ``scale * penalty``, shape ().
         """
-        sigma = self.power_step(weights, n_iterations).sigma
+        sigma = self.power_step(weights, n_iterations, scales).sigma
         exact = sigma if sigma.device.type == "mps" else sigma.double()
         value, slope = penalty_slope(code, exact, multiplicities, level)
         coefficients = (slope * scale).to(sigma.dtype)
-        self.rank_one_update_(grads, torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients)))
+        self.coefficients = torch.where(coefficients.isfinite(), coefficients, torch.zeros_like(coefficients))
+        self.rank_one_update_(grads, self.coefficients)
         return (value * scale).to(sigma.dtype)
