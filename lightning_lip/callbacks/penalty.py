@@ -63,7 +63,8 @@ class LipschitzPenalty(ObservingCallback):
     ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built. Under
     ModelParallelStrategy linear layers may be sharded (FSDP2, tensor parallelism): an iteration is one all_reduce then.
 
-    The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` that reports it the callback logs
+    The norms are *estimates from below*, of convolutions that of their symbol's norm. Without a
+    :class:`LipschitzMonitor` that reports it the callback logs
     ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
     selected layers' spectral norms; with a traced graph ``lipschitz/bound``, the whole network's) on logging steps, to
     every logger and for ``ModelCheckpoint(monitor=...)``.

@@ -41,10 +41,11 @@ def norms_in_cells(op: LinearOperator, kernel: Tensor, state: Tensor) -> Tensor:
 def tell_unfit(unfit: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
     """Warn, once for all, of saved vectors that do not fit: names of layers, saved shapes, and those asked for."""
     name, saved, asked = unfit[0]
-    more = f"; so it is with {[name for name, *_ in unfit[1:]]}" if len(unfit) > 1 else ""
+    others = [other for other, *_ in unfit[1:]]
+    what = f"it and {others}, which do not fit either, start afresh" if others else "its iteration starts afresh"
     warnings.warn(
         f"The saved singular vectors of layer {name!r} have shape {saved}, its weight and `block_size` ask for {asked} "
-        f"and finite values, not all zero{more}: the iteration starts afresh.",
+        f"and finite values, not all zero: {what}.",
         stacklevel=3,
     )
 

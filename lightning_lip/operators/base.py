@@ -94,7 +94,13 @@ class LinearOperator(ABC):
 
     @property
     def block_shape(self) -> tuple[int, int]:
-        """How long the vectors of a block are, and how many there can be: of the domain; a matrix's shorter side."""
+        """How long the vectors of a block are, and how many there can be.
+
+        They are of the domain; a matrix's of the side of :func:`iterates_on_codomain`, as many as its shorter side.
+        """
+        if self.is_matrix:
+            matrix = self.iterated()
+            return matrix.shape[0 if iterates_on_codomain(matrix) else 1], min(matrix.shape)
         domain, codomain = math.prod(self.domain_shape), math.prod(self.codomain_shape)
         return domain, min(domain, codomain)
 
@@ -211,12 +217,6 @@ class MatrixOperator(LinearOperator):
     def weight(self) -> Tensor:
         """Return W, shape (m, n)."""
         return self._parameter
-
-    @property
-    def block_shape(self) -> tuple[int, int]:
-        """The side of :func:`iterates_on_codomain`, and the shorter side."""
-        weight = self.weight()
-        return weight.shape[0 if iterates_on_codomain(weight) else 1], min(weight.shape)
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Map (r, n) to (r, m)."""

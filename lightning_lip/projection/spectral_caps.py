@@ -153,7 +153,7 @@ class NormCaps:
             Which of the L layers were scaled, shape (L,), bool.
 
         Raises:
-            RuntimeError: If the input size of a convolution is not known yet.
+            RuntimeError: If the input size of a ``"spatial"`` convolution is not known yet.
         """
         sigma, rise = self._iterate()
         if not self._is_settled:
