@@ -189,6 +189,7 @@ CALLS = {
             "backend": {"None"},
             "unknown": "choice",
             "batch_dim": "batch dimension",
+            "convolutions": "choice",
             "inputs": {"None"},
         },
     ),
@@ -220,6 +221,7 @@ CALLS = {
             "knee": "knee",
             "unknown": "choice",
             "batch_dim": "batch dimension",
+            "convolutions": "choice",
         },
     ),
     "LipschitzMonitor": (
@@ -236,6 +238,7 @@ CALLS = {
             "summary": "flag",
             "unknown": "choice",
             "batch_dim": "batch dimension",
+            "convolutions": "choice",
         },
     ),
     "LipschitzConstraint": (
@@ -252,6 +255,7 @@ CALLS = {
             **ITERATING,
             "name": "name",
             "batch_dim": "batch dimension",
+            "convolutions": "choice",
         },
     ),
     "LipschitzProjector": (
@@ -266,6 +270,7 @@ CALLS = {
             "example_input": {"None"},
             "exact_every_n_steps": "count from 0",
             "batch_dim": "batch dimension",
+            "convolutions": "choice",
         },
     ),
     "LipschitzProjector.target": (
@@ -295,6 +300,7 @@ CALLS = {
             **MARGIN,
             **ITERATING,
             "backend": {"None"},
+            "convolutions": "choice",
         },
     ),
     "certified_margin_loss": (
@@ -327,6 +333,7 @@ CALLS = {
             "every_n_steps": "count",
             "name": "name",
             "unknown": "choice",
+            "convolutions": "choice",
         },
     ),
     "CertifiedValidation": (

@@ -32,6 +32,7 @@ from lightning_lip.callbacks.tensorboard.hparams import end_session, start_sessi
 from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.reporting.messages import tell
@@ -44,7 +45,8 @@ class LipschitzMonitor(ObservingCallback):
     On the Trainer's logging steps (``log_every_n_steps``), after the optimiser stepped, with one copy from the
     device, to every logger:
 
-    - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*;
+    - ``lipschitz/spectral_norm/<layer>``: the spectral norm, an *estimate from below*; of a convolution of its symbol's
+      norm, which may lie above the norm at the size of a small image;
     - ``lipschitz/log_share/<layer>``: the layer's part of the log of the product, ``k log sigma``, which sum to it;
       with a traced graph ``log sigma`` times the bound's elasticity ``d log bound / d log sigma``;
     - with `health` ``lipschitz/weight_norm/<layer>``, the Frobenius norm ``|W|_F`` (of a convolution its kernel's, of a
@@ -68,16 +70,15 @@ class LipschitzMonitor(ObservingCallback):
       chart, and with a :class:`CertifiedValidation` the interval from ``lipschitz/lower`` to ``lipschitz/certified`` as
       a band, with the line of ``lipschitz/estimate``, which lies above the band where a tighter method certified;
     - at the end of each epoch histograms ``lipschitz/spectrum/<layer>`` of the r leading singular values (Ritz values,
-      *estimates from below*), and where matplotlib is installed the figures ``lipschitz/spectral_norms``, a
-      layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the logarithm stacked over time (a tenth to
-      half a second each);
+      *estimates from below*; of a convolution its symbol's norms in all parts of the frequencies), and with matplotlib
+      the figures ``lipschitz/spectral_norms``, a layer-by-step heat map, and ``lipschitz/log_shares``, the parts of the
+      logarithm stacked over time (a tenth to half a second each);
     - in the HPARAMS tab the penalty's arguments beside the module's own saved hyperparameters, with the last values of
       the product (or bound), the penalty, and what ``EarlyStopping`` and ``ModelCheckpoint`` monitor. The module's
       ``hparams``, checkpoints and ``hparams.yaml`` are not touched.
 
-    Each :class:`LipschitzPenalty` of the Trainer, or else the module's :class:`LipschitzMixin`, lends its layers and
-    singular vectors; if there is none, or `layers` or `exclude` is given, the monitor iterates vectors of its own, on
-    logging steps only.
+    Each :class:`LipschitzPenalty` of the Trainer, or else the module's :class:`LipschitzMixin`, lends its layers; if
+    there is none, or `layers` or `exclude` is given, the monitor iterates vectors of its own, on logging steps only.
 
     Args:
         layers: Names, glob patterns, submodules or types to watch; None takes the penalty's, or every layer with a
@@ -86,8 +87,7 @@ class LipschitzMonitor(ObservingCallback):
         block_size: Singular vectors a layer, r, of the monitor's own iteration.
         n_iterations: Iterations of its own a logging step.
         seed: Seed of the private generator that its own vectors start from.
-        example_input: An input of the model, whose graph is then traced, or ``"batch"`` or ``"batch:<key>"`` for that
-            of the first training batch, as in :class:`LipschitzPenalty`; for the monitor's own iteration.
+        example_input: For the monitor's own iteration, as in :class:`LipschitzPenalty`.
         figures_every_n_epochs: Draw figures and histograms at the end of every n-th epoch only; 0 draws none.
         certified: A :class:`CertifiedValidation` that this monitor runs at every validation: the certified bound, and
             the certified accuracy of a classifier or the certified worst-case MAE of a regression.
@@ -99,14 +99,15 @@ class LipschitzMonitor(ObservingCallback):
         health: Whether to log weight norm, stable rank and update ratio.
         summary: Whether to tell the table at the end of training, on the first rank, as Lightning tells its messages.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
+        convolutions: Their norm in the monitor's own product, as in :class:`LipschitzPenalty`.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
         TypeError: If `certified` or `name` is of another type.
         UnsupportedLayerError: At the start of training, if a layer without a known norm is refused, or the graph of
             `example_input` has no known bound.
-        RuntimeError: At the start of training, if something monitors ``lipschitz/bound`` where it is
-            ``lipschitz/product``, or the reverse.
+        RuntimeError: At the start, if something monitors ``lipschitz/bound`` where it is ``lipschitz/product``, or the
+            reverse.
     """
 
     key = "LipschitzMonitor"
@@ -126,8 +127,9 @@ class LipschitzMonitor(ObservingCallback):
         health: bool = True,
         summary: bool = True,
         batch_dim: Literal[0] | None = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim, convolutions)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)

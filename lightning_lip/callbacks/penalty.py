@@ -28,6 +28,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     selection_text,
 )
 from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -62,10 +63,10 @@ class LipschitzPenalty(ObservingCallback):
     ``training_step`` logs). Every iteration reads each weight once; no autograd graph over the weights is built. Under
     ModelParallelStrategy linear layers may be sharded (FSDP2, tensor parallelism): an iteration is one all_reduce then.
 
-    The spectral norms are *estimates from below*. Without a :class:`LipschitzMonitor` that reports it the callback logs
-    ``lipschitz/penalty`` (as added, with coefficient and warm-up) and ``lipschitz/product`` (the product of the
-    selected layers' spectral norms; with a traced graph ``lipschitz/bound``, the whole network's) on logging steps, to
-    every logger and for ``ModelCheckpoint(monitor=...)``.
+    The norms are *estimates from below*, of convolutions of their symbols' norms. Without a :class:`LipschitzMonitor`
+    that reports it the callback logs ``lipschitz/penalty`` (as added, with coefficient and warm-up) and
+    ``lipschitz/product`` (the selected layers' norms multiplied; with a traced graph ``lipschitz/bound``, the whole
+    network's) on logging steps, to every logger and for ``ModelCheckpoint(monitor=...)``.
 
     Args:
         coefficient: lambda, the factor of the penalty; at least 0.
@@ -76,30 +77,28 @@ class LipschitzPenalty(ObservingCallback):
         target: M, the budget of ``"softplus_log"`` and ``"hinge_log"``.
         block_size: Singular vectors a layer, r; 1 is the classical power iteration.
         n_iterations: Iterations a step.
-        every_n_steps: Act on every n-th step of each optimiser only (steps of one training batch count as one), with
-            n times the coefficient.
-        warmup_steps: Raise the coefficient linearly over this many optimiser steps; 0 starts with all of it.
+        every_n_steps: Act on every n-th step of each optimiser (of a batch's, once), with n times the coefficient.
+        warmup_steps: Raise the coefficient linearly over so many steps; 0 starts with all of it.
         seed: Seed of the private generator that the singular vectors start from; the same on every rank.
         example_input: An input of the model: its graph is traced, and the bound that is penalised is that of the whole
-            network, with activations, residuals and unselected layers. ``"batch"`` takes it from the first training
-            batch (the batch, or the first entry of a tuple or list), ``"batch:<key>"`` takes ``batch[key]``. None takes
-            the module's ``example_input_array``; without any, the bound is the product over the selected layers.
-        name: Tells several of these callbacks in one Trainer apart (one for each network of a GAN, say); it enters
-            the logged names, ``lipschitz/<name>/penalty``.
-        knee: The product beyond which ``"product"`` is linear in S = log product, so that its gradient stays in scale
-            where training begins at a large one; None or infinity for the paper's plain product.
-        unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
-            normalisations) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them.
+            network, with activations, residuals and unselected layers. ``"batch"`` takes the first training batch (or
+            the first entry of that tuple or list), ``"batch:<key>"`` its entry ``key``. None takes the module's
+            ``example_input_array``; without any, the bound is the product over the selected layers.
+        name: Tells several of these callbacks in one Trainer apart; in the logged names, ``lipschitz/<name>/penalty``.
+        knee: The product beyond which ``"product"`` is linear in its logarithm; None or infinity for the plain one.
+        unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, say) and tells so, but
+            for one that `layers` names; ``"refuse"`` refuses them.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
+        convolutions: Whether their norm is the ``"symbol"``'s, on the infinite grid, which certificates bound, or the
+            ``"spatial"`` one, at the size of their input, at up to tenfold cost.
 
     Raises:
-        ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
-            selected layer is trainable.
-        UnsupportedLayerError: At the start of training, if a layer without a known norm is refused, or the graph of
-            `example_input` has no known bound.
-        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, with an LBFGS that searches
-            along lines, on several ranks with a traced bound that reads unsynchronised batch normalisation, or if
-            something monitors ``lipschitz/bound`` where it is ``lipschitz/product``, or the reverse.
+        ValueError: If an argument is out of range. At the start: if a selection matches nothing, or is all frozen.
+        UnsupportedLayerError: At the start, if a layer without a known norm is refused, or the graph of `example_input`
+            has no known bound.
+        RuntimeError: At the start of training, under DeepSpeedStrategy or FSDPStrategy, with an LBFGS line search, on
+            several ranks with a traced bound that reads unsynchronised batch normalisation, or if something monitors
+            ``lipschitz/bound`` where it is ``lipschitz/product``, or the reverse.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -126,8 +125,9 @@ class LipschitzPenalty(ObservingCallback):
         knee: float | None = KNEE,
         unknown: Unknown = "skip",
         batch_dim: Literal[0] | None = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim, convolutions)
         self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target, knee)
         check_integers(1, every_n_steps=every_n_steps)
@@ -160,6 +160,7 @@ class LipschitzPenalty(ObservingCallback):
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
             "knee": check_knee(self._arguments["knee"]),
+            "convolutions": self._arguments["convolutions"],
             **{name: text for name, text in selections.items() if text},
         }
 

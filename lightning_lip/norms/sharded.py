@@ -102,11 +102,13 @@ class ShardedIteration(ReferenceIteration):
 
     @torch.no_grad()
     @without_autocast()
-    def power_step(self, weights: Sequence[Tensor], n_iterations: int) -> PowerStep:
+    def power_step(
+        self, weights: Sequence[Tensor], n_iterations: int, scales: Sequence[Tensor | None] | None = None
+    ) -> PowerStep:
         """Advance the blocks as the reference does, with one all_reduce an iteration for each sharding mesh dimension.
 
         Where both sides are sharded there is one more. With ``n_iterations=0`` the blocks stay as they are, and the
-        r x r Gram matrices alone are summed.
+        r x r Gram matrices alone are summed. All are matrices: no rows are scaled.
         """
         batches = self._gather(weights)
         for _ in range(max(n_iterations, 1)):

@@ -52,7 +52,7 @@ class DifferentiableNorms(SelectedNorms):
 
         Raises:
             ValueError: If there is no graph, or the module has not one input in it.
-            RuntimeError: If the input size of a convolution is not known yet.
+            RuntimeError: If the input size of a ``"spatial"`` convolution is not known yet.
             UnsupportedLayerError: If gradients are enabled and the model is sharded (FSDP2, tensor parallel).
         """
         return self.quantity(OUTPUT if until is None else self.point_of(until))
@@ -66,7 +66,7 @@ class DifferentiableNorms(SelectedNorms):
         constant 1. Gradients, and whether the vectors advance, are those of :meth:`log_bound`.
 
         Raises:
-            RuntimeError: If the input size of a convolution is not known yet.
+            RuntimeError: If the input size of a ``"spatial"`` convolution is not known yet.
         """
         return self.log_bound().exp()
 

@@ -41,6 +41,7 @@ ARGUMENTS = {
         "knee": 50.0,
         "unknown": "refuse",
         "batch_dim": None,
+        "convolutions": "spatial",
     },
     "LipschitzMonitor": {
         "layers": "net.*",
@@ -56,6 +57,7 @@ ARGUMENTS = {
         "health": False,
         "summary": False,
         "batch_dim": None,
+        "convolutions": "spatial",
     },
     "NoisyValidation": {
         "noise_levels": [0.0, 0.2],
@@ -90,6 +92,7 @@ ARGUMENTS = {
         "seed": 1,
         "name": "a",
         "batch_dim": None,
+        "convolutions": "spatial",
     },
     "SpectralCaps": {
         "radius": "mup",
@@ -101,6 +104,7 @@ ARGUMENTS = {
         "seed": 1,
         "name": "a",
         "unknown": "refuse",
+        "convolutions": "spatial",
     },
     "MaxNorm": {"max_value": 3.0, "layers": ["net.*"], "exclude": "net.2", "unknown": "refuse"},
 }

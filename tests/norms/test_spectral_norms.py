@@ -7,13 +7,16 @@ from functools import partial
 import pytest
 import torch
 from support.networks import mlp
+from support.symbols import symbol_at_frequencies, symbol_norm
 from support.truth import forward_matrix, linears, norm
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_lip.kernels.reference import PENALTY_CODES, power_step
+from lightning_lip.kernels.symbol import unpacked
 from lightning_lip.norms.spectral_norms import SpectralNorms
-from lightning_lip.operators.selection import cover
+from lightning_lip.operators.known import operator_of
+from lightning_lip.operators.selection import cover, known_by_type
 
 net = partial(mlp, 20, 30, 30, 1)
 
@@ -164,12 +167,12 @@ def test_a_state_of_another_block_size_warns_and_starts_afresh():
     norms.current()
     other = norms_of(model, block_size=2)
     other.load_state_dict(norms.state_dict())
-    with pytest.warns(UserWarning, match="starts afresh") as caught:
+    with pytest.warns(UserWarning, match="start afresh") as caught:
         other.current()
     messages = [str(w.message) for w in caught]
-    assert len(messages) == 2  # the last layer's block is (1, 1) either way
+    assert len(messages) == 1  # the last layer's block is (1, 1) either way
     assert "layer '0' have shape (4, 20)" in messages[0]
-    assert "ask for (2, 20) and finite values, not all zero: its iteration starts afresh" in messages[0]
+    assert "ask for (2, 20) and finite values, not all zero: it and ['2']" in messages[0]
     fresh = norms_of(model, block_size=2)
     fresh.current()
     assert torch.equal(other.state_dict()["2"], fresh.state_dict()["2"])
@@ -244,12 +247,44 @@ def test_ritz_values_lie_below_the_singular_values(block_size, scale):
     assert same(before, norms.state_dict())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_ritz_values_of_a_symbol_are_below_its_norm_at_each_frequency(groups):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, groups=groups)
+    norms = SpectralNorms([operator_of(layer, "a")])
+    [norms.step() for _ in range(300)]
+    (values,) = norms.ritz_values()
+    wave = unpacked(norms.state_dict()["a"], operator_of(layer, "a").symbol_geometry)
+    assert torch.equal(values, values.sort(descending=True).values)
+    truth = symbol_norm(layer.weight, 1, 1, groups).item()
+    assert values[0].item() == pytest.approx(truth, rel=1e-5)
+    of_groups = [
+        torch.linalg.matrix_norm(symbol_at_frequencies(part.double(), w.double(), [1, 1], [1, 1]), 2)
+        for part, w in zip(layer.weight.detach().chunk(groups), wave.w.chunk(groups), strict=True)
+    ]
+    torch.testing.assert_close(values, torch.cat(of_groups).sort(descending=True).values.float(), rtol=2e-2, atol=0)
+
+
+def test_saved_maps_of_features_start_afresh_with_one_warning():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3))
+    norms = norms_of(model)
+    expected = norms.current().sigma
+    before = norms_of(model)
+    # As of before symbols: blocks of 8 vectors of the size of a layer's input.
+    before.load_state_dict({"0": torch.randn(8, 300), "2": torch.randn(8, 256), "4": torch.randn(8, 180)})
+    with pytest.warns(UserWarning, match="start afresh") as caught:
+        torch.testing.assert_close(before.current().sigma, expected)
+    (message,) = [str(w.message) for w in caught]
+    assert "layer '0' have shape (8, 300)" in message
+    assert "['2', '4']" in message
+
+
 def test_ritz_values_of_a_convolution_a_zero_layer_and_nan():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(48, 5), nn.Linear(5, 5))
     nn.init.zeros_(model[2].weight)
     nn.init.constant_(model[3].weight, torch.nan)
-    operators = cover(model).operators
+    operators = cover(model, providers=[partial(known_by_type, convolutions="spatial")]).operators
     model(torch.zeros(1, 2, 4, 4).requires_grad_())  # a convolution takes its size from the first forward pass
     values = SpectralNorms(operators, block_size=32, n_iterations=3).ritz_values()
     singular = torch.linalg.svdvals(forward_matrix(model[0], (2, 4, 4)).detach())
@@ -290,7 +325,7 @@ def test_saved_vectors_that_are_not_finite_start_afresh():
     norms = norms_of(model)
     norms.current()
     norms.load_state_dict({name: torch.full_like(block, torch.nan) for name, block in norms.state_dict().items()})
-    with pytest.warns(UserWarning, match="finite values, not all zero: its iteration starts afresh"):
+    with pytest.warns(UserWarning, match=r"not all zero: it and \['2', '4'\], which do not fit either, start afresh"):
         assert norms.current().sigma.isfinite().all()
 
 

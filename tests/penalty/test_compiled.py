@@ -230,7 +230,7 @@ def images(*sizes):
 
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way):
-    data, penalty = images(6, 6), LipschitzPenalty(0.1)
+    data, penalty = images(6, 6), LipschitzPenalty(0.1, convolutions="spatial")
     # The sanity check compiles a forward without gradients first.
     make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), data, data)
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
@@ -241,7 +241,7 @@ def test_convolutions_record_their_size_in_a_compiled_forward(make_trainer, way)
 def test_convolutions_record_their_size_where_a_forward_was_compiled_before(make_trainer, way):
     # torch.compile would go on with code that it compiled of the same forward without the hooks.
     make_trainer(lightning).fit(compiled_images(way), images(6, 6))
-    penalty, network = LipschitzPenalty(0.1), compiled_images(way)
+    penalty, network = LipschitzPenalty(0.1, convolutions="spatial"), compiled_images(way)
     make_trainer(lightning, callbacks=[penalty]).fit(network, images(6, 6))
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
     make_trainer(lightning, callbacks=[penalty]).fit(network, images(8, 8))
@@ -250,7 +250,16 @@ def test_convolutions_record_their_size_where_a_forward_was_compiled_before(make
 
 @pytest.mark.parametrize("way", ["before", "inside"])
 def test_another_size_in_a_whole_graph_is_told_of(make_trainer, way):
-    penalty = LipschitzPenalty(0.1)
+    penalty = LipschitzPenalty(0.1, convolutions="spatial")
     with pytest.warns(UserWarning, match=r"'net.0' now sees inputs of shape \(1, 8, 8\).*\(1, 6, 6\)"):
         make_trainer(lightning, callbacks=[penalty]).fit(compiled_images(way), images(6, 8, 6))
     assert penalty.regularizer.operators[0].domain_shape == (1, 6, 6)
+
+
+def test_symbols_install_nothing_in_a_compiled_model(make_trainer):
+    network = compiled_images("before")
+    penalty = LipschitzPenalty(0.1)
+    make_trainer(lightning, callbacks=[penalty]).fit(network, images(6, 8))  # of any size, without a warning
+    assert penalty.regularizer.operators[0].symbol_geometry is not None
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    assert not torch._dynamo.utils.counters["graph_break"]

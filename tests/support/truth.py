@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.kernels.tensors import compute_dtype
+from support.symbols import norm_of_symbol
 
 
 def norm(matrix):
@@ -40,7 +41,11 @@ def forward_matrix(module, shape):
 
 def operator_norms(operators):
     """Return the operators' norms, shape (L,), fp64, differentiable in their parameters."""
-    norms = [torch.linalg.matrix_norm(dense(operator), 2).double() for operator in operators]
+    symbols = [norm_of_symbol(operator) for operator in operators]
+    norms = [
+        torch.linalg.matrix_norm(dense(operator), 2).double() if symbol is None else symbol
+        for operator, symbol in zip(operators, symbols, strict=True)
+    ]
     return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
 
 
