@@ -71,6 +71,7 @@ bench-convolutions: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.convolutions.cost $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.convolutions.tracking $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.convolutions.training $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.convolutions.normalisation $(ARGS)
 
 # Popular models with the callbacks at their defaults: bench/results/zoo.csv and the table of docs/zoo.md.
 zoo: $(VENV)/.zoo
