@@ -16,6 +16,7 @@ from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank, re
 from lightning_lip.callbacks.lightning.trainer import has_callback, log_metrics
 from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
 from lightning_lip.models.optimizer_steps import last_step, optimizer_steps
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.projection.allocation import Method
 from lightning_lip.projection.projector import STATE_KEYS, LipschitzProjector, Projection
 from lightning_lip.projection.spectra import Metric
@@ -67,6 +68,8 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         name: Tells several of these callbacks in one Trainer apart; it enters the logged names,
             ``lipschitz/<name>/target``. Their layers may overlap: a projection only lowers norms, so all budgets hold.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
+        convolutions: Which norm convolutions have, estimated and certified: ``"symbol"``, on the infinite grid, or
+            ``"spatial"``, at the size of their input.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or the
@@ -101,8 +104,9 @@ class LipschitzConstraint(SelectingCallback[LipschitzProjector]):
         seed: int = 0,
         name: str | None = None,
         batch_dim: Literal[0] | None = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim, convolutions)
         self.target = self.initial_target = check_number("target", target, positive=True)
         if initial_target is not None:
             self.initial_target = check_number("initial_target", initial_target, positive=True)

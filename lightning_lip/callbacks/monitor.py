@@ -32,6 +32,7 @@ from lightning_lip.callbacks.tensorboard.hparams import end_session, start_sessi
 from lightning_lip.checks import check_choice, check_flag, check_integers, check_state, check_type, check_vectors
 from lightning_lip.mixin import LipschitzMixin
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.reporting.messages import tell
@@ -99,6 +100,7 @@ class LipschitzMonitor(ObservingCallback):
         health: Whether to log weight norm, stable rank and update ratio.
         summary: Whether to tell the table at the end of training, on the first rank, as Lightning tells its messages.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
+        convolutions: Which norm they have in the monitor's own product, as in :class:`LipschitzPenalty`.
 
     Raises:
         ValueError: If a number is out of range. At the start of training: if a selection matches nothing.
@@ -126,8 +128,9 @@ class LipschitzMonitor(ObservingCallback):
         health: bool = True,
         summary: bool = True,
         batch_dim: Literal[0] | None = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim, convolutions)
         check_choice("unknown", unknown, get_args(Unknown))
         self._arguments |= {"unknown": unknown}
         check_integers(0, figures_every_n_epochs=figures_every_n_epochs)

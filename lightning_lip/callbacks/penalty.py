@@ -28,6 +28,7 @@ from lightning_lip.callbacks.lightning.trainer import (
     selection_text,
 )
 from lightning_lip.checks import check_choice, check_integers, check_number, check_state, check_type
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.penalty.penalties import COEFFICIENT, KNEE, Penalty, PenaltyName, check_knee, get_penalty
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
@@ -91,6 +92,8 @@ class LipschitzPenalty(ObservingCallback):
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
             normalisations) and tells so at the start, but for one that `layers` names; ``"refuse"`` refuses them.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
+        convolutions: Whether their norm is the ``"symbol"``'s, on the infinite grid, which certificates bound, or the
+            ``"spatial"`` one, at the size of their input, at up to tenfold cost.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing, or no
@@ -126,8 +129,9 @@ class LipschitzPenalty(ObservingCallback):
         knee: float | None = KNEE,
         unknown: Unknown = "skip",
         batch_dim: Literal[0] | None = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, example_input, batch_dim, convolutions)
         self.coefficient = check_number("coefficient", coefficient)
         get_penalty(penalty, target, knee)
         check_integers(1, every_n_steps=every_n_steps)
@@ -160,6 +164,7 @@ class LipschitzPenalty(ObservingCallback):
             "every_n_steps": self.every_n_steps,
             "warmup_steps": self.warmup_steps,
             "knee": check_knee(self._arguments["knee"]),
+            "convolutions": self._arguments["convolutions"],
             **{name: text for name, text in selections.items() if text},
         }
 

@@ -16,6 +16,7 @@ from lightning_lip.callbacks.lightning.base import SelectingCallback
 from lightning_lip.callbacks.lightning.ranks import refuse_sizes_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import log_metrics
 from lightning_lip.checks import check_choice, check_integers, check_state, check_type
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.projection.spectral_caps import STATE_KEYS, NormCaps, check_radius
 
@@ -42,7 +43,7 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         radius: The largest spectral norm, positive, or ``"mup"``: ``sqrt(out / in)`` of each layer, so that an input
             whose entries are of size 1 gives outputs of size 1 at most (the spectral condition of Yang, Simon and
             Bernstein, 2023). For a convolution these are its output and input channels, whatever its kernel, stride
-            and groups, and what is held is the norm of the true map at the size of its first input.
+            and groups.
         layers: Names, glob patterns, submodules or types to select; None selects every layer with a weight.
         exclude: Names, glob patterns, submodules or types to leave out.
         block_size: Singular vectors a layer, r.
@@ -54,6 +55,8 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         unknown: ``"skip"`` leaves out layers without a known norm (embeddings, attention, normalisations), and
             parametrised weights that scale with none of their parameters, and tells so at the start, but for one that
             `layers` names; ``"refuse"`` refuses them. ``weight_norm`` is held by its magnitude.
+        convolutions: Which norm of convolutions is held: ``"symbol"``, on the infinite grid, or ``"spatial"``, at the
+            size of their first input.
 
     Raises:
         ValueError: If an argument is out of range. At the start of training: if a selection matches nothing.
@@ -79,8 +82,9 @@ class SpectralCaps(SelectingCallback[NormCaps]):
         seed: int = 0,
         name: str | None = None,
         unknown: Unknown = "skip",
+        convolutions: Convolutions = "symbol",
     ) -> None:
-        super().__init__(name, layers, exclude, block_size, n_iterations, seed, None, 0)
+        super().__init__(name, layers, exclude, block_size, n_iterations, seed, None, 0, convolutions)
         self.radius = check_radius(radius)
         check_integers(1, every_n_steps=every_n_steps)
         check_choice("unknown", unknown, get_args(Unknown))

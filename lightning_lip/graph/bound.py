@@ -6,11 +6,11 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder, Dependent, GraphNode, Independent, Refused
@@ -20,9 +20,10 @@ from lightning_lip.graph.tracing import TracedModel, entry_nodes, head_node, mod
 from lightning_lip.graph.walk import walk_graph
 from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.recorded import recorded
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.coverage import Coverage, share_of
-from lightning_lip.operators.recorded import recorded
-from lightning_lip.operators.selection import PROVIDERS, Selected, Selection, Unknown, cover, known_by_type, select
+from lightning_lip.operators.selection import Selection, Unknown, cover, known_by_type, parameter_ids, select
 from lightning_lip.rigorous.rounding import sum_up
 from lightning_lip.usage.observation import Observation
 
@@ -82,7 +83,13 @@ class NetworkBound:
         """Where the model keeps its parameters, and those that it kept there at the last look."""
 
     @classmethod
-    def trace(cls, model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> NetworkBound:
+    def trace(
+        cls,
+        model: nn.Module,
+        example_input: object,
+        batch_dim: BatchDim = 0,
+        convolutions: Convolutions = "spatial",
+    ) -> NetworkBound:
         """Trace a model and build its bound.
 
         Mode, buffers and random number generators are left as they were. Batch normalisation uses its running
@@ -95,6 +102,8 @@ class NetworkBound:
                 the batch along its first dimension.
             batch_dim: None says that there is no batch: the whole input is one sample, as a graph's nodes are, and the
                 norms are over all elements of each tensor.
+            convolutions: Whether the norms of convolutions are those of the operators at the traced sizes, or those of
+                their symbols, which lie above (but for circular padding, where they are the same).
 
         Raises:
             UnsupportedLayerError: If an operation on the way from input to output has no known finite constant, or the
@@ -103,7 +112,7 @@ class NetworkBound:
                 it.
         """
         traced = trace(model, example_input, batch_dim)
-        builder = Builder(traced)
+        builder = Builder(traced, convolutions)
         outputs = walk_graph(builder, traced)
         refusals: dict[Refusal, None] = {}
         dependent = []
@@ -262,6 +271,7 @@ def bound_of(
     exclude: Selection | None = None,
     unknown: Unknown = "refuse",
     batch_dim: BatchDim = 0,
+    convolutions: Convolutions = "symbol",
     is_awaiting: bool = False,
 ) -> tuple[Bound, Coverage]:
     """Return the bound of the network over the graph that an example input shows, or the product of selected layers.
@@ -278,6 +288,7 @@ def bound_of(
         unknown: What becomes of the layers without a known norm in the product, as in
             :func:`~lightning_lip.operators.selection.cover`. In a graph they are always refused.
         batch_dim: None takes the whole example input as one sample, as :meth:`NetworkBound.trace` does.
+        convolutions: Which norm convolutions have.
         is_awaiting: Whether the product is only until a forward pass shows more, for :func:`observed_product`: layers
             that are not known by their type then wait for that.
 
@@ -293,9 +304,9 @@ def bound_of(
     given = getattr(model, "example_input_array", None) if example_input is None else example_input
     if given is not None:
         try:
-            network = NetworkBound.trace(model, given, batch_dim)
+            network = NetworkBound.trace(model, given, batch_dim, convolutions)
             selected = select(model, layers, exclude)
-            network.selected_ids = _parameter_ids(network.operators, selected, must_cover=layers is not None)
+            network.selected_ids = parameter_ids(network.operators, selected, must_cover=layers is not None)
             layers_of = {s.found.name: type(s.found.module).__name__ for s in selected}
             chosen = [op for op in network.operators if network.selected(op)]
             return network, Coverage(network.operators, layers_of, (), share_of(model, chosen))
@@ -307,7 +318,7 @@ def bound_of(
                 f"does instead. {error}",
                 stacklevel=3,
             )
-    providers = (known_by_type, _nothing_yet) if is_awaiting else PROVIDERS
+    providers = (partial(known_by_type, convolutions=convolutions), *([_nothing_yet] if is_awaiting else []))
     coverage = cover(model, layers, exclude, unknown, providers)
     return ProductBound(coverage.operators), coverage
 
@@ -323,6 +334,7 @@ def observed_product(
     layers: Selection | None = None,
     exclude: Selection | None = None,
     unknown: Unknown = "refuse",
+    convolutions: Convolutions = "symbol",
     batch_statistics: bool = True,
 ) -> tuple[ProductBound, Coverage]:
     """Return the product of the selected layers' norms by what a forward pass showed, and what it covers.
@@ -338,6 +350,7 @@ def observed_product(
         layers: What to select, as in :func:`~lightning_lip.operators.selection.select`.
         exclude: What to leave out.
         unknown: What becomes of the layers without a known norm.
+        convolutions: Which norm convolutions have.
         batch_statistics: Whether the running statistics of batch normalisations may be read.
 
     Raises:
@@ -347,14 +360,16 @@ def observed_product(
     made = {id(op.module): op for op in present}
 
     def known(module: nn.Module, name: str) -> Sequence[LinearOperator]:
-        operators = [made[id(module)]] if id(module) in made else known_by_type(module, name)
+        operators = [made[id(module)]] if id(module) in made else known_by_type(module, name, convolutions)
         for convolution in recorded(operators):
             shape = observation.input_shape_of(module)
             if shape is not None:
                 convolution.saw(shape)
         return operators
 
-    coverage = cover(model, layers, exclude, unknown, (known, observation.operators_of))
+    coverage = cover(
+        model, layers, exclude, unknown, (known, partial(observation.operators_of, convolutions=convolutions))
+    )
     chosen = {id(s.found.module) for s in select(model, layers, exclude)}
     placed = observation.place(coverage.operators, chosen, leave_out=layers is None, batch_statistics=batch_statistics)
     if not placed.operators:
@@ -362,34 +377,3 @@ def observed_product(
     share = share_of(model, placed.operators)
     operators = placed.operators
     return ProductBound(operators), replace(coverage, operators=operators, share=share, normalisations=str(placed))
-
-
-def _parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
-    """Return the ids of the selected layers' parameters in a traced graph's operators.
-
-    Raises:
-        ValueError: If there is none; or, where `must_cover`, if a selected layer is not in the graph.
-    """
-    in_graph = {id(p) for op in operators for p in op.parameters}
-    chosen: set[int] = set()
-    absent = []
-    for layer in selected:
-        module = layer.found.module
-        # Its own parameters, and those of its parametrizations; a layer inside it is selected for itself.
-        computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
-        own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
-        ids = {id(p) for p in own if p is not None}
-        chosen |= ids & in_graph
-        if ids and not ids & in_graph:
-            absent.append(layer.found.name)
-    if absent and must_cover:
-        names = absent[0] if len(absent) == 1 else absent
-        raise ValueError(
-            f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
-            f"exclude={names!r}, or give an input that reaches them."
-        )
-    if not chosen:
-        raise ValueError(
-            f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
-        )
-    return chosen

@@ -18,6 +18,7 @@ from lightning_lip.graph.tracing import Sizes, TracedModel, module_path
 from lightning_lip.graph.whole_modules import WHOLE_MODULE
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.rigorous.rounding import Interval, sqrt_up
 
 
@@ -164,8 +165,9 @@ class GraphNode:
 class Builder:
     """Builds the program and the operators while the graph is walked."""
 
-    def __init__(self, traced: TracedModel) -> None:
+    def __init__(self, traced: TracedModel, convolutions: Convolutions = "spatial") -> None:
         self.traced = traced
+        self.convolutions = convolutions
         self.program = BoundProgram()
         self.operators: list[LinearOperator] = []
         self.report: dict[torch.fx.Node, GraphNode] = {}
@@ -178,7 +180,7 @@ class Builder:
 
     def scratch(self) -> Builder:
         """Return a builder of the same values, whose operators and audit do not count."""
-        other = Builder(self.traced)
+        other = Builder(self.traced, self.convolutions)
         other.values, other.live_nodes, other.ranges = self.values, self.live_nodes, self.ranges
         other.sizes = self.sizes
         return other

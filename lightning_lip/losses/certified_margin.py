@@ -20,6 +20,7 @@ from lightning_lip.checks import (
 from lightning_lip.graph.bound import Head, NetworkBound
 from lightning_lip.kernels.tensors import in_double
 from lightning_lip.losses.margin import MarginForm, Reduction, certified_margin_loss, check_logits, check_options
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.penalty.differentiable_norms import OUTPUT, DifferentiableNorms
 
 Form = Literal["margin", "emma", "gloro", "lmt"]
@@ -62,6 +63,7 @@ class CertifiedMarginLoss(nn.Module):
         n_iterations: Iterations a step.
         seed: Seed of the private generator that the vectors start from.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None chooses.
+        convolutions: Which norm convolutions have, as in :class:`~lightning_lip.LipschitzRegularizer`.
 
     Raises:
         TypeError: If the model is no module. In a call: for soft targets.
@@ -100,6 +102,7 @@ class CertifiedMarginLoss(nn.Module):
         n_iterations: int = 1,
         seed: int = 0,
         backend: kernels.Backend | None = None,
+        convolutions: Convolutions = "symbol",
     ) -> None:
         super().__init__()
         check_model(model, "CertifiedMarginLoss")
@@ -122,6 +125,8 @@ class CertifiedMarginLoss(nn.Module):
             raise ValueError("CertifiedMarginLoss needs the network's graph: give an `example_input`, x[:1] say.")
         self._example_input = given
         self._iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
+        check_choice("convolutions", convolutions, get_args(Convolutions))
+        self._convolutions = convolutions
         self._state: dict[str, Any] | None = None
         self._traced: _HeadNorms | None = None
         self._norms()
@@ -161,7 +166,13 @@ class CertifiedMarginLoss(nn.Module):
         """Return the norms over the traced graph, which a copy of the loss traces anew."""
         if self._traced is None:
             self._traced = _HeadNorms(
-                self._model, self._head, self.form == "lmt", self._example_input, self._iteration, self.warmup_steps
+                self._model,
+                self._head,
+                self.form == "lmt",
+                self._example_input,
+                self._convolutions,
+                self._iteration,
+                self.warmup_steps,
             )
             if self._state is not None:
                 self._traced.load_state_dict(self._state)
@@ -201,10 +212,11 @@ class _HeadNorms(DifferentiableNorms):
         head: nn.Module | None,
         is_whole: bool,
         example_input: Any,
+        convolutions: Convolutions,
         iteration: dict[str, Any],
         warmup_steps: int,
     ) -> None:
-        selection = {"layers": None, "exclude": None, "unknown": "refuse"}
+        selection = {"layers": None, "exclude": None, "unknown": "refuse", "convolutions": convolutions}
         super().__init__(model, example_input, None, selection, iteration)
         assert isinstance(self._bound, NetworkBound)
         self.head: Head | None = None if is_whole else self._bound.head(head)

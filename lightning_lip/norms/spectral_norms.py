@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from lightning_lip import kernels
 from lightning_lip.checks import check_integers
+from lightning_lip.kernels.symbol import Symbol, started
 from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_modes
+from lightning_lip.norms.blocks import images_of, is_block, key_of, norms_in_cells, random_block, tell_unfit
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
-from lightning_lip.operators.base import LinearOperator, MatrixOperator, iterates_on_codomain
+from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.convolution import KernelOperator
 
 N_START_ITERATIONS = 15
 """Iterations of a block that starts from random vectors."""
@@ -24,14 +27,18 @@ N_START_ITERATIONS = 15
 class SpectralNorms:
     """Estimates (from below) of the operators' spectral norms, by block iteration that goes on from step to step.
 
+    Of a :class:`~lightning_lip.operators.convolutions.symbol.SymbolOperator` they are estimates from below of its
+    symbol's norm, whose waves stand for a block: see :mod:`lightning_lip.kernels.symbol`.
+
     The blocks start from a private generator, seeded alike on every rank, with 15 iterations at first use. They are
-    plain tensors: nothing is registered in the model. Matrices go through the compiled kernels, all of one device and
-    dtype in one call, and sharded ones through :class:`~lightning_lip.norms.sharded.ShardedIteration`, for which every
-    rank must make each call; other operators through their own ``apply`` and ``adjoint``.
+    plain tensors: nothing is registered in the model. Matrices and symbols go through the kernels, all of one device
+    and dtype in one call, and sharded ones through :class:`~lightning_lip.norms.sharded.ShardedIteration`, for which
+    every rank must make each call; other operators through their own ``apply`` and ``adjoint``.
 
     Args:
         operators: The L operators.
-        block_size: Vectors a layer, r, clamped to min(m, n); 1 is the classical power iteration.
+        block_size: Vectors a layer, r, clamped to min(m, n); 1 is the classical power iteration. Of a symbol, cells a
+            step, at least 2.
         n_iterations: Iterations a step, each of which reads the weights once.
         seed: Seed of the private generator.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force a kernel; None chooses by device.
@@ -63,8 +70,12 @@ class SpectralNorms:
         self._loaded: dict[str, Tensor] = {}
         self._keys: list[str] = []
         # For `penalise_`: where the weights are kept, if they are parameters that kernels may write gradients of.
-        direct = all(op.direct_parameter is not None for op in self.operators)
-        self._slots = [op.slot for op in self.operators if isinstance(op, MatrixOperator)] if direct else None
+        slots = [op.slot for op in self.operators if op.slot is not None and op.written_parameter is not None]
+        self._slots = slots if len(slots) == len(self.operators) else None
+        self._is_served = [op.is_matrix or op.symbol_geometry is not None for op in self.operators]
+        self._have_scales = any(op.row_scale() is not None for op in self.operators)
+        # Matrices that are views of their parameters.
+        self._viewed = [i for i, op in enumerate(self.operators) if op.is_matrix and isinstance(op, KernelOperator)]
         self._multiplicities = [op.multiplicity for op in self.operators]
         self._addresses: list[int] = []
 
@@ -83,7 +94,8 @@ class SpectralNorms:
         """Add ``c_l u_l v_l^T`` of the last step to each gradient, in place.
 
         Args:
-            grads: The gradients of the L operators' matrices, each of shape (m_l, n_l); None skips one.
+            grads: The gradients of what is iterated of the L operators, a matrix (m_l, n_l) or a kernel; None skips
+                one.
             coefficients: ``c``, shape (L,).
         """
         for indices, iteration in self._groups:
@@ -137,8 +149,16 @@ class SpectralNorms:
                     grads[index] = None
                 elif grads[index] is None:
                     grads[index] = own.grad = torch.zeros_like(own)
+        matrices: list[Tensor] = list(weights)
+        for index in self._viewed:
+            grad = grads[index]
+            view = None if grad is None else self.operators[index].gradient_view(grad)
+            if grad is not None and view is None:
+                return None
+            matrices[index], grads[index] = weights[index].detach().flatten(1), view
+        scales = self._scales(range(len(weights)))
         n_iterations = self.n_iterations if advance else 0
-        return iteration.penalise_(weights, grads, n_iterations, code, level, factor, self._multiplicities)
+        return iteration.penalise_(matrices, grads, n_iterations, code, level, factor, self._multiplicities, **scales)
 
     def _whole(self) -> kernels.Iteration | None:
         """Return the iteration that serves all operators, in their order, if there is one such."""
@@ -152,7 +172,7 @@ class SpectralNorms:
         if served != self._served:
             if self._served:  # the model was moved, cast or sharded
                 self._loaded = self.state_dict()
-            self._keys = [_key(op, weight) for op, weight in zip(self.operators, weights, strict=True)]
+            self._keys = [key_of(op, weight) for op, weight in zip(self.operators, weights, strict=True)]
             self._start(weights)
             self._served, self._addresses = served, []
         return weights
@@ -162,10 +182,13 @@ class SpectralNorms:
         weights = self.prepare()
         whole = self._whole()
         if whole is not None:
-            return whole.power_step(weights, n_iterations)
+            return whole.power_step(weights, n_iterations, **self._scales(range(len(weights))))
         nothing = torch.empty(0)
         sigma, left, right, vectors = ([nothing] * len(weights) for _ in range(4))
-        steps = [(indices, it.power_step([weights[i] for i in indices], n_iterations)) for indices, it in self._groups]
+        steps = [
+            (indices, it.power_step([weights[i] for i in indices], n_iterations, **self._scales(indices)))
+            for indices, it in self._groups
+        ]
         steps += [([index], it.power_step(n_iterations)) for index, it in self._others]
         for indices, step in steps:
             for position, index in enumerate(indices):
@@ -176,40 +199,49 @@ class SpectralNorms:
 
     def _weights(self) -> list[Tensor]:
         # No `detach` of a DTensor, which costs more than the rest: nothing here records gradients.
-        weights = (op.weight() if op.is_matrix else op.representative() for op in self.operators)
+        pairs = zip(self.operators, self._is_served, strict=True)
+        weights = (op.iterated() if served else op.representative() for op, served in pairs)
         return [w if is_sharded(w) else w.detach() for w in weights]
+
+    def _scales(self, indices: Sequence[int]) -> dict[str, list[Tensor | None]]:
+        """Return the scales of the rows of some operators, as an argument; none where there are none."""
+        scales = [self.operators[i].row_scale() for i in indices] if self._have_scales else []
+        return {"scales": scales} if any(scale is not None for scale in scales) else {}
 
     def _start(self, weights: Sequence[Tensor]) -> None:
         """Draw random blocks, or take the loaded ones, and iterate the random ones 15 times."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        blocks, fresh = [], []
+        blocks: list[Tensor] = []
+        fresh, unfit = [], []
         for index, (op, weight) in enumerate(zip(self.operators, weights, strict=True)):
-            side, most = op.block_shape
             # Drawn in fp32 on the CPU whatever comes after: the same vectors on every device and every rank, also where
             # a default device or dtype is set.
-            random = torch.randn(
-                min(self.block_size, most), side, generator=generator, device="cpu", dtype=torch.float32
-            ).to(weight.device, compute_dtype(weight.dtype))
+            own = torch.Generator("cpu").manual_seed(self.seed + 1_000_003 * (index + 1))
+            random = random_block(op, generator if op.symbol_geometry is None else own, self.block_size)
+            random = random.to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(self._keys[index], None)
             if loaded is not None and loaded.shape == random.shape and is_block(loaded):
                 blocks.append(loaded.to(random))
                 continue
             if loaded is None and op.is_matrix:
-                if self._loaded.pop(_key(op, weight, other_side=True), None) is not None:
+                if self._loaded.pop(key_of(op, weight, other_side=True), None) is not None:
                     warnings.warn(
                         f"The saved singular vectors of layer {op.name!r} are of its other side, which its weight's "
                         "sharding asked for then and does not now: its iteration starts afresh.",
                         stacklevel=2,
                     )
             elif loaded is not None:
-                warnings.warn(
-                    f"The saved singular vectors of layer {op.name!r} have shape {tuple(loaded.shape)}, its weight and "
-                    f"`block_size` ask for {tuple(random.shape)} and finite values, not all zero: its iteration starts "
-                    "afresh.",
-                    stacklevel=2,
-                )
+                unfit.append((op.name, tuple(loaded.shape), tuple(random.shape)))
+            if op.symbol_geometry is not None:
+                scale = op.row_scale()
+                scaled = weight if scale is None else weight * scale.to(weight).view(-1, *[1] * (weight.dim() - 1))
+                own.manual_seed(own.initial_seed())
+                blocks.append(started(scaled, op.symbol_geometry, own))
+                continue
             blocks.append(torch.linalg.qr(random.mT).Q.mT)
             fresh.append(index)
+        if unfit:
+            tell_unfit(unfit)
         groups, others = self._iterations(weights, blocks, fresh)
         for indices, iteration in groups:
             iteration.power_step([weights[i] for i in indices], N_START_ITERATIONS)
@@ -228,16 +260,20 @@ class SpectralNorms:
     def _iterations(
         self, weights: Sequence[Tensor], blocks: Sequence[Tensor], which: Sequence[int]
     ) -> tuple[list[tuple[list[int], kernels.Iteration]], list[tuple[int, MatrixFreeIteration]]]:
-        """Return the iterations of the operators `which`: the kernels' for matrices, one each for the others."""
+        """Return the iterations of the operators `which`: the kernels', and one each for those not served by them."""
         sharded = [i for i in which if self.operators[i].is_matrix and is_sharded(weights[i])]
-        matrices = [i for i in which if self.operators[i].is_matrix and not is_sharded(weights[i])]
-        groups = kernels.iterations_for([weights[i] for i in matrices], [blocks[i] for i in matrices], self.backend)
-        groups = [([matrices[i] for i in indices], iteration) for indices, iteration in groups]
+        served = [i for i in which if self._is_served[i] and not is_sharded(weights[i])]
+        geometries = [self.operators[i].symbol_geometry for i in served]
+        symbols = [None if geometry is None else Symbol(geometry, max(2, self.block_size)) for geometry in geometries]
+        groups = kernels.iterations_for(
+            [weights[i] for i in served], [blocks[i] for i in served], self.backend, symbols if any(symbols) else None
+        )
+        groups = [([served[i] for i in indices], iteration) for indices, iteration in groups]
         for i in sharded:  # a backend asked for by name that cannot serve is refused
             kernels.choose_backend(weights[i], len(blocks[i]), self.backend)
         if sharded:
             groups.append((sharded, ShardedIteration([weights[i] for i in sharded], [blocks[i] for i in sharded])))
-        others = [i for i in which if not self.operators[i].is_matrix]
+        others = [i for i in which if not self._is_served[i]]
         return groups, [(i, MatrixFreeIteration(self.operators[i], blocks[i], self.backend)) for i in others]
 
     @without_modes()
@@ -253,7 +289,7 @@ class SpectralNorms:
             if not op.is_matrix:
                 return sigma if op.leading_vectors() is not None else torch.full_like(sigma, math.inf)
             scaled = weight.to(block.dtype) / sigma.to(block).clamp(min=torch.finfo(block.dtype).tiny)
-            rest = scaled.square().sum() - _images(scaled, block).square().sum()
+            rest = scaled.square().sum() - images_of(scaled, block).square().sum()
             return torch.sqrt(1.0 + rest.clamp(min=0.0)).to(sigma) * sigma
 
         estimates, uppers = self._of_present(own, ShardedIteration.upper)
@@ -264,15 +300,18 @@ class SpectralNorms:
         """Return each block's Ritz values on the present weights: *estimates (from below)* of the top singular values.
 
         The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
-        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. NaN
-        where the weight is not finite.
+        they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. Of a
+        symbol, shape (cells,): one for each part of the frequencies, an estimate from below of the largest norm of the
+        symbol there, also of the smaller ones. NaN where the weight is not finite.
         """
 
         def own(op: LinearOperator, weight: Tensor, block: Tensor, sigma: Tensor) -> Tensor:
+            if op.symbol_geometry is not None:
+                return norms_in_cells(op, weight, block)
             if op.leading_vectors() is not None:
                 return sigma[None]
             if op.is_matrix:
-                images = _images(weight.to(block.dtype), block)
+                images = images_of(weight.to(block.dtype), block)
             else:
                 images = op.apply(block.view(len(block), *op.domain_shape)).flatten(1)
             # LAPACK raises on NaN and infinity.
@@ -329,24 +368,3 @@ class SpectralNorms:
         """Leave the compiled tables behind: they hold addresses of this process."""
         emptied: dict[str, Any] = {key: [] for key in ("_groups", "_others", "_served", "_addresses")}
         return self.__dict__ | emptied | {"_loaded": self.state_dict()}
-
-
-def is_block(loaded: Tensor) -> bool:
-    """Whether the rows of a loaded block are vectors to iterate: finite, and none zero, which would stay so."""
-    return bool(loaded.isfinite().all() and loaded.any(dim=1).all())
-
-
-def _images(matrix: Tensor, block: Tensor) -> Tensor:
-    """Return the images of a block's vectors, (r, max(m, n)), which live on the shorter side of a matrix (m, n)."""
-    return block @ (matrix if matrix.shape[0] < matrix.shape[1] else matrix.mT)
-
-
-def _key(op: LinearOperator, weight: Tensor, other_side: bool = False) -> str:
-    """Return the name under which an operator's block is saved. It says on which side the block lives.
-
-    That may be another side for a sharded weight than for a whole one, and the shape of a square weight's block does
-    not tell.
-    """
-    if op.is_matrix and iterates_on_codomain(weight) != (weight.shape[0] < weight.shape[1]):
-        other_side = not other_side
-    return f"{op.name} (other side)" if other_side else op.name

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_lip.kernels.waves import Geometry
 from lightning_lip.models.modules import eval_mode
 
 
@@ -23,7 +24,13 @@ class LinearOperator(ABC):
     """
 
     is_matrix = False
-    """Whether :meth:`weight` is the operator's matrix (m, n), which the compiled kernels can serve."""
+    """Whether :meth:`iterated` is the operator's matrix (m, n)."""
+
+    symbol_geometry: Geometry | None = None
+    """What :meth:`iterated` has for a symbol, where it is a convolution's kernel that is iterated as one."""
+
+    slot: tuple[dict[str, nn.Parameter | None], str] | None = None
+    """Where :attr:`written_parameter` is kept: the module's dictionary of parameters, and its key there."""
 
     _parameters: tuple[nn.Parameter, ...] = ()
     """What a weight is computed from, where :attr:`parameters` does not look it up in the module."""
@@ -59,6 +66,23 @@ class LinearOperator(ABC):
     def representative(self) -> Tensor:
         """Return a tensor of the weight's device and dtype, whose shape changes with the weight's; none is computed."""
         return self.weight()
+
+    def iterated(self) -> Tensor:
+        """Return what the kernels iterate: a matrix (m, n), or a symbol's kernel; its rows times :meth:`row_scale`."""
+        return self.weight()
+
+    def row_scale(self) -> Tensor | None:
+        """Return s, shape (rows of all groups,), by which the rows of a symbol's kernel are multiplied, or None."""
+        return None
+
+    @property
+    def written_parameter(self) -> nn.Parameter | None:
+        """The parameter that :meth:`iterated` is, or whose view, if kernels may write its gradient; else None."""
+        return self.direct_parameter
+
+    def gradient_view(self, grad: Tensor) -> Tensor | None:
+        """Return a gradient of :attr:`written_parameter` in the shape of :meth:`iterated`; None if no view has it."""
+        return grad
 
     @abstractmethod
     def apply(self, inputs: Tensor) -> Tensor:
@@ -107,7 +131,7 @@ class LinearOperator(ABC):
         # The norm is linear in u: with c u its gradient needs no scaling of its own.
         for parameter, gradient in zip(parameters, self.norm_gradients(factor * left, right, parameters), strict=True):
             if gradient is not None:
-                add_gradient_(parameter, _unless_zero(factor, gradient))
+                add_gradient_(parameter, unless_zero(factor, gradient))
 
     @property
     def direct_parameter(self) -> nn.Parameter | None:
@@ -126,7 +150,7 @@ def add_gradient_(parameter: nn.Parameter, gradient: Tensor, factors: Tensor | N
         parameter.grad.addcmul_(gradient.to(parameter.grad), factors.to(parameter.grad))
 
 
-def _unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
+def unless_zero(factor: float | Tensor, gradient: Tensor) -> Tensor:
     """Return a gradient that was multiplied by `factor`, as zeros where that is 0: 0 * NaN would be NaN."""
     if isinstance(factor, Tensor):
         return torch.where((factor == 0).to(gradient.device), 0.0, gradient)
@@ -142,12 +166,12 @@ class MatrixOperator(LinearOperator):
         key: The weight's name in the module.
 
     Attributes:
-        slot: The module's dictionary of parameters, and the weight's key there. A look-up in it costs 30 ns, through
-            ``nn.Module.__getattr__`` a microsecond; and unlike a reference to the Parameter it survives
-            ``load_state_dict(assign=True)``.
+        slot: A look-up in it costs 30 ns, through ``nn.Module.__getattr__`` a microsecond; and unlike a reference to
+            the Parameter it survives ``load_state_dict(assign=True)``.
     """
 
     is_matrix = True
+    slot: tuple[dict[str, nn.Parameter | None], str]
 
     def __init__(self, name: str, module: nn.Module, key: str = "weight") -> None:
         super().__init__(name, module)

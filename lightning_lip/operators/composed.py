@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lip.errors import UnsupportedLayerError
+from lightning_lip.kernels.tensors import compute_dtype
 from lightning_lip.operators.base import (
     LinearOperator,
     MatrixOperator,
     ParametrizedMatrixOperator,
     add_gradient_,
+    unless_zero,
 )
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import KernelOperator
 
 
 class ComputedMatrixOperator(MatrixOperator):
@@ -112,31 +114,20 @@ class TracedParametrizationOperator(ParametrizedMatrixOperator):
         return self._compute()
 
 
-class TracedConvolutionOperator(ConvolutionOperator):
-    """A convolution whose kernel is as it is in the graph: parametrised, computed in the forward pass, or a constant.
+def computed_source(
+    name: str, module: nn.Module, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...] | None
+) -> ComputedMatrixOperator | TracedParametrizationOperator:
+    """Return the source of a kernel that is as it is in the graph: parametrised, computed, or a constant.
 
     Args:
         name: The layer's name.
         module: The layer, or a convolution of its geometry whose own weight does not count.
-        domain_shape: Shape of one input, (c_in, *spatial).
         compute: Returns the kernel, by the graph's own operations, differentiable in the parameters.
         parameters: What the kernel is computed from; None for those of the layer's parametrization.
     """
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        domain_shape: Sequence[int],
-        compute: Callable[[], Tensor],
-        parameters: tuple[nn.Parameter, ...] | None = None,
-    ) -> None:
-        super().__init__(name, module, domain_shape)
-        self._source = (
-            TracedParametrizationOperator(name, module, compute)
-            if parameters is None
-            else ComputedMatrixOperator(name, module, compute, parameters)
-        )
+    if parameters is None:
+        return TracedParametrizationOperator(name, module, compute)
+    return ComputedMatrixOperator(name, module, compute, parameters)
 
 
 class DiagonalOperator(LinearOperator):
@@ -208,15 +199,29 @@ class ScaledOperator(LinearOperator):
         name: The name of both.
         compute: Returns s, shape (c,): one entry for each output channel of W; fp64, differentiable in `parameters`.
         parameters: What s is computed from.
+        has_gain: Whether s is the one parameter times numbers, entry by entry: gamma / sqrt(var + eps).
+
+    Attributes:
+        base: W.
+        has_gain: As given.
     """
 
     def __init__(
-        self, base: LinearOperator, name: str, compute: Callable[[], Tensor], parameters: tuple[nn.Parameter, ...]
+        self,
+        base: LinearOperator,
+        name: str,
+        compute: Callable[[], Tensor],
+        parameters: tuple[nn.Parameter, ...],
+        has_gain: bool = False,
     ) -> None:
         super().__init__(name, base.module)
         self.base = base
+        self.has_gain = has_gain
         self._compute = compute
         self._parameters = parameters
+        # A matrix of torch.nn.Linear may be sharded: its scaled one is iterated through its maps.
+        self.is_matrix = isinstance(base, KernelOperator) and base.is_matrix
+        self.symbol_geometry = base.symbol_geometry
 
     @property
     def domain_shape(self) -> tuple[int, ...]:
@@ -252,6 +257,56 @@ class ScaledOperator(LinearOperator):
         weight = self.base.weight()
         return self._scaled_weight(self.scale().to(weight.dtype))
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether the base's kernel is iterated, with its rows scaled: output channels are columns of others."""
+        return self.symbol_geometry is not None and not getattr(self._convolution, "transposed", False)
+
+    @property
+    def _convolution(self) -> nn.Module:
+        return self.base.convolution if isinstance(self.base, KernelOperator) else self.base.module
+
+    def iterated(self) -> Tensor:
+        """Return the base's kernel, or the scaled one; where it is a matrix, (rows, columns * taps)."""
+        if self.scales_rows:
+            return self.base.iterated()
+        return self.weight().flatten(1) if self.is_matrix else self.weight()
+
+    def row_scale(self) -> Tensor | None:
+        """Return s, times the base's own, where rows are scaled."""
+        own = self.base.row_scale()
+        if not self.scales_rows:
+            return own
+        dtype = compute_dtype(self.base.iterated().dtype)
+        scale = self.scale().detach().to(dtype)
+        return scale if own is None else scale * own
+
+    @property
+    def written_parameter(self) -> nn.Parameter | None:
+        """The base's kernel, where it is iterated with its rows scaled."""
+        return self.base.written_parameter if self.scales_rows else None
+
+    @property
+    def gain(self) -> nn.Parameter | None:
+        """Gamma, where :meth:`add_gain_gradient_` knows its gradient: channels are rows of an iterated kernel."""
+        is_known = self.has_gain and (self.is_matrix or self.symbol_geometry is not None)
+        return self._parameters[0] if is_known and not getattr(self._convolution, "transposed", False) else None
+
+    def add_gain_gradient_(self, factor: float | Tensor, left: Tensor) -> None:
+        """Add `factor` times the gradient of the norm's logarithm to gamma's ``.grad``, made where missing.
+
+        It is ``|u_c|^2 / gamma_c``, u_c the entries of channel c: s is gamma times numbers, and at the singular vectors
+        ``<u_c, s_c (W v)_c> = sigma |u_c|^2``. Zero where gamma is.
+
+        Args:
+            factor: Any factor, a number or a tensor of shape ().
+            left: u, the left singular vector, real and imaginary part where it is complex.
+        """
+        gain = self._parameters[0]
+        gamma = gain.detach().to(left.dtype)
+        slopes = left.view(-1, len(gamma)).square().sum(0) * factor / gamma
+        add_gradient_(gain, unless_zero(factor, torch.where(gamma == 0, 0.0, slopes)))
+
     def representative(self) -> Tensor:
         """Return the base's."""
         return self.base.representative()
@@ -261,7 +316,7 @@ class ScaledOperator(LinearOperator):
 
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Return a weight of the base's shape with its output channels scaled by `scale`, shape (c,)."""
-        if not getattr(self.base.module, "transposed", False):
+        if not getattr(self._convolution, "transposed", False):
             return scale.view(-1, *[1] * (weight.dim() - 1)) * weight
         # (c_in, c_out / groups, ...): group g of the inputs feeds the g-th run of output channels.
         runs = scale.view(scale.numel() // weight.shape[1], 1, weight.shape[1], *[1] * (weight.dim() - 2))
@@ -289,18 +344,18 @@ class ScaledOperator(LinearOperator):
         ``<u_c, (W v)_c>`` in s_c, for each channel c: autograd over the kernel would take twice the time.
         """
         base = self.base
-        kernel = base.weight() if isinstance(base, ConvolutionOperator) and not base.module.transposed else None
+        kernel = base.weight() if isinstance(base, KernelOperator) and not base.convolution.transposed else None
         if kernel is None or kernel is not base.parameters[0] or isinstance(factor, Tensor) or factor == 0:
             super().add_norm_gradients_(factor, left, right, parameters)
             return
-        assert isinstance(base, ConvolutionOperator)
+        assert isinstance(base, KernelOperator)
         gradient = base.weight_gradient(left, right)
         with torch.enable_grad():
             scale = self.scale()
         own = [p for p in parameters if p is not kernel]
         if own:
-            channels = (len(gradient), -1)
-            slopes = (left.view(channels) * base.apply(right.view(1, *self.domain_shape)).view(channels)).sum(1)
+            # <u_c, (W v)_c>: the norm is linear in the kernel, and channel c's part of it in the kernel's row c.
+            slopes = (gradient * kernel.detach()).flatten(1).sum(1)
             for parameter, slope in zip(own, torch.autograd.grad(scale, own, (factor * slopes).to(scale)), strict=True):
                 add_gradient_(parameter, slope)
         if len(own) < len(parameters):
@@ -309,7 +364,7 @@ class ScaledOperator(LinearOperator):
 
     def norm(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``<u, diag(s) W v>``, shape (), in the vectors' dtype."""
-        if isinstance(self.base, ConvolutionOperator):
+        if isinstance(self.base, KernelOperator):
             # Linear in diag(s) W, which is a kernel: less work than the gradient through the map.
             weight = self._scaled_weight(self.scale().to(left.dtype))
             return (weight * self.base.weight_gradient(left, right)).sum()

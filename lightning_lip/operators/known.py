@@ -20,6 +20,8 @@ from lightning_lip.kernels.tensors import is_sharded
 from lightning_lip.models.modules import eval_mode, is_lora, keeps_forward
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator, LoraOperator
+from lightning_lip.operators.convolutions.convolution import check_convolution
+from lightning_lip.operators.convolutions.symbol import SymbolOperator
 
 
 @singledispatch
@@ -46,19 +48,31 @@ def _(module: nn.Linear, name: str) -> LinearOperator:
     if not keeps_forward(module, nn.Linear):
         raise UnsupportedLayerError("it has a forward of its own, so it is not known to compute x W^T + b")
     if parametrize.is_parametrized(module, "weight"):
-        computed = ParametrizedMatrixOperator(name, module)
-        if any(is_sharded(p) for p in computed.parameters):
-            raise UnsupportedLayerError(
-                "its parametrised weight is computed from DTensors (FSDP2, tensor parallel): keep it whole with "
-                "fully_shard(..., ignored_params=...)"
-            )
-        return computed
+        return _whole(ParametrizedMatrixOperator(name, module))
     weight = check_weight(module)
     if weight.dim() != 2 or weight.numel() == 0:
         raise UnsupportedLayerError(
             f"its weight has shape {tuple(weight.shape)} instead of (out_features, in_features), as FSDP1's shards do"
         )
     return MatrixOperator(name, module)
+
+
+@operator_of.register
+def _(module: nn.modules.conv._ConvNd, name: str) -> LinearOperator:
+    check_convolution(module)
+    if parametrize.is_parametrized(module, "weight"):
+        return _whole(SymbolOperator(name, module))
+    check_weight(module)
+    return SymbolOperator(name, module)
+
+
+def _whole(computed: LinearOperator) -> LinearOperator:
+    if any(is_sharded(p) for p in computed.parameters):
+        raise UnsupportedLayerError(
+            "its parametrised weight is computed from DTensors (FSDP2, tensor parallel): keep it whole with "
+            "fully_shard(..., ignored_params=...)"
+        )
+    return computed
 
 
 def check_weight(module: nn.Module, key: str = "weight") -> nn.Parameter:
@@ -126,7 +140,6 @@ for _types, _reason in (
         (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.RMSNorm),
         "a normalisation is bounded in its place in the graph only: pass example_input=",
     ),
-    ((nn.modules.conv._ConvNd,), "a convolution needs the size of its input: pass example_input="),
     ((nn.MultiheadAttention,), "dot-product attention has no finite Lipschitz constant"),
     ((nn.Embedding, nn.EmbeddingBag), "an embedding is a look-up, not a linear map: start at its output"),
     ((nn.Bilinear,), "a product of two inputs has no finite Lipschitz constant"),

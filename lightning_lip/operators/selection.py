@@ -15,9 +15,10 @@ from lightning_lip.checks import check_items
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.models.modules import Found, walk
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.recorded import RecordedConvolution
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.coverage import Coverage, Skipped, counted, rows, share_of
 from lightning_lip.operators.known import carries_weight, is_registered, operator_of
-from lightning_lip.operators.recorded import RecordedConvolution
 
 Selection = str | nn.Module | type[nn.Module] | Sequence[str | nn.Module | type[nn.Module]]
 """Module names, glob patterns (``*`` also crosses dots), submodules or types of modules, subclasses included; a
@@ -33,14 +34,15 @@ None at all (an empty sequence) says that the module needs no operator of its ow
 """
 
 
-def known_by_type(module: nn.Module, name: str) -> list[LinearOperator]:
-    """Return the operator that a module has by its type; a convolution's waits for the size of its input.
+def known_by_type(module: nn.Module, name: str, convolutions: Convolutions = "symbol") -> list[LinearOperator]:
+    """Return the operator that a module has by its type; a ``"spatial"`` convolution waits for the size of its input.
 
     Raises:
         UnsupportedLayerError: If it is not known; the message is the reason.
     """
-    is_convolution = isinstance(module, nn.modules.conv._ConvNd) and not is_registered(module)
-    return [RecordedConvolution(name, module) if is_convolution else operator_of(module, name)]
+    is_recorded = convolutions == "spatial" and isinstance(module, nn.modules.conv._ConvNd)
+    is_recorded = is_recorded and not is_registered(module)
+    return [RecordedConvolution(name, module) if is_recorded else operator_of(module, name)]
 
 
 PROVIDERS: Sequence[Provider] = (known_by_type,)
@@ -207,8 +209,7 @@ def cover(
     """Return the linear operators of the selected layers, in the order of ``model.named_modules()``, and what is not.
 
     A weight that several modules share, and a module that an ``nn.Sequential`` or ``nn.ModuleList`` holds several
-    times, is one operator with that multiplicity. Frozen weights are included. A convolution's operator waits for the
-    first forward pass with gradients enabled to learn the size of its input.
+    times, is one operator with that multiplicity. Frozen weights are included.
 
     Args:
         model: The model.
@@ -286,6 +287,37 @@ def _refusal(problem: str, refused: Sequence[Selected], skipped: Sequence[Skippe
         + "\n  - ".join(lines)
         + f"\n{remedy} others with layers=...; the product then covers the selected layers only."
     )
+
+
+def parameter_ids(operators: Sequence[LinearOperator], selected: Sequence[Selected], must_cover: bool) -> set[int]:
+    """Return the ids of the selected layers' parameters in a traced graph's operators.
+
+    Raises:
+        ValueError: If there is none; or, where `must_cover`, if a selected layer is not in the graph.
+    """
+    in_graph = {id(p) for op in operators for p in op.parameters}
+    chosen: set[int] = set()
+    absent = []
+    for layer in selected:
+        module = layer.found.module
+        # Its own parameters, and those of its parametrizations; a layer inside it is selected for itself.
+        computed = module._modules.get("parametrizations") if parametrize.is_parametrized(module) else None
+        own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        ids = {id(p) for p in own if p is not None}
+        chosen |= ids & in_graph
+        if ids and not ids & in_graph:
+            absent.append(layer.found.name)
+    if absent and must_cover:
+        names = absent[0] if len(absent) == 1 else absent
+        raise ValueError(
+            f"The selected layers {absent} do not act on the output for `example_input`: leave them out with "
+            f"exclude={names!r}, or give an input that reaches them."
+        )
+    if not chosen:
+        raise ValueError(
+            f"No selected layer acts on the output for `example_input`: {[s.found.name for s in selected]}."
+        )
+    return chosen
 
 
 def refuse_replaced(model: nn.Module, operators: Iterable[LinearOperator], owner: str) -> None:

@@ -19,6 +19,8 @@ from lightning_lip.checks import (
 from lightning_lip.graph.program import repeated
 from lightning_lip.kernels.tensors import in_double, without_autocast
 from lightning_lip.models.inputs import BatchDim
+from lightning_lip.operators.composed import ScaledOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Selection, Unknown
 from lightning_lip.penalty.differentiable_norms import DifferentiableNorms, logs
 from lightning_lip.penalty.penalties import (
@@ -44,14 +46,14 @@ class LipschitzRegularizer(DifferentiableNorms):
     vectors that persist from step to step. Without an example input, S is the log of the product over the selected
     layers: a regulariser, and not a bound on the network, whose activations, other layers and branches it does not
     know. With one, S is the log of the bound over the network's traced graph: activations, residuals, pools and
-    unselected layers count, and the selected layers get the gradient. Convolutions act at their true input size.
+    unselected layers count, and the selected layers get the gradient.
 
     Linear layers may be sharded (DTensors of FSDP2 and tensor parallelism): then every rank must make each call, those
     that only read included, because spectral norms are sums over ranks.
 
     Args:
-        model: The model. It is not changed, but for a forward pre-hook on each convolution without an example input,
-            which goes with the regulariser. After replacing one of its modules, construct a new regulariser.
+        model: The model. It is not changed, but for a forward pre-hook on each ``"spatial"`` convolution without an
+            example input, which goes with the regulariser. After replacing one of its modules, construct a new one.
         coefficient: lambda, the factor of the penalty; at least 0.
         penalty: ``"product"`` (the paper's), ``"softplus_log"``, ``"hinge_log"``, ``"log"``, ``"layer_sum"``,
             ``"layer_sum_squares"``, or a callable ``(log_sigma (L,), log_bound ()) -> ()``, which sees a layer that
@@ -66,7 +68,8 @@ class LipschitzRegularizer(DifferentiableNorms):
         example_input: A tensor, a tuple of arguments or a dict of keyword arguments of the model, with the batch along
             the first dimension of each tensor: the graph is traced with it, in eval mode. None takes a
             LightningModule's ``example_input_array``. Without either, a layer counts as often as the model holds its
-            weight, and the size of a convolution's input is that of the first forward pass with gradients enabled.
+            weight, and the size of a ``"spatial"`` convolution's input is that of the first forward pass with gradients
+            enabled.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
             the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
@@ -75,6 +78,10 @@ class LipschitzRegularizer(DifferentiableNorms):
         inputs: An input of the model, like `example_input`: its forward pass runs once, in eval mode, and shows which
             parameters multiply activations, in modules of any class, and what normalises their outputs. The product is
             of these (``docs/normalisation.md``). None goes by the classes of torch.nn alone.
+        convolutions: ``"symbol"``: a convolution's norm is that of its symbol, on the infinite grid, which no input
+            size is needed for and which certificates bound; an estimate from below of it may lie above the norm at the
+            size of a small image. ``"spatial"``: the norm of the operator at the size of its input, at up to tenfold
+            cost.
 
     Attributes:
         coverage: Which layers are covered, and which were left out and why; as text, a short table.
@@ -116,13 +123,19 @@ class LipschitzRegularizer(DifferentiableNorms):
         backend: kernels.Backend | None = None,
         unknown: Unknown = "skip",
         inputs: Any = None,
+        convolutions: Convolutions = "symbol",
     ) -> None:
         check_model(model, "LipschitzRegularizer")
         self.coefficient = check_number("coefficient", coefficient)
         self._penalty = get_penalty(penalty, target, knee)
         self._level = level_of(penalty, target, check_knee(knee)) if isinstance(penalty, str) else 1.0
         self._is_checked = isinstance(penalty, str)
-        selection: dict[str, Any] = {"layers": layers, "exclude": exclude, "unknown": unknown}
+        selection: dict[str, Any] = {
+            "layers": layers,
+            "exclude": exclude,
+            "unknown": unknown,
+            "convolutions": convolutions,
+        }
         iteration = {"block_size": block_size, "n_iterations": n_iterations, "seed": seed, "backend": backend}
         super().__init__(model, example_input, inputs, selection, iteration, batch_dim)
         # The kernels know the built-in penalties of a product, and their slopes in closed form.
@@ -221,20 +234,26 @@ class LipschitzRegularizer(DifferentiableNorms):
         """Add ``c_l`` times the gradient of the norm of each trainable layer."""
         grads: list[Tensor | None] = [None] * len(self.operators)
         # On the CPU a look at the numbers waits for nothing.
-        factors = coefficients.tolist() if coefficients.device.type == "cpu" else coefficients.unbind()
+        on_host = coefficients.device.type == "cpu"
+        factors = coefficients.tolist() if on_host else coefficients.unbind()
+        slopes = (coefficients * step.sigma).tolist() if on_host else (coefficients * step.sigma).unbind()
         for index, op in enumerate(self.operators):
-            trainable = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
-            if not trainable:
-                continue
-            weight = op.direct_parameter
-            if weight is not None:
+            rest = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
+            left, right = step.left[index], step.right[index]
+            weight = op.written_parameter
+            if weight is not None and any(p is weight for p in rest):
                 if weight.grad is None:
                     weight.grad = torch.zeros_like(weight)
-                grads[index] = weight.grad
-                continue
-            left, right = step.left[index], step.right[index]
-            factor = factors[index].to(left) if isinstance(factors[index], Tensor) else factors[index]
-            op.add_norm_gradients_(factor, left, right, trainable)
+                grads[index] = op.gradient_view(weight.grad)
+                if grads[index] is not None:
+                    rest = [p for p in rest if p is not weight]
+            if isinstance(op, ScaledOperator) and op.gain is not None and any(p is op.gain for p in rest):
+                slope = slopes[index]
+                op.add_gain_gradient_(slope.to(left) if isinstance(slope, Tensor) else slope, left)
+                rest = [p for p in rest if p is not op.gain]
+            if rest:
+                factor = factors[index].to(left) if isinstance(factors[index], Tensor) else factors[index]
+                op.add_norm_gradients_(factor, left, right, rest)
         self._norms.rank_one_update_(grads, coefficients)
 
     def penalty_of(self, log_sigma: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_lip.models.sharding import reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.coverage import Coverage
 from lightning_lip.operators.selection import Unknown
 from lightning_lip.reporting.messages import tell
@@ -28,7 +29,8 @@ class SelectedNorms:
         example_input: An input to trace its graph with, or None.
         inputs: An input for a forward pass that shows what is multiplied and normalised; ``AWAITED`` where
             :meth:`adopt` is called after one; None goes by the classes of torch.nn alone.
-        selection: ``layers``, ``exclude`` and ``unknown`` of :class:`~lightning_lip.LipschitzRegularizer`.
+        selection: ``layers``, ``exclude``, ``unknown`` and ``convolutions`` of
+            :class:`~lightning_lip.LipschitzRegularizer`.
         iteration: ``block_size``, ``n_iterations``, ``seed`` and ``backend`` of
             :class:`~lightning_lip.norms.spectral_norms.SpectralNorms`.
         batch_dim: As in :class:`~lightning_lip.LipschitzRegularizer`.
@@ -51,6 +53,7 @@ class SelectedNorms:
         batch_dim: BatchDim = 0,
     ) -> None:
         check_choice("unknown", selection["unknown"], get_args(Unknown))
+        check_choice("convolutions", selection["convolutions"], get_args(Convolutions))
         self._model = model
         self._selection = selection
         self._iteration = iteration

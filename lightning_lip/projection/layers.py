@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import Bound
 from lightning_lip.kernels.tensors import compute_dtype
-from lightning_lip.norms.spectral_norms import is_block
+from lightning_lip.norms.blocks import is_block
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, ScaledOperator
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.recorded import RecordedConvolution
+from lightning_lip.operators.convolutions.recorded import RecordedConvolution
 from lightning_lip.projection.allocation import logarithms
 from lightning_lip.projection.clipping import FloatArray
 from lightning_lip.projection.layers import ClippedLayer, Triplets

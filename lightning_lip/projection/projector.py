@@ -28,6 +28,7 @@ from lightning_lip.kernels.tensors import without_modes
 from lightning_lip.models.inputs import BatchDim
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Selection
 from lightning_lip.projection.allocation import Allocation, Method, logarithms
 from lightning_lip.projection.caps import Caps
@@ -120,6 +121,8 @@ class LipschitzProjector:
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         exact_every_n_steps: Make every n-th step an exact one; 0 leaves that to the caller.
         seed: Seed of the private generator of the blocks, the same on every rank.
+        convolutions: Which norm convolutions have, estimated and certified: ``"symbol"`` is that on the infinite grid,
+            ``"spatial"`` that at the size of the input, as in :class:`~lightning_lip.LipschitzRegularizer`.
 
     Raises:
         TypeError: If the model is no module.
@@ -151,6 +154,7 @@ class LipschitzProjector:
         batch_dim: BatchDim = 0,
         exact_every_n_steps: int = 0,
         seed: int = 0,
+        convolutions: Convolutions = "symbol",
     ) -> None:
         check_model(model, "LipschitzProjector")
         check_choice("method", method, get_args(Method))
@@ -162,7 +166,8 @@ class LipschitzProjector:
         self._n_iterations = n_iterations
         self._exact_every_n_steps = exact_every_n_steps
         refuse_sharded(model, "LipschitzProjector", "Use DDP or a single device, or project a whole checkpoint.")
-        self._bound, _ = bound_of(model, example_input, layers, exclude, batch_dim=batch_dim)
+        check_choice("convolutions", convolutions, get_args(Convolutions))
+        self._bound, _ = bound_of(model, example_input, layers, exclude, batch_dim=batch_dim, convolutions=convolutions)
         self.operators: list[LinearOperator] = self._bound.operators
         self._layers, self._reasons = projected_layers(
             self._bound, clip=method != "scaling", block_size=block_size, seed=seed

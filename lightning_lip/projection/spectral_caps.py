@@ -25,8 +25,9 @@ from lightning_lip.kernels.tensors import compute_dtype, in_double, is_sharded, 
 from lightning_lip.models.sharding import reshard
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.convolution import ConvolutionOperator
-from lightning_lip.operators.selection import PROVIDERS, Provider, Selection, Unknown, cover
+from lightning_lip.operators.convolutions.convolution import KernelOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions
+from lightning_lip.operators.selection import Provider, Selection, Unknown, cover, known_by_type
 from lightning_lip.projection.layers import is_homogeneous, writable
 from lightning_lip.reporting.messages import tell
 
@@ -97,6 +98,7 @@ class NormCaps:
         seed: Seed of the private generator that the vectors start from.
         unknown: ``"skip"`` leaves out the layers without a known norm, and those whose weight scales with none of
             their parameters, and tells so; ``"refuse"`` refuses them.
+        convolutions: As in :class:`~lightning_lip.LipschitzRegularizer`.
 
     Attributes:
         operators: The L operators whose norms are held.
@@ -119,12 +121,14 @@ class NormCaps:
         n_iterations: int = 1,
         seed: int = 0,
         unknown: Unknown = "skip",
+        convolutions: Convolutions = "symbol",
     ) -> None:
         check_model(model, "NormCaps")
         self._radius = check_radius(radius)
         check_choice("unknown", unknown, get_args(Unknown))
         reshard(model)
-        providers = [partial(_held, provider) for provider in PROVIDERS]
+        check_choice("convolutions", convolutions, get_args(Convolutions))
+        providers = [partial(_held, partial(known_by_type, convolutions=convolutions))]
         self.coverage = cover(model, layers, exclude, unknown, providers, NOT_SCALED)
         if self.coverage.skipped:
             tell(f'SpectralCaps: {self.coverage}\nWith unknown="refuse" these are refused.')
@@ -235,7 +239,7 @@ def _held(provider: Provider, module: nn.Module, name: str) -> Sequence[LinearOp
     """
     operators = provider(module, name)
     for op in operators:
-        if not op.is_matrix and not isinstance(op, ConvolutionOperator):
+        if not op.is_matrix and not isinstance(op, KernelOperator):
             raise UnsupportedLayerError("it is neither a matrix nor a convolution")
         _place_of_factor(op)
     return operators

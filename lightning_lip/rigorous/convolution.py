@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lip.operators.paddings import PaddingMode, check_padding, most_copies, padding_pairs
+from lightning_lip.operators.convolutions.paddings import PaddingMode, check_padding, most_copies, padding_pairs
 from lightning_lip.rigorous.hermitian import LargestEigenvalue
 from lightning_lip.rigorous.matrix import scaled_matrix
 from lightning_lip.rigorous.rounding import (

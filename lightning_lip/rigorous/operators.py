@@ -13,7 +13,7 @@ import torch
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
-from lightning_lip.operators.convolution import ConvolutionOperator, check_convolution
+from lightning_lip.operators.convolutions.convolution import KernelOperator
 from lightning_lip.rigorous.convolution import certified_convolution_norm
 from lightning_lip.rigorous.evaluation import Evaluation, evaluated
 from lightning_lip.rigorous.matrix import SMALLEST_NORMAL, certified_matrix_norm
@@ -40,10 +40,9 @@ def certified_norm(operator: LinearOperator, weight: Evaluation | None = None) -
 
 @certified_norm.register
 @torch.no_grad()
-def _(operator: ConvolutionOperator, weight: Evaluation | None = None) -> float:
+def _(operator: KernelOperator, weight: Evaluation | None = None) -> float:
     weight = evaluated(operator.weight) if weight is None else weight
-    module = check_convolution(operator.module)
-
+    module = operator.convolution
     names = ("stride", "dilation", "padding", "padding_mode", "transposed")
     settings: dict[str, Any] = {name: getattr(module, name) for name in names}
     bound = certified_convolution_norm(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lip.operators.paddings import PaddingMode
+from lightning_lip.operators.convolutions.paddings import PaddingMode
 from lightning_lip.rigorous.hermitian import EXACT_ESTIMATE_SIZE, LargestEigenvalue
 from lightning_lip.rigorous.matrix import certified_largest_eigenvalue
 from lightning_lip.rigorous.rounding import UNDERFLOW, frobenius_up, gamma, multiply_up, sqrt_up, sum_up

@@ -18,6 +18,7 @@ from lightning_lip.models.modules import walk
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import DiagonalOperator, ScaledOperator
 from lightning_lip.usage.records import Normalisation, Use
+from lightning_lip.usage.values import Stored
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def place_normalisations(
             fused.append(operator.name)
             parameters = () if last.gain is None else last.gain.parameters
             label = names[id(last.module)]
-            scaled = ScaledOperator(operator, f"{operator.name}+{label}", _batch_scale(last), parameters)
+            has_gain = isinstance(last.gain, Stored) and last.gain.is_parameter
+            scaled = ScaledOperator(operator, f"{operator.name}+{label}", _batch_scale(last), parameters, has_gain)
             scaled.multiplicity = operator.multiplicity
             kept.append(scaled)
             del calls[last.identity]

@@ -16,7 +16,8 @@ from lightning_lip.models.inputs import FAILURES, call_arguments
 from lightning_lip.models.modules import eval_mode, state_kept
 from lightning_lip.models.sharding import is_dealt_out
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.paddings import padding_pairs
+from lightning_lip.operators.convolutions.paddings import padding_pairs
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.usage.normalisation import Placed, place_normalisations
 from lightning_lip.usage.observer import Observer
 from lightning_lip.usage.operators import operator_in_use
@@ -47,19 +48,22 @@ class Observation:
         self._made: dict[int, Use] = {}
         """The uses of the operators that were made here, by their ids."""
 
-    def operators_of(self, module: nn.Module, name: str) -> Sequence[LinearOperator]:
+    def operators_of(
+        self, module: nn.Module, name: str, convolutions: Convolutions = "symbol"
+    ) -> Sequence[LinearOperator]:
         """Return the operators of the weights that a module owns; none for a normalisation, or a table of a head.
 
         Args:
             module: The module.
             name: Its name in the model.
+            convolutions: Which norm convolutions have.
 
         Raises:
             UnsupportedLayerError: If its parameters multiplied nothing, or cannot be worked with.
         """
         operators = []
         for use in self._by_layer.get(id(module), []):
-            operator = operator_in_use(use)
+            operator = operator_in_use(use, convolutions)
             if self._is_dealt_out and operator.direct_parameter is None:
                 raise UnsupportedLayerError(
                     "it is no whole matrix, and the model's weights are DTensors (FSDP2, tensor parallel)"

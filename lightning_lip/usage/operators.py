@@ -15,7 +15,8 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.kernels.tensors import is_sharded
 from lightning_lip.operators.base import LinearOperator, MatrixOperator
 from lightning_lip.operators.composed import ComputedMatrixOperator
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.symbol import Convolutions, SymbolOperator
 from lightning_lip.operators.known import check_weight, register_matrix
 from lightning_lip.usage.records import Use
 from lightning_lip.usage.values import Stored
@@ -72,8 +73,12 @@ class BlocksOperator(LinearOperator):
         return left @ self.apply(right.view(1, *self.domain_shape)).flatten()
 
 
-def operator_in_use(use: Use) -> LinearOperator:
+def operator_in_use(use: Use, convolutions: Convolutions = "symbol") -> LinearOperator:
     """Return the operator of a weight that a forward pass showed.
+
+    Args:
+        use: How it was used.
+        convolutions: Whether the norm of a convolution is that of its symbol, or at the size of the input that it had.
 
     Raises:
         UnsupportedLayerError: If the weight cannot be worked with, or the convolution is called in an unknown way.
@@ -88,7 +93,7 @@ def operator_in_use(use: Use) -> LinearOperator:
         )
     name = weight.full_name
     if use.convolution is not None:
-        return _convolution(use)
+        return _convolution(use, convolutions)
     if "blocks" in use.layouts:
         return BlocksOperator(name, owner.layer, weight.compute, weight.parameters)
     # For x W the matrix is W^T, which has the same norm, and the same gradient in W.
@@ -105,7 +110,7 @@ def _matrix(use: Use) -> MatrixOperator:
     return operator
 
 
-def _convolution(use: Use) -> LinearOperator:
+def _convolution(use: Use, convolutions: Convolutions) -> LinearOperator:
     assert use.convolution is not None
     function, settings, domain_shape = use.convolution
     weight = use.weight
@@ -121,6 +126,8 @@ def _convolution(use: Use) -> LinearOperator:
     if channels[0] != domain_shape[0]:
         raise UnsupportedLayerError(f"its kernel of shape {weight.shape} does not fit its input {domain_shape}")
     convolution: nn.Module = kind(*channels, weight.shape[2:], bias=False, device="meta", **settings)
+    if convolutions == "symbol":
+        return SymbolOperator(weight.full_name, convolution, None, _matrix(use))
     return ConvolutionOperator(weight.full_name, convolution, domain_shape, _matrix(use))
 
 

@@ -20,7 +20,7 @@ from lightning_lip.graph.builder import RULES
 from lightning_lip.graph.rules import linear
 from lightning_lip.models import modules
 from lightning_lip.operators.base import ParametrizedMatrixOperator
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 
 Patch = pytest.MonkeyPatch
 

@@ -15,7 +15,7 @@ from lightning_lip.constants import modules as constants
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.models.modules import state_kept
-from lightning_lip.operators.recorded import RecordedConvolution
+from lightning_lip.operators.convolutions.recorded import RecordedConvolution
 
 
 def test_a_region_with_its_own_autocast_is_refused():

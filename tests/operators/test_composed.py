@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lip.operators.composed import ScaledOperator
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 
 
 @pytest.mark.parametrize(

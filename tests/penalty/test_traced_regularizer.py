@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_lip import LipschitzMixin, LipschitzMonitor, LipschitzPenalty, LipschitzRegularizer
-from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.operators.convolutions.recorded import stop_recording
 
 
 def exact(weight):

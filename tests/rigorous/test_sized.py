@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 from lightning_lip.rigorous import certified_convolution_norm, certified_norm
 from lightning_lip.rigorous import sized as module_under_test
 from lightning_lip.rigorous.sized import LARGEST_SIDE, sized_axis, sized_norm

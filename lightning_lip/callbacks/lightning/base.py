@@ -11,7 +11,7 @@ import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, get_args
 
 from torch import nn
 from typing_extensions import override
@@ -19,10 +19,11 @@ from typing_extensions import override
 from lightning_lip.callbacks.lightning.batches import check_example_input, input_of_batch
 from lightning_lip.callbacks.lightning.ranks import refuse_inputs_of_one_rank
 from lightning_lip.callbacks.lightning.trainer import is_read, is_watched_within_epochs, refuse_strategy
-from lightning_lip.checks import check_integers, check_name
+from lightning_lip.checks import check_choice, check_integers, check_name
 from lightning_lip.models.inputs import BatchDim, check_batch_dim
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.recorded import stop_recording
+from lightning_lip.operators.convolutions.recorded import stop_recording
+from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Selection, check_selection, refuse_replaced
 from lightning_lip.penalty.regularizer import LipschitzRegularizer
 from lightning_lip.projection.projector import LipschitzProjector
@@ -72,6 +73,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         example_input: An input of the model, whose graph is then traced, ``"batch"`` or ``"batch:<key>"`` for that of
             the first training batch, or None.
         batch_dim: 0 where the example input is a batch along its first dimension, None where it is one sample.
+        convolutions: Which norm convolutions have, ``"symbol"`` or ``"spatial"``.
     """
 
     key: ClassVar[str]
@@ -87,6 +89,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         seed: int,
         example_input: Any,
         batch_dim: BatchDim,
+        convolutions: Convolutions,
     ) -> None:
         check_name(name)
         check_selection(layers, exclude)
@@ -94,6 +97,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
         check_integers(1, block_size=block_size, n_iterations=n_iterations)
         check_integers(0, seed=seed)
         check_batch_dim(batch_dim)
+        check_choice("convolutions", convolutions, get_args(Convolutions))
         self.name = name
         self._arguments: dict[str, Any] = {
             "layers": layers,
@@ -103,6 +107,7 @@ class SelectingCallback(BaseCallback, Generic[Core]):
             "seed": seed,
             "example_input": example_input,
             "batch_dim": batch_dim,
+            "convolutions": convolutions,
         }
         """What the core is made of; subclasses add arguments of their own core."""
         self._core: Core | None = None

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.recorded import recorded
+from lightning_lip.operators.convolutions.recorded import recorded
 
 
 def refuse_statistics_of_one_rank(module: nn.Module, instead: str) -> None:

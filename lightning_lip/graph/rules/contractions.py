@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_lip.graph.builder import Builder, Dependent, Independent, RefusedError, SampleAxisError, rule
 from lightning_lip.graph.rules.linear import linear, matrix_operator
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator, TracedConvolutionOperator
+from lightning_lip.operators.composed import ComputedMatrixOperator, DiagonalOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 from lightning_lip.rigorous.rounding import multiply_up, sqrt_up
 
 Label = Hashable
@@ -197,4 +198,5 @@ def _operator(
     def kernel() -> Tensor:
         return matrices(weight.compute()).reshape(n_blocks * m, n, 1)
 
-    return identity, TracedConvolutionOperator(name, blocks, (n_blocks * n, 1), kernel, weight.parameters)
+    source = ComputedMatrixOperator(name, blocks, kernel, weight.parameters)
+    return identity, ConvolutionOperator(name, blocks, (n_blocks * n, 1), source)

@@ -30,12 +30,13 @@ from lightning_lip.operators.composed import (
     ComputedMatrixOperator,
     DiagonalOperator,
     ScaledOperator,
-    TracedConvolutionOperator,
     TracedParametrizationOperator,
+    computed_source,
 )
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator, KernelOperator
+from lightning_lip.operators.convolutions.paddings import padding_pairs
+from lightning_lip.operators.convolutions.symbol import symbol_at
 from lightning_lip.operators.known import operator_of
-from lightning_lip.operators.paddings import padding_pairs
 from lightning_lip.rigorous.evaluation import evaluated
 from lightning_lip.rigorous.rounding import divide_up
 
@@ -194,14 +195,16 @@ def _convolution(builder: Builder, node: torch.fx.Node, a: dict[str, Any]) -> De
     domain = value.shape if is_unbatched else value.shape[1:]
     full = name if key == "weight" else f"{name}.{key}" if name else key
     identity: Hashable = id(module._parameters[key]) if is_parameter else ("computed", weight.identity)
-    if is_parameter:
-        operator = ConvolutionOperator(full, convolution, domain)
+    source = (
+        None if is_parameter else computed_source(full, convolution, weight.compute, None if own else weight.parameters)
+    )
+    operator: KernelOperator
+    if builder.convolutions == "symbol":
+        operator = symbol_at(full, convolution, domain[1:], source)
     else:
-        parameters = None if own else weight.parameters
-        operator = TracedConvolutionOperator(full, convolution, domain, weight.compute, parameters)
-    # A kernel of size 1 is one operator at all sizes of its input.
+        operator = ConvolutionOperator(full, convolution, domain, source)
     padded = (str(convolution.padding), convolution.padding_mode)
-    details = (identity, operator.domain_shape, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
+    details = (identity, operator.place, padded, tuple(sorted((k, str(v)) for k, v in geometry.items())))
     return _apply(builder, node, value, details, operator, channels_at_one=not is_unbatched)
 
 
@@ -288,7 +291,8 @@ def diagonal(
     key = (kind, *(_identity(source, node) for source in sources))
     if value.pending is not None:
         base_key, base = value.pending
-        fused = ScaledOperator(base, f"{base.name}+{name}", compute, parameters)
+        has_gain = kind != "scale" and len(parameters) == 1 and all(s is None or s.owner is not None for s in sources)
+        fused = ScaledOperator(base, f"{base.name}+{name}", compute, parameters, has_gain)
         index = builder.operator((base_key, key), fused)
         plain = Dependent(value.shape, value.axis, value.term, value.inputs)
         return builder.chain(node, plain, operator=index, shape=shape)

@@ -16,7 +16,7 @@ from lightning_lip.kernels.cpu.compiled import rows as compiled
 from lightning_lip.kernels.cpu.rows import CompiledRows
 from lightning_lip.norms.spectral_norms import SpectralNorms
 from lightning_lip.operators.base import LinearOperator
-from lightning_lip.operators.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 
 # What is compared     bound   why
 SIGMA = 1e-6  #        relative, of a step from the same block: sums of 512 products in fp32, the rest in fp64

@@ -1,4 +1,4 @@
-"""Convolutions as linear operators at the size of their input: the true map, not the reshaped kernel.
+"""Convolutions as linear operators: at the size of their input, the true map, not the reshaped kernel.
 
 The spectral norm of the kernel reshaped to (c_out, -1) lies 35% (3 x 3) to 72% (7 x 7) below the operator's.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.operators.base import LinearOperator, MatrixOperator, ParametrizedMatrixOperator
-from lightning_lip.operators.paddings import PaddingMode, check_padding, pad, pad_adjoint, padding_pairs
+from lightning_lip.operators.convolutions.paddings import PaddingMode, check_padding, pad, pad_adjoint, padding_pairs
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
@@ -30,7 +31,96 @@ class Sizes(NamedTuple):
     beyond: list[int]
 
 
-class ConvolutionOperator(LinearOperator):
+class KernelOperator(LinearOperator):
+    """What the kernel of a convolution does: the base of :class:`ConvolutionOperator` and of the kernel's symbol.
+
+    Stride, dilation, groups, padding (numbers, ``"same"``, ``"valid"``) and padding mode are the module's own, read
+    when the operator is made.
+
+    Args:
+        name: The module's name in the model.
+        module: An ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``; its weight may be
+            parametrised.
+        source: The kernel, where that is not the module's own weight; its module then owns the operator, and `module`
+            tells the geometry.
+
+    Raises:
+        UnsupportedLayerError: If the module is no convolution, or has a forward of its own.
+    """
+
+    def __init__(self, name: str, module: nn.Module, source: MatrixOperator | None = None) -> None:
+        super().__init__(name, module if source is None else source.module)
+        self._convolution = module = check_convolution(module)
+        if source is None:
+            # Its weight is a parameter or parametrised, as a linear layer's is.
+            parametrized = parametrize.is_parametrized(module, "weight")
+            source = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
+        self._source = source
+        self._kernel_size = tuple(module.kernel_size)
+        self._stride = tuple(module.stride)
+        self._dilation = tuple(module.dilation)
+        self._mode: PaddingMode = module.padding_mode
+        self._pairs = padding_pairs(module.padding, self._kernel_size, self._dilation)
+
+    @property
+    def convolution(self) -> Convolution:
+        """The module that tells the geometry."""
+        return self._convolution
+
+    @property
+    def source(self) -> MatrixOperator:
+        """What holds or computes the kernel."""
+        return self._source
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Taps of each dimension."""
+        return self._kernel_size
+
+    @property
+    @abstractmethod
+    def place(self) -> Hashable:
+        """What tells apart the operators of one kernel in several places of a network."""
+
+    @property
+    @abstractmethod
+    def spatial(self) -> tuple[int, ...] | None:
+        """The spatial size of the input that a certified norm is for; None for that of inputs of every size."""
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The kernel, or the parameters that its parametrization computes it from."""
+        return self._source.parameters
+
+    def replace_parameters(self, replaced: Mapping[int, nn.Parameter]) -> None:
+        """Take new parameters for old ones, of which the kernel is computed."""
+        self._source.replace_parameters(replaced)
+
+    def weight(self) -> Tensor:
+        """Return the kernel, shape (c_out, c_in / groups, *kernel_size); transposed, (c_in, c_out / groups, ...)."""
+        return self._source.weight()
+
+    @abstractmethod
+    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the gradient of :meth:`norm`, which is linear in the kernel: of its shape, in the vectors' dtype."""
+
+    def norm(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return ``<u, A v>``, shape (), in the vectors' dtype."""
+        return (self.weight().to(left.dtype) * self.weight_gradient(left, right)).sum()
+
+    def norm_gradients(
+        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of :meth:`norm` without its value, which would double the time."""
+        with torch.enable_grad():
+            weight = self.weight()
+        gradient = self.weight_gradient(left, right).to(weight.dtype)
+        if len(parameters) == 1 and parameters[0] is weight:
+            return (gradient,)
+        return torch.autograd.grad(weight, parameters, gradient, allow_unused=True)
+
+
+class ConvolutionOperator(KernelOperator):
     """A convolution or transposed convolution without its bias, for inputs of one size.
 
     Stride, dilation, groups, padding (numbers, ``"same"``, ``"valid"``), every padding mode and output padding are
@@ -42,12 +132,10 @@ class ConvolutionOperator(LinearOperator):
 
     Args:
         name: The module's name in the model.
-        module: An ``nn.Conv1d``, ``2d``, ``3d`` or ``nn.ConvTranspose1d``, ``2d``, ``3d``; its weight may be
-            parametrised. A transposed convolution is taken with its own ``output_padding``, as it is called without
-            ``output_size``.
+        module: As in :class:`KernelOperator`. A transposed convolution is taken with its own ``output_padding``, as it
+            is called without ``output_size``.
         domain_shape: Shape of one input, (c_in, *spatial); None where a subclass finds it later.
-        source: The kernel, where that is not the module's own weight; its module then owns the operator, and `module`
-            tells the geometry.
+        source: As in :class:`KernelOperator`.
 
     Raises:
         UnsupportedLayerError: If the module is no convolution, or has a forward of its own.
@@ -57,19 +145,9 @@ class ConvolutionOperator(LinearOperator):
     def __init__(
         self, name: str, module: nn.Module, domain_shape: Sequence[int] | None, source: MatrixOperator | None = None
     ) -> None:
-        super().__init__(name, module if source is None else source.module)
-        self._convolution = module = check_convolution(module)
-        if source is None:
-            # Its weight is a parameter or parametrised, as a linear layer's is.
-            parametrized = parametrize.is_parametrized(module, "weight")
-            source = (ParametrizedMatrixOperator if parametrized else MatrixOperator)(name, module)
-        self._source = source
-        self._kernel_size = tuple(module.kernel_size)
-        self._stride = tuple(module.stride)
-        self._dilation = tuple(module.dilation)
+        super().__init__(name, module, source)
+        module = self._convolution
         self._output_padding = tuple(module.output_padding)
-        self._mode: PaddingMode = module.padding_mode
-        self._pairs = padding_pairs(module.padding, self._kernel_size, self._dilation)
         # Whether torch's convolution knows the padding: zeros, as many before as after.
         self._pads_itself = self._mode == "zeros" and all(before == after for before, after in self._pairs)
         self._padding = [before if self._pads_itself else 0 for before, _ in self._pairs]
@@ -135,6 +213,11 @@ class ConvolutionOperator(LinearOperator):
         return self._sizes.domain[1:]
 
     @property
+    def place(self) -> Hashable:
+        """Shape of one input; a kernel of size 1 is one operator at all sizes of its input."""
+        return self.domain_shape
+
+    @property
     def domain_shape(self) -> tuple[int, ...]:
         """Shape (c_in, *spatial)."""
         return self._sizes.domain
@@ -143,15 +226,6 @@ class ConvolutionOperator(LinearOperator):
     def codomain_shape(self) -> tuple[int, ...]:
         """Shape (c_out, *spatial)."""
         return self._sizes.codomain
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The kernel, or the parameters that its parametrization computes it from."""
-        return self._source.parameters
-
-    def weight(self) -> Tensor:
-        """Return the kernel, shape (c_out, c_in / groups, *kernel_size); transposed, (c_in, c_out / groups, ...)."""
-        return self._source.weight()
 
     def apply(self, inputs: Tensor) -> Tensor:
         """Map (r, c_in, *spatial) to (r, c_out, *spatial), in the dtype of `inputs`."""
@@ -166,10 +240,6 @@ class ConvolutionOperator(LinearOperator):
         for dim, size in enumerate(self._sizes.domain[1:], start=2):
             inputs = inputs.narrow(dim, 0, size)
         return inputs
-
-    def norm(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return ``<u, A v>``, shape (), in the vectors' dtype."""
-        return (self.weight().to(left.dtype) * self.weight_gradient(left, right)).sum()
 
     def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
         """Return the gradient of ``<u, A v>``, which is linear in the kernel: of its shape, in the vectors' dtype."""
@@ -192,17 +262,6 @@ class ConvolutionOperator(LinearOperator):
                 (False, True, False),
             )[1]
         return gradient
-
-    def norm_gradients(
-        self, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]
-    ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of :meth:`norm` without its value, which would double the time."""
-        with torch.enable_grad():
-            weight = self.weight()
-        gradient = self.weight_gradient(left, right).to(weight.dtype)
-        if len(parameters) == 1 and parameters[0] is weight:
-            return (gradient,)
-        return torch.autograd.grad(weight, parameters, gradient, allow_unused=True)
 
     def add_norm_gradients_(
         self, factor: float | Tensor, left: Tensor, right: Tensor, parameters: Sequence[nn.Parameter]

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.composed import ScaledOperator
-from lightning_lip.operators.convolution import ConvolutionOperator, Sizes
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator, Sizes
 from lightning_lip.operators.known import check_weight
 
 

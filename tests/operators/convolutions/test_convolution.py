@@ -17,8 +17,8 @@ import lightning_lip.rigorous.convolution as convolution_norms
 import lightning_lip.rigorous.hermitian as hermitian_norms
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
-from lightning_lip.operators.convolution import ConvolutionOperator
-from lightning_lip.operators.paddings import most_copies, pad, pad_adjoint, padding_pairs
+from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
+from lightning_lip.operators.convolutions.paddings import most_copies, pad, pad_adjoint, padding_pairs
 from lightning_lip.rigorous.convolution import PHASE_ERROR, certified_convolution_norm, half_grid, roots_of_unity
 from lightning_lip.rigorous.evaluation import Evaluation
 from lightning_lip.rigorous.hermitian import LargestEigenvalue
