@@ -26,6 +26,7 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import machine, replacing, versions, write_csv
 from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.messages import quiet
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": resnet18,
@@ -188,5 +189,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("convolutions"):
+    with quiet(), told_in_one_line("convolutions"):
         main()

@@ -25,6 +25,7 @@ from lightning_lip.bench.studies.options import study_parser
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.messages import quiet
 
 OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
@@ -110,5 +111,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("normalisation"):
+    with quiet(), told_in_one_line("normalisation"):
         main()

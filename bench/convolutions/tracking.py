@@ -27,6 +27,7 @@ from lightning_lip.kernels.waves import Geometry
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.messages import quiet
 
 WIDTHS = (64, 128, 256, 512)
 WAVES = ((4, 1), (8, 1), (12, 1), (8, 2))
@@ -153,5 +154,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("symbol_tracking"):
+    with quiet(), told_in_one_line("symbol_tracking"):
         main()

@@ -24,6 +24,7 @@ from lightning_lip.bench.studies.tracking import accuracy_of, batches_of, digits
 from lightning_lip.reporting.documents import machine, versions, write_csv
 from lightning_lip.reporting.failures import told_in_one_line
 from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.messages import quiet
 
 SEEDS = 3
 LOSS, MOST_EPOCHS = 0.05, 40
@@ -102,5 +103,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line("symbol_training"):
+    with quiet(), told_in_one_line("symbol_training"):
         main()
