@@ -25,7 +25,8 @@ def _small(monkeypatch):
     small = partial(models.resnet18, width=4)
     monkeypatch.setattr(tracking, "resnet18", small)
     monkeypatch.setattr(tracking, "WIDTHS", (4, 8, 16, 32))
-    monkeypatch.setattr(normalisation, "resnet18", lambda width: small())
+    monkeypatch.setattr(normalisation, "resnet18", lambda width: models.vgg(width=2))
+    monkeypatch.setattr(normalisation, "OPTIMISERS", {"SGD": normalisation.OPTIMISERS["SGD"]})
     monkeypatch.setattr(training, "vgg", partial(models.vgg, width=2))
 
 
@@ -40,7 +41,7 @@ def rows_of(path):
         (cost, "convolutions", "timed", 3 * 11 + 2 * 2),
         (tracking, "symbol_tracking", "train", 4),
         (training, "symbol_training", "train", 5),
-        (normalisation, "normalisation", "train", 8),
+        (normalisation, "normalisation", "train", 4),
     ],
 )
 def test_a_study_goes_on_and_writes_its_table(tmp_path, monkeypatch, capsys, study, name, work, n_rows):
