@@ -12,7 +12,8 @@ SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spec
 	penalty $(addprefix callbacks/test_,$(addsuffix .py,certified_validation constraint lightning_cli loggers max_norm \
 	monitor noisy_validation penalty resume)))
 
-.PHONY: reproduce test test-short test-libraries lint format docs release pictures bench bench-kernels bench-gpu zoo clean
+.PHONY: reproduce test test-short test-libraries lint format docs release pictures bench bench-kernels \
+	bench-convolutions bench-gpu zoo clean
 
 reproduce: $(VENV)/.installed
 	@echo "The paper's experiment on its real data: about 2 minutes."
@@ -69,6 +70,13 @@ bench-kernels: $(VENV)/.installed
 	$(BIN)/python -m lightning_lip.bench.studies.callbacks $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.constraint $(ARGS)
 	$(BIN)/python -m lightning_lip.bench.studies.knee $(ARGS)
+
+# Convolutions: cost by norm, tracking at widths 64 to 512, certified bounds after training.
+bench-convolutions: $(VENV)/.installed
+	$(BIN)/python -m lightning_lip.bench.convolutions.cost $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.convolutions.tracking $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.convolutions.training $(ARGS)
+	$(BIN)/python -m lightning_lip.bench.convolutions.normalisation $(ARGS)
 
 # Popular models with the callbacks at their defaults: bench/results/zoo.csv and the table of docs/zoo.md.
 zoo: $(VENV)/.zoo

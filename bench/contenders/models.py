@@ -111,6 +111,31 @@ def vgg(n_classes: int = 10, width: int = 16) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(n_in, n_classes))
 
 
+def vgg11(n_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Return VGG-11 (Simonyan and Zisserman, 2015) with batch normalisation and one linear layer, for 32 x 32."""
+    layers: list[nn.Module] = []
+    n_in = 3
+    for n_out in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8):  # in widths, 0 a pool
+        if n_out == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [nn.Conv2d(n_in, n_out * width, 3, padding=1), nn.BatchNorm2d(n_out * width), nn.ReLU()]
+        n_in = n_out * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes))
+
+
+def mobilenet(n_classes: int = 10, width: int = 32) -> nn.Sequential:
+    """Return a MobileNet (Howard et al., 2017) for 32 x 32 images: depthwise 3 x 3 and 1 x 1 convolutions in turn."""
+    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    n_in = width
+    for factor, stride in ((2, 1), (4, 2), (4, 1), (8, 2), (8, 1), (16, 2), (16, 1), (16, 1)):
+        n_out = factor * width
+        layers += [nn.Conv2d(n_in, n_in, 3, stride, 1, groups=n_in), nn.BatchNorm2d(n_in), nn.ReLU()]
+        layers += [nn.Conv2d(n_in, n_out, 1), nn.BatchNorm2d(n_out), nn.ReLU()]
+        n_in = n_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, n_classes))
+
+
 class ConvNeXtBlock(nn.Module):
     """A depthwise 7 x 7 convolution, layer normalisation and an MLP of four times the width, added to the input.
 
