@@ -19,7 +19,7 @@ from lightning_lip.reporting.failures import check_options
 QUICK_MODELS = ("paper", "mnist")
 MAX_THREADS = 1024
 MAX_SECONDS = 1e5
-SECONDS = 15.0
+SECONDS = 12.0
 """CPU time of a training of the scoreboard."""
 
 
@@ -81,9 +81,9 @@ def scoreboard(
     LipschitzConstraint, the forms of CertifiedMarginLoss, deel-torchlip and orthogonium, all with nine settings and the
     same CPU time a training. For each method and radius the setting is chosen on validation images; then three seeds
     are tested. Certified norms are rigorous, by one certifier for all, and checked by NumPy's SVD; an attack (PGD)
-    gives the upper end. Prints a table and leaves scoreboard.csv, scoreboard.json and scoreboard.png under --out: about 25
-    minutes on two cores. Needs pip install -e ".[scoreboard]" in a checkout; a peer that is not installed is left out.
-    An interrupted run goes on where it was when it is started again.
+    gives the upper end. Prints a table and leaves scoreboard.csv, scoreboard.json and scoreboard.png under --out: about
+    25 minutes on two cores. Needs pip install -e ".[scoreboard]" in a checkout; a peer that is not installed is left
+    out. An interrupted run goes on where it was when it is started again.
 
     Args:
         out: The folder for everything that is written; files of an earlier run are replaced.

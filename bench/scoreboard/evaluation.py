@@ -17,8 +17,8 @@ from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.metrics import certified_accuracy
 
 ATTACK_STEPS = 30
-STEP_SHARE = 0.1
-"""The first step of the attack, in radii; later ones shrink to a tenth of that."""
+LAST_STEP = 0.05
+"""Of the attack, in radii; the first is one radius long."""
 
 Array = npt.NDArray[np.float64]
 
@@ -108,31 +108,27 @@ def _head(network: nn.Sequential) -> nn.Linear:
     return head
 
 
-def attacked(network: nn.Module, part: Part, radius: float, seed: int = 0) -> Tensor:
+def attacked(network: nn.Module, part: Part, radius: float) -> Tensor:
     """Return which samples keep their class under projected gradient descent in the l2 ball, (n,), bool.
 
-    It descends the margin, from a random start on the sphere, over all of input space as the certificates do: pixels
-    may leave [0, 1]. A sample counts as broken if any point on the way is misclassified.
+    It descends the margin, first to the sphere, then by steps that shrink, over all of input space as the certificates
+    do: pixels may leave [0, 1]. A sample counts as broken if any point on the way is misclassified.
     """
-    generator = torch.Generator().manual_seed(seed)
     own = torch.nn.functional.one_hot(part.targets, int(network(part.inputs[:1]).shape[1])).bool()
-    moved = _projected(torch.randn(part.inputs.shape, generator=generator), radius, outwards=True)
-    kept = torch.ones(len(part.targets), dtype=torch.bool)
-    if not radius:
-        moved = torch.zeros_like(moved)
+    moved = torch.zeros_like(part.inputs)
+    is_kept = torch.ones(len(part.targets), dtype=torch.bool)
     for step in range(ATTACK_STEPS + 1):
         moved.requires_grad_()
         logits = network(part.inputs + moved)
         margins = logits[own] - logits.masked_fill(own, -torch.inf).amax(1)
-        kept &= margins.detach() > 0
+        is_kept &= margins.detach() > 0
         (slope,) = torch.autograd.grad(margins.sum(), moved)
-        length = STEP_SHARE * radius * (1 - 0.9 * step / ATTACK_STEPS)
-        moved = _projected(moved.detach() - _projected(slope, length, outwards=True), radius)
-    return kept
+        length = radius * (1 - (1 - LAST_STEP) * step / ATTACK_STEPS)
+        moved = moved.detach() - slope * (length / _norms(slope))
+        moved *= (radius / _norms(moved)).clamp(max=1.0)
+    return is_kept
 
 
-def _projected(rows: Tensor, radius: float, outwards: bool = False) -> Tensor:
-    """Return each sample within the radius, or on the sphere."""
-    norms = rows.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (rows.dim() - 1))
-    factor = radius / norms
-    return rows * (factor if outwards else factor.clamp(max=1.0))
+def _norms(rows: Tensor) -> Tensor:
+    """Return the norm of each sample, at least 1e-12, to divide by."""
+    return rows.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (rows.dim() - 1))

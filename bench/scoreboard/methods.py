@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from lightning_lip import CertifiedMarginLoss, LipschitzProjector, LipschitzRegularizer
 from lightning_lip.bench.scoreboard.networks import EXTRA, Layers, ordinary, orthogonium, torchlip
 from lightning_lip.bench.scoreboard.training import Training
+from lightning_lip.penalty.penalties import PenaltyName
 from lightning_lip.reporting.extras import MissingExtraError, extra
 
+PENALTY: PenaltyName = "softplus_log"
 RAMP_START, RAMP_SHARE = 0.1, 0.5
 """eps grows from a tenth to its value over the first half of the training."""
 
@@ -44,7 +46,7 @@ class Method:
         values: The values of its options that are tried, each with each rate.
         layers: Makes its layers.
         prepare: Makes a training of a network, given an example input (1, ...) and a setting.
-        needs: A module that this package does not depend on, or an optimiser of torch.optim.
+        needs: A module that this package does not depend on.
     """
 
     name: str
@@ -68,13 +70,12 @@ class Method:
 
     def missing(self) -> str | None:
         """Return what must be installed first, None if nothing is missing."""
-        if self.needs is None:
-            return None
-        module, _, name = self.needs.partition(":")
-        try:
-            return None if hasattr(extra(module, EXTRA), name or "__name__") else self.needs
-        except MissingExtraError:
-            return self.needs
+        if self.needs is not None:
+            try:
+                extra(self.needs, EXTRA)
+            except MissingExtraError:
+                return self.needs
+        return None
 
 
 def cross_entropy(network: nn.Module, example: Tensor, setting: Setting) -> Training:
@@ -85,7 +86,7 @@ def cross_entropy(network: nn.Module, example: Tensor, setting: Setting) -> Trai
 
 def penalty(network: nn.Module, example: Tensor, setting: Setting) -> Training:
     """Penalise the product of the spectral norms, as LipschitzPenalty does."""
-    regularizer = LipschitzRegularizer(network, setting.values[0], "softplus_log", target=1.0)
+    regularizer = LipschitzRegularizer(network, setting.values[0], PENALTY, target=1.0)
     return Training(network, F.cross_entropy, [_adam(network, setting)], after_backward=lambda: regularizer.add_grad_())
 
 
@@ -108,23 +109,16 @@ def margin(form: Any, network: nn.Module, example: Tensor, setting: Setting) -> 
     return Training(network, loss, [_adam(network, setting)], on_progress=partial(_ramp, loss, eps))
 
 
-def margin_with_muon(network: nn.Module, example: Tensor, setting: Setting) -> Training:
-    """Train with the margin form, hidden matrices by Muon and the rest by Adam."""
-    (eps,) = setting.values
-    loss = CertifiedMarginLoss(network, eps, example_input=example)
-    return Training(network, loss, _muon_and_adam(network, setting.rate), on_progress=partial(_ramp, loss, eps))
+def margin_and_penalty(network: nn.Module, example: Tensor, setting: Setting) -> Training:
+    """Train with the margin form and the penalty beside it, which keeps the logits' scale small.
 
-
-def emma_then_margin(network: nn.Module, example: Tensor, setting: Setting) -> Training:
-    """Train with the form "emma" in the first half and "margin" in the second."""
-    (eps,) = setting.values
-    loss = CertifiedMarginLoss(network, eps, form="emma", example_input=example)
-
-    def on_progress(progress: float) -> None:
-        _ramp(loss, eps, progress)
-        loss.form = "emma" if progress < RAMP_SHARE else "margin"
-
-    return Training(network, loss, [_adam(network, setting)], on_progress=on_progress)
+    Cross-entropy of large logits is about the few samples on the wrong side, that of small ones about all margins.
+    """
+    eps, coefficient = setting.values
+    training = margin("margin", network, example, Setting(setting.rate, (eps,)))
+    regularizer = LipschitzRegularizer(network, coefficient, PENALTY, target=1.0)
+    training.after_backward = lambda: regularizer.add_grad_()
+    return training
 
 
 def tau_cross_entropy(network: nn.Module, example: Tensor, setting: Setting) -> Training:
@@ -158,18 +152,14 @@ def _adam(network: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     return torch.optim.Adam(network.parameters(), lr=setting.rate)
 
 
-def _muon_and_adam(network: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    matrices = [p for p in network.parameters() if p.dim() == 2]
-    others = [p for p in network.parameters() if p.dim() != 2]
-    muon: Any = getattr(torch.optim, "Muon")  # noqa: B009
-    return [muon(matrices, lr=rate, weight_decay=0.0), torch.optim.Adam(others, lr=2e-3)]
-
-
 def _ramp(loss: CertifiedMarginLoss, eps: float, progress: float) -> None:
     loss.eps = eps * min(1.0, RAMP_START + (1 - RAMP_START) * progress / RAMP_SHARE)
 
 
 RATES = (2e-3, 5e-3, 1e-2)
+RATES_OF_TORCHLIP = (1e-3, 2e-3, 5e-3)
+"""Its layers diverge at 1e-2."""
+
 RADII = ((1.0,), (1.58,), (2.0,))
 METHODS = {
     method.name: method
@@ -193,23 +183,21 @@ METHODS = {
         Method("gloro", "margin loss, GloRo", "ours", ("eps",), RATES, RADII, ordinary, partial(margin, "gloro")),
         Method("lmt", "margin loss, global (LMT)", "ours", ("eps",), RATES, RADII, ordinary, partial(margin, "lmt")),
         Method(
-            "margin_muon",
-            "margin loss, Muon",
+            "margin_penalty",
+            "margin loss + LipschitzPenalty",
             "ours",
-            ("eps",),
-            (0.005, 0.01, 0.02),
-            RADII,
+            ("eps", "lambda"),
+            RATES,
+            ((1.0, 0.3), (1.0, 1.0), (1.58, 0.3)),
             ordinary,
-            margin_with_muon,
-            needs="torch.optim:Muon",
+            margin_and_penalty,
         ),
-        Method("emma_margin", "margin loss, EMMA first", "ours", ("eps",), RATES, RADII, ordinary, emma_then_margin),
         Method(
             "torchlip_tau",
             "torchlip, tau cross-entropy",
             "peer",
             ("tau",),
-            RATES,
+            RATES_OF_TORCHLIP,
             ((0.3,), (1.0,), (2.0,)),
             torchlip,
             tau_cross_entropy,
@@ -220,7 +208,7 @@ METHODS = {
             "torchlip, HKR",
             "peer",
             ("alpha", "margin"),
-            RATES,
+            RATES_OF_TORCHLIP,
             ((0.98, 2.0), (0.9, 5.0), (0.98, 5.0)),
             partial(torchlip, disjoint_head=True),
             hinge_kantorovich,
