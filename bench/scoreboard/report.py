@@ -1,7 +1,7 @@
 """What is written of the scoreboard: the CSV file, the tables of the console and of the docs' page, and the figure.
 
 ``python -m lightning_lip.bench.scoreboard.report`` puts the tables of bench/results/scoreboard.json into
-docs/scoreboard.md.
+docs/scoreboard.md, and draws the figure anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from lightning_lip.reporting.console import make_table, print_line
-from lightning_lip.reporting.documents import write_csv, write_text
+from lightning_lip.reporting.documents import replacing, write_csv, write_text
 from lightning_lip.reporting.extras import extra
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +45,12 @@ COLUMNS = [
 ]
 """Of the CSV file: shares are means over the seeds, on the test images, but for `validation`."""
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's."""
+STYLES = {
+    "plain": ("#999999",),
+    "ours": ("#56B4E9", "#CC79A7", "#0072B2", "#009E73", "#999933", "#332288", "#000000"),
+    "peer": ("#D55E00", "#E69F00", "#882255"),
+}
+"""Colours by group, after Okabe and Ito, and Tol."""
 
 LINES = {"ours": "-", "peer": "--", "plain": ":"}
 FIGURE: dict[str, Any] = {"dpi": 150, "layout": "constrained"}
@@ -204,11 +209,10 @@ def figure(boards: Sequence[Mapping[str, Any]]) -> Any:
 
 def _panel(axes: Any, board: Mapping[str, Any], radius: float) -> None:
     rows = [row for row in board["rows"] if row["radius"] == radius]
-    seen: dict[str, int] = {}
+    colours = {group: cycle(colours) for group, colours in STYLES.items()}
     for row in rows:
-        number = seen[row["group"]] = seen.get(row["group"], -1) + 1
-        colour = COLOURS[number % len(COLOURS)] if row["group"] != "plain" else "#777777"
-        axes.plot(board["eps"], row["curve"], LINES[row["group"]], color=colour, linewidth=1.4, label=row["title"])
+        group = row["group"]
+        axes.plot(board["eps"], row["curve"], LINES[group], color=next(colours[group]), label=row["title"])
     at = board["eps"].index(radius)
     values = [row["curve"][at] for row in rows]
     axes.axvline(radius, color="#999999", linewidth=0.8)
@@ -227,5 +231,15 @@ def _legend(axes: Any, board: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
     return handles, [f"{label}, {ms:.1f} ms a step" for label, ms in zip(labels, times, strict=True)]
 
 
+def main() -> None:
+    """Put the tables and the figure of bench/results/scoreboard.json into the docs."""
+    found = json.loads((ROOT / "bench/results/scoreboard.json").read_text("utf-8"))
+    write_docs(found, ROOT / "docs/scoreboard.md")
+    drawn = figure(found["boards"])
+    for path in (ROOT / "bench/results/scoreboard.png", ROOT / "docs/pictures/scoreboard.png"):
+        with replacing(path) as beside:
+            drawn.savefig(beside)
+
+
 if __name__ == "__main__":
-    write_docs(json.loads((ROOT / "bench/results/scoreboard.json").read_text("utf-8")), ROOT / "docs/scoreboard.md")
+    main()
