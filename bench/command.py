@@ -19,7 +19,7 @@ from lightning_lip.reporting.failures import check_options
 QUICK_MODELS = ("paper", "mnist")
 MAX_THREADS = 1024
 MAX_SECONDS = 1e5
-SECONDS = 12.0
+SECONDS = 10.0
 """CPU time of a training of the scoreboard."""
 
 

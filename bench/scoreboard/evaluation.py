@@ -79,7 +79,8 @@ def certified(network: nn.Sequential, norms: Norms, part: Part, radii: Sequence[
         return [0.0] * len(radii)
     logits = _in_double(network, part.inputs)
     weight = _head(network).weight
-    return certified_accuracy(logits, part.targets, norms.features, radii, weight, norms.whole).tolist()
+    shares = certified_accuracy(logits, part.targets, norms.features, radii, weight, norms.whole)
+    return (shares.double() * len(logits)).round().div(len(logits)).tolist()
 
 
 def by_numpy(network: nn.Sequential, features: float, part: Part, radii: Sequence[float]) -> list[float]:
@@ -131,4 +132,5 @@ def attacked(network: nn.Module, part: Part, radius: float) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     """Return the norm of each sample, at least 1e-12, to divide by."""
-    return rows.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, *[1] * (rows.dim() - 1))
+    norms = torch.linalg.vector_norm(rows.flatten(1), dim=1).clamp(min=1e-12)
+    return norms.view(-1, *[1] * (rows.dim() - 1))

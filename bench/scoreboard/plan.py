@@ -8,7 +8,7 @@ from lightning_lip.bench.scoreboard.data import DIGITS, MNIST
 from lightning_lip.bench.scoreboard.methods import METHODS, Setting
 from lightning_lip.bench.scoreboard.training import Budget
 
-CURVE = tuple(0.1 * step for step in range(25))
+CURVE = tuple(step / 10 for step in range(25))
 """Where the figure's curves have points."""
 
 TUNING_SEED = 0

@@ -132,6 +132,8 @@ def checks(found: Mapping[str, Any]) -> list[str]:
         f"{known['largest_excess']:.1e}, relative; the certified accuracies differ by at most "
         f"{known['largest_difference']:.4f}.",
     ]
+    if found["failed"]:
+        lines.append(f"{len(found['failed'])} trainings failed and count as 0; scoreboard.json names them.")
     if found["missing"]:
         lines.append(f"Left out, not installed: {', '.join(f'{k} ({v})' for k, v in found['missing'].items())}.")
     return lines

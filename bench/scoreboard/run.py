@@ -21,6 +21,7 @@ from lightning_lip.bench.scoreboard.report import figure, print_tables, row, wri
 from lightning_lip.bench.scoreboard.training import BATCH_SIZE, Budget, Spent, Training, train, warm_up
 from lightning_lip.reporting.console import make_console, print_line
 from lightning_lip.reporting.documents import machine, replacing, versions, write_json
+from lightning_lip.reporting.failures import in_one_line
 from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.processes import one_thread
 from lightning_lip.reporting.progress import map_with_progress
@@ -39,12 +40,13 @@ class Outcome:
         steps: Optimiser steps.
         seconds: CPU seconds of the training.
         certified: Certified accuracy at :meth:`Board.eps`, of which the first is the accuracy; zeros for a training
-            that has diverged.
+            that failed.
         by_numpy: The same by the independent norms; empty where settings are chosen, as all that follows.
         attacked: Accuracy under the attack at the radii.
         n_certified: Samples that are certified at the radii, in all.
         n_broken: Of these, those that the attack breaks.
         excess: By how much the certified norm exceeds the independent one, relative.
+        error: Why the training failed, empty for one that ended.
     """
 
     steps: int
@@ -55,6 +57,7 @@ class Outcome:
     n_certified: int
     n_broken: int
     excess: float
+    error: str = ""
 
 
 def outcome_from_json(found: dict[str, Any]) -> Outcome:
@@ -68,13 +71,26 @@ def run_job(job: Job) -> Outcome:
         board, data = job.board, load(job.board.data)
         _warmed_up(board.data, board.network, job.method)
         training = _prepared(board, job.method, job.setting, job.seed)
-        spent = train(training, data.fit, board.budget, job.seed)
+        spent, error = Spent(0, 0.0), ""
+        try:
+            spent = train(training, data.fit, board.budget, job.seed)
+        except torch.linalg.LinAlgError as failure:
+            error = in_one_line(failure)
+        except ValueError:
+            if _is_finite(training.network):  # what is projected must be
+                raise
         network = exported(training.network)
-        if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+        if not _is_finite(network):
+            error = "it diverged"
+        if error:
             nothing = [0.0] * len(board.eps())
             final = (nothing, [0.0] * len(board.radii)) if job.is_final else ([], [])
-            return Outcome(spent.steps, spent.seconds, nothing, *final, 0, 0, 0.0)
+            return Outcome(spent.steps, spent.seconds, nothing, *final, 0, 0, 0.0, error)
         return _evaluated(job, network, spent)
+
+
+def _is_finite(network: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
 def _evaluated(job: Job, network: nn.Sequential, spent: Spent) -> Outcome:
@@ -143,7 +159,8 @@ def document(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
         each method and radius: the columns of the CSV file, ``title`` and ``curve``, the mean certified accuracy at
         ``eps``. ``checks``: ``n_certified`` and ``n_broken`` by the attack, the ``least_excess`` and
         ``largest_excess`` of certified over independent norms, and the ``largest_difference`` of the certified
-        accuracies by both. ``missing``: methods that were left out, and what they need.
+        accuracies by both. ``failed``: trainings that did not end, and why. ``missing``: methods that were left out,
+        and what they need.
     """
     boards = []
     for board in plan.boards:
@@ -174,8 +191,10 @@ def document(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
         "largest_excess": max(outcome.excess for outcome in finals),
         "largest_difference": max(differences),
     }
+    jobs = [*plan.jobs(), *final_jobs(plan, outcomes)]
+    failed = {str(job): error for job in jobs if (error := outcomes[repr(job)].error)}
     missing = {name: needs for name, method in METHODS.items() if (needs := method.missing())}
-    return {"boards": boards, "checks": checks, "missing": missing, "n_seeds": len(plan.seeds)}
+    return {"boards": boards, "checks": checks, "failed": failed, "missing": missing, "n_seeds": len(plan.seeds)}
 
 
 def run(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:

@@ -2,8 +2,10 @@ import csv
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+import torch
 
 from lightning_lip.bench import command
 from lightning_lip.bench.scoreboard import plan as plans
@@ -108,11 +110,31 @@ def test_settings_are_chosen_on_validation_for_each_radius():
     assert chosen(plan, outcomes, SMALL, "margin", 0.5) == jobs[1]
 
 
-def test_a_training_that_diverges_certifies_nothing():
-    job = Job(SMALL, "cross_entropy", Setting(math.inf, (0.0,)), 0, True)
+@pytest.mark.parametrize("method", ["cross_entropy", "constraint"])
+def test_a_training_that_diverges_certifies_nothing(method):
+    job = Job(SMALL, method, Setting(math.inf, (1.0,)), 0, True)
     found = run.run_job(job)
     assert set(found.certified) == set(found.by_numpy) == set(found.attacked) == {0.0}
     assert found.n_certified == 0
+    assert found.error == "it diverged"
+
+
+def test_a_training_that_fails_certifies_nothing_and_is_named(monkeypatch):
+    def fail(*arguments):
+        raise torch.linalg.LinAlgError("no singular values")
+
+    job = Job(SMALL, "cross_entropy", METHODS["cross_entropy"].settings()[0], 0, False)
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "train", fail)
+        failed = run.run_job(job)
+    assert set(failed.certified) == {0.0}
+    assert failed.error == "no singular values"
+    plan = replace(small(("cross_entropy",)), seeds=(1,))
+    outcomes = {repr(job): failed for job in plan.jobs()[1:]} | {repr(plan.jobs()[0]): run.run_job(plan.jobs()[0])}
+    outcomes |= {repr(job): run.run_job(job) for job in final_jobs(plan, outcomes)}
+    found = run.document(plan, outcomes)
+    assert found["failed"] == {str(plan.jobs()[1]): "no singular values"}
+    assert any("1 trainings failed" in line for line in report.checks(found))
 
 
 def test_tuning_does_not_see_the_test_images():
@@ -141,7 +163,10 @@ def test_full_adds_epochs_convolutions_and_digits():
         (n, u) for n in run.NETWORKS for u in ("seconds", "epochs")
     }
     assert {board.data for board in planned(("margin",), "folder", 7.0, full=True, quick=False).boards} == {"folder"}
-    assert all(set(board.radii) <= set(board.eps()) for board in (*full.boards, plans.QUICK))
+    for board in (*full.boards, plans.QUICK):
+        eps = board.eps()
+        assert set(board.radii) <= set(eps)
+        assert min(b - a for a, b in pairwise(eps)) > 0.01
 
 
 def test_the_table_of_the_docs_is_that_of_the_committed_results():
