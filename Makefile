@@ -13,7 +13,7 @@ SHORT := $(addprefix tests/,test_checks.py test_mixin.py kernels norms/test_spec
 	monitor noisy_validation penalty resume)))
 
 .PHONY: reproduce test test-short test-libraries lint format docs release pictures bench bench-kernels \
-	bench-convolutions bench-gpu zoo clean
+	bench-convolutions bench-gpu zoo scoreboard clean
 
 reproduce: $(VENV)/.installed
 	@echo "The paper's experiment on its real data: about 2 minutes."
@@ -84,6 +84,14 @@ zoo: $(VENV)/.zoo
 
 $(VENV)/.zoo: $(VENV)/.installed
 	$(BIN)/python -m pip install -e ".[zoo]"
+	touch $@
+
+# Training for certified accuracy beside deel-torchlip and orthogonium; ARGS=--full for all of it.
+scoreboard: $(VENV)/.scoreboard
+	nice $(BIN)/lightning-lip scoreboard $(ARGS)
+
+$(VENV)/.scoreboard: $(VENV)/.installed
+	$(BIN)/python -m pip install -e ".[scoreboard]"
 	touch $@
 
 # On a machine with a GPU; DEV=cpu is a dry run.

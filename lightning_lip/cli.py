@@ -8,11 +8,11 @@ from typing import Any, NoReturn
 from jsonargparse import CLI, ArgumentParser  # type: ignore[attr-defined]
 
 from lightning_lip.audit.command import audit
-from lightning_lip.bench.command import bench
+from lightning_lip.bench.command import bench, scoreboard
 from lightning_lip.paper.command import reproduce
 from lightning_lip.reporting.failures import in_one_line, told_in_one_line
 
-COMMANDS = {"audit": audit, "bench": bench, "reproduce": reproduce}
+COMMANDS = {"audit": audit, "bench": bench, "reproduce": reproduce, "scoreboard": scoreboard}
 DESCRIPTION = "See, penalise, bound and certify the Lipschitz constant of a network while it trains."
 
 

@@ -13,7 +13,7 @@ from support.disk import full_disk
 
 from lightning_lip import cli
 from lightning_lip.audit.command import audit
-from lightning_lip.bench import bench
+from lightning_lip.bench import bench, scoreboard
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.paper import command, reproduce
 from lightning_lip.paper.data import checked
@@ -38,7 +38,7 @@ def test_help_names_the_command_and_its_purpose(capsys):
     assert "show what each layer adds to it" in " ".join(shown.split())
 
 
-@pytest.mark.parametrize("function", [audit, bench, reproduce])
+@pytest.mark.parametrize("function", [audit, bench, reproduce, scoreboard])
 def test_help_explains_every_option(capsys, function):
     with pytest.raises(SystemExit):
         cli.main([function.__name__, "--help"])

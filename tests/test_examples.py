@@ -41,7 +41,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_all_examples_are_tested():
     listed = set(re.findall(r"\]\(([\w/.]+\.(?:py|yaml|ipynb))\)", (EXAMPLES / "README.md").read_text()))
     files = {str(p.relative_to(EXAMPLES)) for p in EXAMPLES.rglob("*") if p.suffix in (".py", ".yaml", ".ipynb")}
-    scripts = {"train.py", "cli/main.py", "cli/config.yaml", "third_party.py", "fabric.py", "plain.py"}
+    scripts = {"train.py", "certified.py", "cli/main.py", "cli/config.yaml", "third_party.py", "fabric.py", "plain.py"}
     assert listed == files == scripts | {"quickstart.ipynb"}
 
 
@@ -52,6 +52,16 @@ def test_train(run, package):
     assert without["accuracy"] > 0.9
     assert with_penalty["accuracy"] > 0.9
     assert with_penalty["product"] < 0.8 * without["product"]
+
+
+@pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])
+def test_certified(run, package):
+    pytest.importorskip("mlxtend")
+    assert len((EXAMPLES / "certified.py").read_text().splitlines()) <= 60
+    without, with_bound = run("certified.py", package)
+    assert without["accuracy"] > 0.85
+    assert with_bound["accuracy"] > 0.85
+    assert with_bound["certified"] > 0.75 > 0.65 > without["certified"]
 
 
 @pytest.mark.parametrize("package", ["lightning", "pytorch_lightning"])

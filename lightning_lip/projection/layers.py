@@ -134,7 +134,7 @@ class ClippedLayer(ProjectedLayer):
             if not bool(triangle.isfinite().all()):
                 raise self._not_finite()
             before = torch.linalg.svdvals(triangle)[0]
-            block, sigma, rotation = torch.linalg.svd(matrix.mT @ basis, full_matrices=False)
+            block, sigma, rotation = _svd(matrix.mT @ basis)
             if iteration >= n_iterations and bool(sigma[0] <= before * (1 + RISE)):
                 break
         self.block = block
@@ -273,6 +273,18 @@ def is_homogeneous(op: LinearOperator, parameter: nn.Parameter) -> bool:
         return torch.equal(op.weight() * 2, before)
     finally:
         parameter.copy_(kept)
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, sigma and V^T in the dtype of the matrix.
+
+    LAPACK's divide and conquer can fail in fp32 where many singular values are equal, as clipping makes them.
+    """
+    try:
+        left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        left, sigma, right = torch.linalg.svd(_double(matrix), full_matrices=False)
+    return left.to(matrix), sigma.to(matrix), right.to(matrix)
 
 
 def _double(tensor: Tensor) -> Tensor:

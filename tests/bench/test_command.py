@@ -12,6 +12,7 @@ from lightning_lip import cli
 from lightning_lip.bench import command
 from lightning_lip.bench.contenders import peers
 from lightning_lip.bench.contenders.models import MODELS
+from lightning_lip.bench.scoreboard.plan import planned
 from lightning_lip.bench.steps import figures, growth, measure, report, run
 from lightning_lip.errors import UsageError
 from lightning_lip.reporting.extras import install_command
@@ -157,6 +158,55 @@ def test_a_missing_extra_names_the_remedy(capsys, monkeypatch, tmp_path, module)
 
 def test_block_sizes_have_colours_of_their_own():
     assert figures.COLOURS[1] != figures.COLOURS[8]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "adversarial"], "--methods to name some of cross_entropy, penalty"),
+        (["--methods", ","], "--methods to name some of"),
+        (["--quick", "--full"], "--quick without --full or --data"),
+        (["--quick", "--data", "folder"], "--quick without --full or --data"),
+        (["--seconds", "0"], "--seconds above 0"),
+        (["--workers", "0"], "--workers to be 1 to 1024, got 0"),
+        (["--out", __file__], "--out to be a folder"),
+    ],
+)
+def test_options_of_the_scoreboard_that_make_no_sense_are_told(capsys, monkeypatch, options, message):
+    monkeypatch.setattr(command, "run_scoreboard", lambda *_, **__: pytest.fail("it ran"))
+    assert run_cli("scoreboard", *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_the_scoreboard_reach_its_plan(monkeypatch, tmp_path):
+    for module in ("matplotlib", "scipy", "mlxtend", "sklearn"):
+        pytest.importorskip(module)
+    calls = []
+    monkeypatch.setattr(command, "run_scoreboard", lambda *arguments: calls.append(arguments))
+    out = str(tmp_path / "out")
+    cli.main(["scoreboard", "--out", out, "--methods", "margin,penalty", "--seconds", "3", "--workers", "5", "--full"])
+    ((plan, folder, workers),) = calls
+    assert plan == planned(("penalty", "margin"), None, 3.0, full=True, quick=False)
+    assert (str(folder), workers) == (out, 5)
+
+
+def test_a_peer_that_is_not_installed_is_left_out_or_refused_by_name(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deel.torchlip", None)
+    names = command.chosen_methods(None)
+    assert {"margin", "penalty"} <= set(names)
+    assert not {"torchlip_tau", "torchlip_hkr"} & set(names)
+    assert run_cli("scoreboard", "--methods", "torchlip_tau") == 2
+    assert "torchlip_tau needs deel.torchlip" in capsys.readouterr().err
+
+
+def test_a_folder_without_data_is_one_message_and_status_2(capsys, tmp_path):
+    for module in ("matplotlib", "scipy", "mlxtend", "sklearn"):
+        pytest.importorskip(module)
+    (tmp_path / "data").mkdir()
+    options = ("--data", tmp_path / "data", "--out", tmp_path / "out", "--methods", "margin")
+    assert run_cli("scoreboard", *options) == 2
+    assert "x_train" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_package_is_the_command():

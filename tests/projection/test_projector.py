@@ -47,6 +47,27 @@ def convolutional(affine=True):
     )
 
 
+def test_a_step_survives_a_decomposition_that_fails_in_fp32(monkeypatch):
+    """As LAPACK's does at times, where clipping has made many singular values equal."""
+    svd, failed = torch.linalg.svd, []
+
+    def fail_in_fp32(matrix, full_matrices=True):
+        if matrix.dtype == torch.float32:
+            failed.append(matrix.shape)
+            raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+        return svd(matrix, full_matrices)
+
+    torch.manual_seed(0)
+    model = mlp(8, 16, 16, 4)
+    target = 0.6 * certified_product(model)
+    projector = LipschitzProjector(model, target)
+    monkeypatch.setattr(torch.linalg, "svd", fail_in_fp32)
+    projector.step()
+    assert failed
+    assert certified_product(model) == pytest.approx(target, rel=1e-3)
+    assert all(weight.dtype == torch.float32 for weight in weights(model))
+
+
 def factors():
     return {"a": nn.Parameter(torch.randn(3, 3)), "b": nn.Parameter(torch.randn(3, 3))}
 
