@@ -12,7 +12,9 @@ README = (ROOT / "README.md").read_text()
 TAGS = re.findall(r"^\| `(lipschitz/[\w/<>]+)` \|", (ROOT / "docs" / "tensorboard.md").read_text(), re.MULTILINE)
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 LIGHTNING = [example for example in EXAMPLES if "import lightning as L" in example]
-VARIANTS = [example for example in EXAMPLES if "import" in example] + [e.replace("import lightning as L", "import pytorch_lightning as L") for e in LIGHTNING]
+VARIANTS = [example for example in EXAMPLES if "import" in example] + [
+    e.replace("import lightning as L", "import pytorch_lightning as L") for e in LIGHTNING
+]
 
 
 def test_readme_has_the_examples_and_is_short():

@@ -215,6 +215,10 @@ class NetworkBound:
             )
         return self._program.evaluate(log_sigma, result)
 
+    def affine(self, result: Term | None = None) -> tuple[float, list[int]] | None:
+        """Return c and the operators i of ``c + sum_i log sigma_i``, where :meth:`log_bound` is that: in a chain."""
+        return self._program.affine(result)
+
     def log_bound_and_slopes(self, log_sigma: Tensor) -> tuple[float, Tensor]:
         """Return the logarithm of the bound and its gradient in `log_sigma`, shape (L,).
 

@@ -93,7 +93,7 @@ class BoundProgram:
         """
         steps = self._steps(result)
         constants, sources, targets = self._tables(steps, log_sigma)
-        if not self.instructions:
+        if len(steps) == 1:
             return constants.squeeze(0) + log_sigma[sources].sum()
         # A gather, not a matrix of counts: 0 * -inf is NaN. And a floor in place of -inf: where all branches of a sum
         # are -inf, the slope of torch.logsumexp is NaN.
@@ -109,8 +109,15 @@ class BoundProgram:
             results.append(_combined(kind, values))
         return torch.where(results[-1] <= FLOOR / 2, -math.inf, results[-1])
 
+    def affine(self, result: Term | None = None) -> tuple[float, list[int]] | None:
+        """Return c and the operators i of ``c + sum_i log sigma_i``, where the logarithm of the bound is that."""
+        result = self.result if result is None else result
+        return None if result.base != START or result.lives else (result.constant, list(result.operators))
+
     def _steps(self, result: Term | None) -> list[tuple[Combination, list[Term]]]:
-        return [*self.instructions, ("sum", [self.result if result is None else result])]
+        """Return the instructions that a term needs, and the term as the last one: for a chain no other."""
+        result = self.result if result is None else result
+        return [*(self.instructions if result.base != START else ()), ("sum", [result])]
 
     def rounding(self, log_sigma: Sequence[float], result: Term | None = None) -> float:
         """Return how far rounding moves :meth:`evaluate` in fp64 at most, for given logarithms of the norms.
@@ -189,6 +196,10 @@ class ProductBound:
     def log_bound(self, log_sigma: Tensor) -> Tensor:
         """Return the logarithm of the product, shape (), differentiable in `log_sigma`, shape (L,)."""
         return repeated(log_sigma, self.multiplicities).sum()
+
+    def affine(self) -> tuple[float, list[int]]:
+        """Return 0 and the operators i of ``sum_i log sigma_i``, the logarithm of the product."""
+        return 0.0, [index for index, k in enumerate(self.multiplicities) for _ in range(k)]
 
     def log_bound_up(self, norms: Sequence[float]) -> float:
         """Return an upper bound of the logarithm of the product of L norms, rounding included."""

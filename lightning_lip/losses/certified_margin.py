@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,8 +19,16 @@ from lightning_lip.checks import (
     check_type,
 )
 from lightning_lip.graph.bound import Head, NetworkBound
-from lightning_lip.kernels.tensors import in_double
-from lightning_lip.losses.margin import MarginForm, Reduction, certified_margin_loss, check_logits, check_options
+from lightning_lip.losses.margin import (
+    MarginForm,
+    Options,
+    Reduction,
+    check_logits,
+    check_options,
+    check_weight,
+    loss_of,
+)
+from lightning_lip.losses.pairwise import pairwise_bounds
 from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.penalty.differentiable_norms import OUTPUT, DifferentiableNorms
 
@@ -139,17 +148,23 @@ class CertifiedMarginLoss(nn.Module):
             target: (B,), integer classes in [0, C), or `ignore_index`.
         """
         check_logits(logits, target)
+        n_classes = logits.shape[1]
+        check_weight(self.weight, n_classes)
+        norms = self._norms()
+        log_bound = norms.quantity(norms.point)
+        if norms.head is None:
+            apart = 1 - torch.eye(n_classes, dtype=log_bound.dtype, device=log_bound.device)
+            bounds_of = (math.sqrt(2) * self.eps * log_bound.exp() * apart).__getitem__
+        else:
+            weight = norms.head.matrix.compute()
+            if len(weight) != n_classes:
+                raise ValueError(
+                    f"Expected {len(weight)} logits a sample, as many as the head has outputs, got {n_classes}."
+                )
+            bounds_of = partial(pairwise_bounds, log_bound, weight, self.eps)
         form: MarginForm = "margin" if self.form == "lmt" else self.form
-        return certified_margin_loss(
-            logits,
-            target,
-            self.pairwise_bounds(),
-            form,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-        )
+        options = Options(form, self.weight, self.ignore_index, self.reduction, self.label_smoothing)
+        return loss_of(logits, target, bounds_of, options)
 
     def pairwise_bounds(self) -> Tensor:
         """Return eps K, (C, C), by which the logits' differences can move; shape (), for all pairs, in form ``"lmt"``.
@@ -157,10 +172,11 @@ class CertifiedMarginLoss(nn.Module):
         An *estimate* of that bound, with a gradient where gradients are enabled.
         """
         norms = self._norms()
-        bound = norms.quantity(norms.point).exp()
+        log_bound = norms.quantity(norms.point)
         if norms.head is None:
-            return math.sqrt(2) * self.eps * bound
-        return self.eps * bound * row_distances(norms.head.matrix.compute()).to(bound)
+            return math.sqrt(2) * self.eps * log_bound.exp()
+        weight = norms.head.matrix.compute()
+        return pairwise_bounds(log_bound, weight, self.eps, torch.arange(len(weight), device=weight.device))
 
     def _norms(self) -> _HeadNorms:
         """Return the norms over the traced graph, which a copy of the loss traces anew."""
@@ -248,13 +264,3 @@ class _HeadNorms(DifferentiableNorms):
         check_integers(0, n_states=state["n_states"])
         super().load_state_dict(state)
         self._n_states = state["n_states"]
-
-
-def row_distances(weight: Tensor) -> Tensor:
-    """Return ``||w_i - w_j||`` for the rows of a matrix (C, d), (C, C), fp64 where the device has it.
-
-    Beyond 25 rows they come from a Gram matrix, of which fp64 keeps half of its digits where rows are nearly equal. The
-    slope is 0 where rows are equal.
-    """
-    rows = in_double(weight)
-    return torch.cdist(rows, rows)

@@ -13,6 +13,8 @@ their order under every perturbation if ``z_y - z_j > K_yj`` for all j. The form
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lip.checks import check_choice, check_integers, check_tensor, is_finite_number, shown
+from lightning_lip.kernels.tensors import without_autocast
 
 MarginForm = Literal["margin", "emma", "gloro"]
 Reduction = Literal["mean", "sum", "none"]
@@ -74,8 +77,7 @@ def certified_margin_loss(
     label_smoothing = float(label_smoothing)  # of a fraction, say
     check_tensor("pairwise_bounds", pairwise_bounds)
     n_classes = logits.shape[1]
-    if weight is not None and weight.shape != (n_classes,):
-        raise ValueError(f"Expected `weight` of shape ({n_classes},), a factor for each class, got {shown(weight)}.")
+    check_weight(weight, n_classes)
     if not pairwise_bounds.is_floating_point():
         raise TypeError(f"Expected `pairwise_bounds` as floating-point numbers, got {shown(pairwise_bounds)}.")
     if pairwise_bounds.shape not in ((), (n_classes, n_classes)):
@@ -83,57 +85,78 @@ def certified_margin_loss(
             f"Expected `pairwise_bounds` of shape () or ({n_classes}, {n_classes}), for each pair of classes, got "
             f"{tuple(pairwise_bounds.shape)}."
         )
-    with torch.autocast(logits.device.type, enabled=False):
+    bounds = pairwise_bounds
+    if bounds.dim() == 0:
+        bounds = bounds * (1 - torch.eye(n_classes, dtype=bounds.dtype, device=bounds.device))
+    options = Options(form, weight, ignore_index, reduction, label_smoothing)
+    return loss_of(logits, target, lambda classes: bounds[classes], options)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`certified_margin_loss` that do not change from call to call, checked."""
+
+    form: MarginForm
+    weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+
+def loss_of(logits: Tensor, target: Tensor, bounds_of: Callable[[Tensor], Tensor], options: Options) -> Tensor:
+    """Return what :func:`certified_margin_loss` does, of checked arguments.
+
+    Args:
+        logits: z, (B, C).
+        target: y, (B,).
+        bounds_of: Maps classes, shape (B,), to the rows of the bounds, shape (B, C).
+        options: The other arguments.
+    """
+    with without_autocast():
         z = logits if logits.dtype == torch.float64 else logits.float()
-        bounds = pairwise_bounds.to(z)
-        if bounds.dim() == 0:
-            bounds = bounds * (1 - torch.eye(n_classes, dtype=z.dtype, device=z.device))
-        weight = None if weight is None else weight.to(z)
-        # Not an index, and it may be any number.
-        is_ignored = target == ignore_index
-        known = torch.where(is_ignored, torch.zeros_like(target), target)
-        if form == "gloro":
-            return _with_bottom(z, target, known, is_ignored, bounds, weight, ignore_index, reduction, label_smoothing)
-        moved = bounds[known]
-        if form == "emma":
+        if options.form == "gloro":
+            return _with_bottom(z, target, bounds_of, options)
+        known = _known(target, options.ignore_index)
+        moved = bounds_of(known).to(z.dtype)
+        if options.form == "emma":
             share = (z.gather(1, known[:, None]) - z) / moved.clamp(min=torch.finfo(z.dtype).tiny)
             moved = moved * share.clamp(LEAST_SHARE, 1.0).detach()
-        return F.cross_entropy(
-            z + moved,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        return _cross_entropy(z + moved, target, options, options.reduction)
 
 
-def _with_bottom(
-    z: Tensor,
-    target: Tensor,
-    known: Tensor,
-    is_ignored: Tensor,
-    bounds: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-) -> Tensor:
+def _cross_entropy(z: Tensor, target: Tensor, options: Options, reduction: str) -> Tensor:
+    weight = None if options.weight is None else options.weight.to(z)
+    return F.cross_entropy(
+        z,
+        target,
+        weight,
+        ignore_index=options.ignore_index,
+        reduction=reduction,
+        label_smoothing=options.label_smoothing,
+    )
+
+
+def _known(target: Tensor, ignore_index: int) -> Tensor:
+    """Return the target with a class in place of `ignore_index`, which may be any number."""
+    return target.clamp(min=0) if ignore_index < 0 else target.masked_fill(target == ignore_index, 0)
+
+
+def _with_bottom(z: Tensor, target: Tensor, bounds_of: Callable[[Tensor], Tensor], options: Options) -> Tensor:
     """Return the cross-entropy over one class more: the usual ``-log p_c``, plus ``softplus(bottom - logsumexp)``."""
     top = z.argmax(1)
     is_top = F.one_hot(top, z.shape[1]).bool()
-    bottom = (z + bounds[top]).masked_fill(is_top, -torch.inf).amax(1)
-    usual = F.cross_entropy(
-        z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-    )
-    weight = torch.ones_like(z[0]) if weight is None else weight
+    bottom = (z + bounds_of(top).to(z.dtype)).masked_fill(is_top, -torch.inf).amax(1)
+    usual = _cross_entropy(z, target, options, "none")
+    weight = torch.ones_like(z[0]) if options.weight is None else options.weight.to(z)
+    known, is_ignored = _known(target, options.ignore_index), target == options.ignore_index
     own = weight[known].masked_fill(is_ignored, 0.0)
     # The total weight of a smoothed target, which no longer is the class's own.
-    total = ((1 - label_smoothing) * weight[known] + label_smoothing * weight.mean()).masked_fill(is_ignored, 0.0)
+    smoothing = options.label_smoothing
+    total = ((1 - smoothing) * weight[known] + smoothing * weight.mean()).masked_fill(is_ignored, 0.0)
     losses = usual + total * F.softplus(bottom - z.logsumexp(1))
-    if reduction == "none":
+    if options.reduction == "none":
         return losses
-    return losses.sum() / own.sum() if reduction == "mean" else losses.sum()
+    return losses.sum() / own.sum() if options.reduction == "mean" else losses.sum()
 
 
 def check_options(weight: object, ignore_index: object, reduction: object, label_smoothing: object) -> None:
@@ -151,6 +174,16 @@ def check_options(weight: object, ignore_index: object, reduction: object, label
     check_choice("reduction", reduction, get_args(Reduction))
     if not is_finite_number(label_smoothing) or not 0 <= label_smoothing <= 1:
         raise ValueError(f"Expected `label_smoothing` to be a number from 0 to 1, got {shown(label_smoothing)}.")
+
+
+def check_weight(weight: Tensor | None, n_classes: int) -> None:
+    """Check that there is a factor for each class.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    if weight is not None and weight.shape != (n_classes,):
+        raise ValueError(f"Expected `weight` of shape ({n_classes},), a factor for each class, got {shown(weight)}.")
 
 
 def check_logits(logits: Tensor, target: Tensor) -> None:

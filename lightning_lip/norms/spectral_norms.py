@@ -167,8 +167,14 @@ class SpectralNorms:
     @without_modes()
     def prepare(self) -> list[Tensor]:
         """Start the blocks, or move them to where the weights are now, if need be; return the present weights."""
+        return self._prepare()
+
+    def _prepare(self) -> list[Tensor]:
         weights = self._weights()
-        served = [(w.device, w.dtype, w.shape, getattr(w, "placements", None)) for w in weights]
+        # A tensor without an attribute takes a microsecond to say so.
+        served = [
+            (w.device, w.dtype, w.shape, getattr(w, "placements", None) if is_sharded(w) else None) for w in weights
+        ]
         if served != self._served:
             if self._served:  # the model was moved, cast or sharded
                 self._loaded = self.state_dict()
@@ -179,7 +185,7 @@ class SpectralNorms:
 
     @without_modes()
     def _evaluate(self, n_iterations: int) -> kernels.PowerStep:
-        weights = self.prepare()
+        weights = self._prepare()
         whole = self._whole()
         if whole is not None:
             return whole.power_step(weights, n_iterations, **self._scales(range(len(weights))))

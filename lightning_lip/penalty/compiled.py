@@ -66,7 +66,7 @@ def _penalty(
         value = regularizer.evaluate(number, advance)
         grads = torch.autograd.grad(value, chosen, allow_unused=True) if value.requires_grad else [None] * len(chosen)
     filled = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
-    return value.detach().to(_dtype(parameters)), [g.contiguous() for g in filled]
+    return value.detach().to(value_dtype(parameters)), [g.contiguous() for g in filled]
 
 
 @_penalty.register_fake
@@ -74,10 +74,11 @@ def _(
     parameters: list[Tensor], trainable: list[int], handle: int, number: int, advance: bool
 ) -> tuple[Tensor, list[Tensor]]:
     grads = [torch.empty_like(parameters[i], memory_format=torch.contiguous_format) for i in trainable]
-    return parameters[0].new_empty((), dtype=_dtype(parameters)), grads
+    return parameters[0].new_empty((), dtype=value_dtype(parameters)), grads
 
 
-def _dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+def value_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype of a penalty's value: fp64 if a weight is fp64, fp32 otherwise."""
     return torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,32 @@ from lightning_lip import kernels
 from lightning_lip.checks import check_state, check_vectors
 from lightning_lip.graph.bound import Bound, NetworkBound
 from lightning_lip.graph.program import Term
-from lightning_lip.kernels.tensors import in_double, without_autocast
+from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.models.optimizer_steps import optimizer_steps
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.coverage import Coverage
 from lightning_lip.penalty import compiled
+from lightning_lip.penalty.norm_function import Affine, norm_function
 from lightning_lip.penalty.partial_norm import partial_norm
 from lightning_lip.penalty.selected_norms import SelectedNorms
 
 OUTPUT = 0
 """What :meth:`DifferentiableNorms.evaluate` returns the log bound of: the output; a larger number, an inner value."""
+
+
+class _Point(NamedTuple):
+    """A place in the network, of which the bound is asked for.
+
+    Attributes:
+        module: The module whose input it is; None where it was not named by one.
+        term: The bound's term; None for the output.
+        affine: The bound's logarithm in closed form, if there is one.
+    """
+
+    module: nn.Module | None
+    term: Term | None
+    affine: Affine | None
 
 
 class DifferentiableNorms(SelectedNorms):
@@ -38,7 +53,7 @@ class DifferentiableNorms(SelectedNorms):
         self._is_whole = False
         self._step: kernels.PowerStep | None = None
         self._step_version: tuple[int, ...] | None = None
-        self._points: list[tuple[nn.Module | None, Term | None]] = [(None, None)]
+        self._points = [_Point(None, None, bound.affine())]
         self._handle = compiled.register(self)
 
     def log_bound(self, until: nn.Module | None = None) -> Tensor:
@@ -76,14 +91,14 @@ class DifferentiableNorms(SelectedNorms):
         Raises:
             ValueError: If there is no graph, or the module has not one input in it.
         """
-        for index, (module, _) in enumerate(self._points):
-            if module is until:
+        for index, point in enumerate(self._points):
+            if point.module is until:
                 return index
         return self.add_point(self._network().input_of(until), until)
 
     def add_point(self, term: Term, module: nn.Module | None = None) -> int:
         """Return the number by which :meth:`quantity` knows an inner value of the graph."""
-        self._points.append((module, term))
+        self._points.append(_Point(module, term, self._network().affine(term)))
         return len(self._points) - 1
 
     def _network(self) -> NetworkBound:
@@ -109,20 +124,26 @@ class DifferentiableNorms(SelectedNorms):
             number: :data:`OUTPUT`, or what :meth:`point_of` returned.
             advance: Whether the vectors may advance.
         """
-        norms = self.differentiable_norms(advance) if torch.is_grad_enabled() else self.sigma()
-        return self.log_bound_of(logs(in_double(norms)), self._points[number][1])
+        if not torch.is_grad_enabled():
+            return self._quantity_of(number, self.log_sigma())
+        step = self._present_step(advance)
+        sources = [self._source(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
+        return norm_function(partial(self._quantity_of, number), self._affine(number), step, sources)
+
+    def _quantity_of(self, number: int, log_sigma: Tensor) -> Tensor:
+        """Return what :meth:`evaluate` returns for given log spectral norms, shape (L,), differentiable in them."""
+        return self.log_bound_of(log_sigma, self._points[number].term)
+
+    def _affine(self, number: int) -> Affine | None:
+        """Return its closed form in these logarithms, if there is one."""
+        return self._points[number].affine
 
     def log_bound_of(self, log_sigma: Tensor, result: Term | None = None) -> Tensor:
         """Return S, shape (), differentiable, for given log spectral norms, shape (L,)."""
         return self._bound.log_bound(log_sigma) if result is None else self._network().log_bound(log_sigma, result)
 
-    def differentiable_norms(self, advance: bool) -> Tensor:
-        """Return the estimates of the L spectral norms of the present weights, shape (L,), differentiable.
-
-        The gradient takes the singular vectors as constants, which is exact for the exact vectors.
-
-        Args:
-            advance: Whether the vectors may advance.
+    def _present_step(self, advance: bool) -> kernels.PowerStep:
+        """Return the singular triplets of the present weights, advanced once for each state of these.
 
         Raises:
             UnsupportedLayerError: If the model is sharded (FSDP2, tensor parallel).
@@ -143,15 +164,15 @@ class DifferentiableNorms(SelectedNorms):
             self._step, self._step_version = step, version
         elif step is None:
             step = self._norms.current().copied()
-        norms = [self._norm(op, u, v) for op, u, v in zip(self.operators, step.left, step.right, strict=True)]
-        return torch.stack([norm.to(step.sigma) for norm in norms])
+        return step
 
-    def _norm(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
-        """Return the operator's norm, differentiable in its penalised parameters only."""
+    def _source(self, op: LinearOperator, left: Tensor, right: Tensor) -> Tensor:
+        """Return an operator's matrix, or its norm, differentiable in its penalised parameters only."""
         penalised = self.penalised(op)
-        if len(penalised) == len(op.parameters):
-            return op.norm(left, right)
-        return partial_norm(op, penalised, left, right)
+        if len(penalised) < len(op.parameters):
+            return partial_norm(op, penalised, left, right)
+        weight = op.direct_parameter
+        return op.norm(left, right) if weight is None else weight
 
     def iterate(self) -> None:
         """Advance the singular vectors on the present weights, and nothing else."""
@@ -196,10 +217,3 @@ class DifferentiableNorms(SelectedNorms):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy a handle of its own."""
         self.__dict__.update(state, _handle=compiled.register(self))
-
-
-def logs(norms: Tensor) -> Tensor:
-    """Return the logarithms of norms: -inf for 0, without a gradient there. NaN stays NaN, to be seen."""
-    zero = norms == 0
-    log = torch.where(zero, torch.ones_like(norms), norms).log()
-    return torch.where(zero, torch.full_like(log, -math.inf), log)

@@ -22,7 +22,9 @@ from lightning_lip.models.inputs import BatchDim
 from lightning_lip.operators.composed import ScaledOperator
 from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.selection import Selection, Unknown
-from lightning_lip.penalty.differentiable_norms import DifferentiableNorms, logs
+from lightning_lip.penalty import compiled
+from lightning_lip.penalty.differentiable_norms import DifferentiableNorms
+from lightning_lip.penalty.norm_function import Affine
 from lightning_lip.penalty.penalties import (
     KNEE,
     Penalty,
@@ -157,7 +159,6 @@ class LipschitzRegularizer(DifferentiableNorms):
         """
         return self.quantity(PENALTY)
 
-    @without_autocast()
     def evaluate(self, number: int, advance: bool) -> Tensor:
         """Return :meth:`value` for :data:`PENALTY`, and otherwise a log bound, as Python runs it.
 
@@ -165,13 +166,19 @@ class LipschitzRegularizer(DifferentiableNorms):
             number: Which of them.
             advance: Whether the vectors may advance.
         """
+        value = super().evaluate(number, advance)
+        return value.to(compiled.value_dtype(self.parameters())) if number == PENALTY else value
+
+    def _quantity_of(self, number: int, log_sigma: Tensor) -> Tensor:
         if number != PENALTY:
-            return super().evaluate(number, advance)
-        log_sigma = logs(self.differentiable_norms(advance))
+            return super()._quantity_of(number, log_sigma)
         value = self.penalty_of(log_sigma)
         if log_sigma.requires_grad:
             self._check(value, log_sigma)
         return self.coefficient * value
+
+    def _affine(self, number: int) -> Affine | None:
+        return None if number == PENALTY else super()._affine(number)
 
     def add_grad_(
         self, scale: float | Tensor = 1.0, *, advance: bool = True, parameters: Collection[Tensor] | None = None
