@@ -190,17 +190,14 @@ class CpuIteration:
             return
         tables = tables_of(symbol.geometry)
         row[list(tables.fields)] = list(tables.fields.values())
-        n = int(row[at.N_CELLS])
-        state = self._blocks[layer]
-        row[at.KIND] = at.SYMBOL
-        row[at.SCALED_IMAGES : at.CHOSEN + 1] = [
-            scaled,
-            left,
-            state[n * group].data_ptr(),
-            self._chosen[number].ctypes.data,
-        ]
-        row[at.N_TURN] = r // 4 if r < 2 * n else 0
+        row[at.KIND] = at.SYMBOL if lanes else at.SCALARS
+        row[at.SCALED_IMAGES : at.LEFT + 1] = scaled, left
         row[at.N_DOUBLES] = scratch_of(symbol, lanes)[1]
+        if lanes:
+            n = int(row[at.N_CELLS])
+            state = self._blocks[layer][n * group]
+            row[at.STATE : at.CHOSEN + 1] = state.data_ptr(), self._chosen[number].ctypes.data
+            row[at.N_TURN] = r // 4 if r < 2 * n else 0
 
     def _take_threads(self, n_threads: int) -> None:
         """Provide for so many threads: their tasks, scratch for each, and the pool that they come from."""
@@ -272,7 +269,7 @@ class CpuIteration:
             m, n = self._shapes[layer]
             return (short, long) if m < n else (long, short)
         geometry = symbol.geometry
-        if geometry.groups > 1:
+        if len(long) < 2 * geometry.groups * geometry.rows:  # of one group
             left = long.new_zeros(2, geometry.groups, geometry.rows)
             left[:, self._units[leader].group] = long.view(2, -1)
             long = left.flatten()
