@@ -170,8 +170,12 @@ def _write_uphill(dims: int, at_w: F64, a: F64, step: F64) -> None:
 
 
 @compiled
-def climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: F64, w: F64) -> None:
-    """Move w uphill within its cell by Newton's method: f is not lower afterwards, unless a border is in the way."""
+def climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: F64, w: F64) -> float:
+    """Move w uphill within its cell by Newton's method: f is not lower afterwards, unless a border is in the way.
+
+    Returns:
+        f where Newton's method ends.
+    """
     dims = row[at.DIMS]
     now, then = work[:_DERIVATIVES], work[_DERIVATIVES : 2 * _DERIVATIVES]
     step, new, matrix = work[2 * _DERIVATIVES :], work[2 * _DERIVATIVES + 3 :], work[2 * _DERIVATIVES + 6 :]
@@ -196,6 +200,7 @@ def climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: F
     halves = f64(row[at.HALVES], dims)
     for a in range(dims):
         w[a] = centre[a] + min(max(_reduced(w[a] - centre[a]), -halves[a]), halves[a])
+    return f
 
 
 @compiled
