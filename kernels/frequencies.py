@@ -16,7 +16,7 @@ LONGEST_STEP = 0.5
 LEAST_CURVATURE = 1e-3
 """Below this part of f, a pivot of the negative Hessian counts as not positive."""
 
-TINY = 1e-30
+TINY = 1e-34
 """What divisors are at least."""
 
 

@@ -35,9 +35,9 @@ def scalar_step(taps: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tenso
         sigma (groups, 1), u (groups, 1, 2, 1), which is 1, or 0 where the channel is zero, w (groups, 1, dims), and
         ``P(w)^H u`` divided by sigma (groups, 1, 2, residues).
     """
-    magnitude = taps.abs().amax(1, keepdim=True)
+    magnitude = taps.abs().amax(1, keepdim=True).clamp(min=TINY)
     z = torch.zeros(len(taps), 1, 2, 1, taps.shape[1], dtype=taps.dtype, device=taps.device)
-    z[:, 0, 0, 0] = taps / magnitude.clamp(min=TINY)
+    z[:, 0, 0, 0] = taps / magnitude
     tables, grid = waves_of(geometry), dense_grid_of(geometry)
     among = tables.pairs.flatten() >= 0
     products = (z[:, 0, 0, 0, :, None] * z[:, 0, 0, 0, None, :]).flatten(1)[:, among.to(taps.device)]
@@ -55,5 +55,5 @@ def scalar_step(taps: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tenso
     best = norm.argmax(1)[:, None]
     norm, w, right = (table[torch.arange(len(table), device=best.device)[:, None], best] for table in (norm, w, right))
     u = taps.new_zeros(len(taps), 1, 2, 1)
-    u[:, 0, 0] = magnitude != 0
+    u[:, 0, 0] = taps.any(1, keepdim=True)
     return norm * magnitude, u, w, right

@@ -6,8 +6,8 @@ MAX_BLOCK_SIZE = 16
 MAX_WAVES = 16
 """Of a symbol, each of which takes two rows."""
 
-MATRIX, SYMBOL = range(2)
-"""What a unit is."""
+MATRIX, SYMBOL, SCALARS = range(3)
+"""What a unit is: scalars are all channels of a depthwise convolution."""
 
 # A unit's row in the table: of a matrix, or of a group of a convolution. Leading dimensions (LD) are in elements. ALONG
 # is 0 where the contiguous dimension is p, 1 where it is q; p is the shorter side of a matrix, and of a symbol columns
@@ -33,7 +33,7 @@ MATRIX, SYMBOL = range(2)
     KIND,
     LAYER,  # which weight it is of, or a group of
     GROUP,  # which one: its kernel lies GROUP q rows behind the weight's address
-    # Of symbols only:
+    # Of symbols and scalars only:
     SCALED_IMAGES,  # T times the scales of the rows once more, (q, lanes) fp32
     LEFT,  # LONG times the scales of the rows
     STATE,  # of :mod:`lightning_lip.kernels.symbol`, a row a cell
@@ -56,8 +56,12 @@ MATRIX, SYMBOL = range(2)
     PAIRS,  # (N_PAIRS, 3): two taps, and the lag from the first to the second
     CENTRES,  # (N_CELLS, dims) fp64
     HALVES,  # (dims,) fp64
+    # Of scalars only, whose CENTRES are the points of their grid and have the factor behind their HALVES:
+    COSINES,  # what the coefficient of each lag counts at each point, (N_CELLS, N_LAGS) fp32
+    NEIGHBOURS,  # (N_CELLS, 2 * dims)
+    LEADING_ROW,  # where LONG is not zero
     N_FIELDS,
-) = range(43)
+) = range(46)
 
 # The header. The addresses are those of the table, of L weights, then L gradients (0: leave it alone), then L scales of
 # rows (0: none), of what else has one entry a layer or a unit, of the tasks, of the scratch of each thread, and of the

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from lightning_lip.kernels.cpu import layout as at
+from lightning_lip.kernels.cpu.compiled.scalars import scratch_sizes as sizes_of_scalars
 from lightning_lip.kernels.cpu.compiled.symbol import scratch_sizes
+from lightning_lip.kernels.scalars import is_scalar
 from lightning_lip.kernels.symbol import Symbol
-from lightning_lip.kernels.waves import Geometry, waves_of
+from lightning_lip.kernels.waves import Geometry, dense_grid_of, waves_of
 
 BF16 = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of weights that compiled kernels know, and of gradients."""
@@ -55,6 +57,8 @@ def units_of(layer: int, shape: Sequence[int], block_size: int, symbol: Symbol |
     if symbol is None:
         return [Unit(layer, 0, block_size, _lanes(block_size), min(shape), max(shape))]
     geometry, r = symbol.geometry, 2 * waves_a_step(symbol)
+    if is_scalar(geometry):
+        return [Unit(layer, 0, 2, 0, geometry.n_taps, geometry.groups)]
     sides = geometry.columns * geometry.n_taps, geometry.rows
     return [Unit(layer, group, r, -(-r // 8) * 8, *sides) for group in range(geometry.groups)]
 
@@ -96,6 +100,7 @@ class Tables(NamedTuple):
 def tables_of(geometry: Geometry) -> Tables:
     """Return the tables of a geometry on the infinite grid."""
     waves = waves_of(geometry)
+    halves = waves.halves.numpy()
     exponents, lags = waves.exponents.numpy(), waves.lags.tolist()
     # The polynomial is real: a lag and its negative have conjugate coefficients, and one of them is enough.
     half = [lag for lag in lags if lag >= [0] * len(lag)]
@@ -111,11 +116,21 @@ def tables_of(geometry: Geometry) -> Tables:
         at.LAGS: np.array(half, np.int64),
         at.PAIRS: np.array(pairs, np.int64),
         at.CENTRES: waves.centres.numpy(),
-        at.HALVES: waves.halves.numpy(),
+        at.HALVES: halves,
     }
+    if is_scalar(geometry):
+        grid = dense_grid_of(geometry)
+        counts = np.where(np.any(half, 1), 2.0, 1.0)
+        addressed |= {
+            at.CENTRES: grid.points.numpy(),
+            # A little more, for rounding.
+            at.HALVES: np.append(halves, grid.factor * 1.0001),
+            at.COSINES: (np.cos(grid.points.numpy() @ np.array(half, np.float64).T) * counts).astype(np.float32),
+            at.NEIGHBOURS: grid.neighbours.numpy(),
+        }
     kept = {field: np.ascontiguousarray(table) for field, table in addressed.items()}
     fields = {
-        at.N_CELLS: len(waves.centres),
+        at.N_CELLS: len(addressed[at.CENTRES]),
         at.COLUMNS: geometry.columns,
         at.TAPS: geometry.n_taps,
         at.N_RESIDUES: waves.n_residues,
@@ -136,8 +151,11 @@ def waves_a_step(symbol: Symbol) -> int:
 def scratch_of(symbol: Symbol, lanes: int) -> tuple[int, int]:
     """Return how many numbers of scratch a unit needs in fp64, and how many of them come before its fp32 numbers."""
     tables = tables_of(symbol.geometry)
-    sizes = [tables.fields[field] for field in (at.TAPS, at.N_LAGS, at.N_POWERS, at.N_CELLS)]
-    doubles, floats = scratch_sizes(lanes, tables.side, *sizes)
+    taps, *sizes = (tables.fields[field] for field in (at.TAPS, at.N_LAGS, at.N_POWERS, at.N_CELLS))
+    if is_scalar(symbol.geometry):
+        doubles, floats = sizes_of_scalars(symbol.geometry.groups, taps, *sizes)
+    else:
+        doubles, floats = scratch_sizes(lanes, tables.side, taps, *sizes)
     return doubles + -(-floats // 2), doubles
 
 

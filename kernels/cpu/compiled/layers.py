@@ -50,6 +50,7 @@ from lightning_lip.kernels.cpu.compiled.products import (
 )
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import finish
+from lightning_lip.kernels.cpu.compiled.scalars import finish_scalars
 from lightning_lip.kernels.cpu.compiled.symbol import finish_symbol, prepare
 from lightning_lip.kernels.penalties import PENALTY_CODES
 
@@ -59,9 +60,11 @@ PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CO
 @compiled
 def _finish(header: I64, unit: int, small: int) -> bool:
     """Finish a unit; True if its T must be formed again."""
-    if row_of(header, unit)[at.KIND] == at.MATRIX:
-        return finish(header, unit, small)
-    return finish_symbol(header, unit, small)
+    kind = row_of(header, unit)[at.KIND]
+    if kind == at.SCALARS:
+        finish_scalars(header, unit, small)
+        return False
+    return finish(header, unit, small) if kind == at.MATRIX else finish_symbol(header, unit, small)
 
 
 @compiled
@@ -121,7 +124,7 @@ def _iterate_unit(header: I64, unit: int) -> None:
     """Iterate one unit in this thread: some rows serve T and Z while they lie in the cache."""
     row = row_of(header, unit)
     weight, scales, images = weight_of(header, row), scales_of(header, row), _images_for_products(header, row)
-    p, q, band = row[at.P], row[at.Q], header[at.BAND]
+    p, q, band = row[at.P], row[at.Q] if row[at.LANES] else 0, header[at.BAND]
     step = band_width(p) if row[at.WEIGHT_ALONG] else 8
     again = True
     while again:

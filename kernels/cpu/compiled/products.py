@@ -36,7 +36,7 @@ def scales_of(header: I64, row: I64) -> int:
 
 
 @compiled
-def _widen(target: int, source: int, size: int) -> None:
+def widen(target: int, source: int, size: int) -> None:
     """Copy `size` bf16 numbers to fp32."""
     words, bits = u16(source, size), u32(target, size)
     for j in range(size):
@@ -186,7 +186,7 @@ def form_products(row: I64, weight: int, images: int, band: int, begin: int, end
 def _widened(band: int, a: int, ld: int, rows: int, width: int) -> int:
     """Copy bf16 numbers (rows, width) to fp32, and return where."""
     for k in range(rows):
-        _widen(band + 4 * width * k, a + 2 * ld * k, width)
+        widen(band + 4 * width * k, a + 2 * ld * k, width)
     return band
 
 
@@ -211,17 +211,19 @@ def update(header: I64, unit: int, band: int, begin: int, end: int) -> None:
         # Its rows are p: as large a part of them.
         outer, inner, size = inner, outer, row[at.Q]
         begin, end = begin * row[at.P] // row[at.Q], end * row[at.P] // row[at.Q]
+    if row[at.KIND] == at.SCALARS:  # u is zero elsewhere
+        begin, end = max(begin, row[at.LEADING_ROW]), min(end, row[at.LEADING_ROW] + 1)
     factor = header[at.COEFFICIENTS] + 4 * layer
     if not bf16:
-        out, x = grad + 4 * ld * begin, outer + 4 * begin
+        out, x, n = grad + 4 * ld * begin, outer + 4 * begin, max(end - begin, 0)
         if is_symbol:
-            rank_two(out, ld, end - begin, size, x, x + outer_ld, inner, inner + inner_ld, factor)
+            rank_two(out, ld, n, size, x, x + outer_ld, inner, inner + inner_ld, factor)
         else:
-            rank_one(out, ld, end - begin, size, x, inner, factor)
+            rank_one(out, ld, n, size, x, inner, factor)
         return
     for i in range(begin, end):
         words, x = u16(grad + 2 * ld * i, size), outer + 4 * i
-        _widen(band, grad + 2 * ld * i, size)
+        widen(band, grad + 2 * ld * i, size)
         if is_symbol:
             rank_two(band, 0, 1, size, x, x + outer_ld, inner, inner + inner_ld, factor)
         else:

@@ -37,12 +37,12 @@ _SHORTEST = 1e-6
 _DERIVATIVES = 16
 """Numbers of a polynomial's value, at 0, gradient, from 1 on, and negative Hessian, from 4 on."""
 
-_WORK = 2 * _DERIVATIVES + 16
+WORK = 2 * _DERIVATIVES + 16
 
 
 def scratch_sizes(lanes: int, side: int, taps: int, n_lags: int, n_powers: int, n_cells: int) -> tuple[int, int]:
     """Return how many numbers a unit needs in fp64, and behind them in fp32."""
-    return 7 * lanes + 2 * n_lags + 6 * n_powers + n_cells + _WORK, lanes * (side + 2 * (n_lags + taps))
+    return 7 * lanes + 2 * n_lags + 6 * n_powers + n_cells + WORK, lanes * (side + 2 * (n_lags + taps))
 
 
 @compiled
@@ -57,7 +57,7 @@ def _parts(row: I64, scratch: int) -> tuple[int, int, int, int, int]:
 
 
 @compiled
-def _write_powers(row: I64, w: F64, powers: F64) -> None:
+def write_powers(row: I64, w: F64, powers: F64) -> None:
     """Write ``e^{i k w}`` of each dimension, k from 0 on: (dims, n_powers, 2)."""
     n = row[at.N_POWERS]
     for a in range(row[at.DIMS]):
@@ -70,7 +70,7 @@ def _write_powers(row: I64, w: F64, powers: F64) -> None:
 
 
 @compiled
-def _power(row: I64, powers: F64, exponents: I64, begin: int) -> tuple[float, float]:
+def power(row: I64, powers: F64, exponents: I64, begin: int) -> tuple[float, float]:
     """Return ``e^{i q.w}`` of the exponents q from `begin` on."""
     n = row[at.N_POWERS]
     real, imaginary = 1.0, 0.0
@@ -90,7 +90,7 @@ def _write_phases(row: I64, wave: int, sign: float, powers: F64, cosines: int, s
     exponents = i64(row[at.EXPONENTS], row[at.TAPS] * dims)
     cosine, sine = f32(cosines, lanes * row[at.TAPS]), f32(sines, lanes * row[at.TAPS])
     for j in range(row[at.TAPS]):
-        real, imaginary = _power(row, powers, exponents, j * dims)
+        real, imaginary = power(row, powers, exponents, j * dims)
         first = lanes * j + 2 * wave
         cosine[first] = cosine[first + 1] = np.float32(real)
         sine[first], sine[first + 1] = np.float32(-sign * imaginary), np.float32(sign * imaginary)
@@ -107,12 +107,12 @@ def _derive(row: I64, real: F64, imaginary: F64, w: F64, powers: F64, out: F64) 
     """Write f, its gradient and its negative Hessian at w; return f."""
     dims = row[at.DIMS]
     lags = i64(row[at.LAGS], row[at.N_LAGS] * dims)
-    _write_powers(row, w, powers)
+    write_powers(row, w, powers)
     for k in range(1, _DERIVATIVES):
         out[k] = 0.0
     value = real[0]
     for d in range(1, row[at.N_LAGS]):
-        cosine, sine = _power(row, powers, lags, d * dims)
+        cosine, sine = power(row, powers, lags, d * dims)
         # Twice: the lags that are not here are the negatives of these.
         even = 2.0 * (real[d] * cosine - imaginary[d] * sine)
         odd = 2.0 * (real[d] * sine + imaginary[d] * cosine)
@@ -170,8 +170,12 @@ def _write_uphill(dims: int, at_w: F64, a: F64, step: F64) -> None:
 
 
 @compiled
-def _climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: F64, w: F64) -> None:
-    """Move w uphill within its cell by Newton's method: f is not lower afterwards, unless a border is in the way."""
+def climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: F64, w: F64) -> float:
+    """Move w uphill within its cell by Newton's method: f is not lower afterwards, unless a border is in the way.
+
+    Returns:
+        f where Newton's method ends.
+    """
     dims = row[at.DIMS]
     now, then = work[:_DERIVATIVES], work[_DERIVATIVES : 2 * _DERIVATIVES]
     step, new, matrix = work[2 * _DERIVATIVES :], work[2 * _DERIVATIVES + 3 :], work[2 * _DERIVATIVES + 6 :]
@@ -196,6 +200,7 @@ def _climb(row: I64, real: F64, imaginary: F64, powers: F64, work: F64, centre: 
     halves = f64(row[at.HALVES], dims)
     for a in range(dims):
         w[a] = centre[a] + min(max(_reduced(w[a] - centre[a]), -halves[a]), halves[a])
+    return f
 
 
 @compiled
@@ -346,7 +351,7 @@ def finish_symbol(header: I64, unit: int, scratch: int) -> bool:
     real = f64(scratch + 56 * lanes, n_lags)
     imaginary = f64(scratch + 56 * lanes + 8 * n_lags, n_lags)
     powers = f64(scratch + 56 * lanes + 16 * n_lags, 6 * row[at.N_POWERS])
-    work = f64(scratch + 8 * (7 * lanes + 2 * n_lags + 6 * row[at.N_POWERS] + row[at.N_CELLS]), _WORK)
+    work = f64(scratch + 8 * (7 * lanes + 2 * n_lags + 6 * row[at.N_POWERS] + row[at.N_CELLS]), WORK)
     right, cosines, sines, even, odd = _parts(row, scratch)
 
     _write_norms(images, lanes, q, of_images)
@@ -388,10 +393,10 @@ def finish_symbol(header: I64, unit: int, scratch: int) -> bool:
                 real[d] = np.float64(sums[first]) + np.float64(sums[first + 1])
                 imaginary[d] = np.float64(differences[first]) - np.float64(differences[first + 1])
             centre = f64(row[at.CENTRES] + 8 * dims * chosen[wave], dims)
-            _climb(row, real, imaginary, powers, work, centre, own)
+            climb(row, real, imaginary, powers, work, centre, own)
             for a in range(dims):
                 own[a] = np.float64(np.float32(own[a]))
-        _write_powers(row, own, powers)
+        write_powers(row, own, powers)
         _write_phases(row, wave, -1.0, powers, cosines, sines)
     _join(row, right, cosines, sines)
     _write_norms(right, lanes, side, of_right)
@@ -512,7 +517,7 @@ def prepare(header: I64, unit: int, scratch: int) -> None:
             vectors[lanes * i + 2 * wave + 1] = cell[side + i]
         for a in range(dims):
             w[a] = np.float64(cell[4 * side + a])
-        _write_powers(row, w, powers)
+        write_powers(row, w, powers)
         _write_phases(row, wave, 1.0, powers, cosines, sines)
     residues = i64(row[at.RESIDUES], taps)
     for j in range(taps):
