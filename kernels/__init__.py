@@ -91,27 +91,34 @@ def _implementation(backend: str) -> type[Iteration]:
     return ReferenceIteration
 
 
-def _why_not(backend: str, weight: Tensor, block_size: int) -> str | None:
+def _why_not(backend: str, weight: Tensor, block_size: int, symbol: Symbol | None = None) -> str | None:
     """Return why a backend cannot serve a weight, in words, or None if it can."""
     if backend == "reference":
         return None
     if is_sharded(weight):
         return "it is a DTensor (FSDP2, tensor parallel)"
-    reason: str | None = _implementation(backend).why_not(weight, block_size)  # type: ignore[attr-defined]
+    if symbol is not None and backend == "gpu":
+        return "the symbols of convolutions are not compiled for a GPU yet"
+    arguments = (weight, block_size) if symbol is None else (weight, block_size, symbol)
+    reason: str | None = _implementation(backend).why_not(*arguments)  # type: ignore[attr-defined]
     return reason
 
 
 _already_told: set[str] = set()
 
 
-def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = None) -> str:
+def choose_backend(
+    weight: Tensor, block_size: int, backend: Backend | None = None, symbol: Symbol | None = None
+) -> str:
     """Return the backend for a weight: by its device, or the one asked for by argument or environment.
 
     Args:
-        weight: Shape (m, n).
+        weight: Shape (m, n), or a convolution's kernel.
         block_size: Vectors, r.
         backend: The backend to force; None asks the environment variable ``LIGHTNING_LIP_BACKEND``, then the device.
-            An automatic choice that cannot serve falls back to the reference, and logs the reason once.
+            An automatic choice that cannot serve falls back to the reference, and logs the reason once. So does one
+            that cannot serve a symbol, forced or not: nothing but the reference serves all of them.
+        symbol: What a kernel is iterated as; None for a matrix.
 
     Raises:
         ValueError: If the backend asked for is unknown or cannot serve this weight; the message says why.
@@ -119,14 +126,16 @@ def choose_backend(weight: Tensor, block_size: int, backend: Backend | None = No
     forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced is not None:
         check_backend(forced)
-        reason = _why_not(forced, weight, block_size)
-        if reason is not None:
+        reason = _why_not(forced, weight, block_size, symbol)
+        if reason is not None and symbol is None:
             raise ValueError(f"The backend {forced!r} cannot serve a weight of shape {tuple(weight.shape)}: {reason}.")
-        return forced
-    natural = {"cpu": "cpu", "cuda": "gpu"}.get(weight.device.type, "reference")
-    reason = _why_not(natural, weight, block_size)
-    if reason is None:
-        return natural
+        if reason is None:
+            return forced
+    else:
+        natural = {"cpu": "cpu", "cuda": "gpu"}.get(weight.device.type, "reference")
+        reason = _why_not(natural, weight, block_size, symbol)
+        if reason is None:
+            return natural
     if reason not in _already_told:
         _already_told.add(reason)
         _logger.info("Some weights are served by the PyTorch reference instead of the compiled kernels: %s.", reason)
@@ -176,8 +185,7 @@ def iterations_for(
     groups: dict[tuple[str, torch.device, torch.dtype], list[int]] = {}
     symbols = symbols or [None] * len(weights)
     for index, (weight, block, symbol) in enumerate(zip(weights, vectors, symbols, strict=True)):
-        # The compiled kernels do not serve symbols yet.
-        name = choose_backend(weight, len(block), backend) if symbol is None else "reference"
+        name = choose_backend(weight, len(block), backend, symbol)
         groups.setdefault((name, weight.device, weight.dtype), []).append(index)
     return [
         (

@@ -199,6 +199,7 @@ def power_step(weights: Sequence[Tensor], vectors: Sequence[Tensor], n_iteration
 
 
 @torch.no_grad()
+@without_autocast()
 def rank_one_update_(
     grads: Sequence[Tensor], coefficients: Tensor, left: Sequence[Tensor], right: Sequence[Tensor]
 ) -> None:

@@ -19,6 +19,8 @@ torus of frequencies is cut into cells, each with a wave that climbs within it. 
 are the strongest, no two of them the same wave at a border, and half are taken in turn.
 Maximising over w by Newton's method in the known polynomial needs no step size.
 
+Depthwise convolutions need none of this: :mod:`~lightning_lip.kernels.scalars`.
+
 All is real arithmetic, pairs of rows for real and imaginary parts, without a wait for the device.
 """
 
@@ -30,25 +32,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lip.kernels.frequencies import TINY, climbed, joined, on, rows_of
+from lightning_lip.kernels.scalars import is_scalar, scalar_step
+from lightning_lip.kernels.tensors import without_autocast
 from lightning_lip.kernels.waves import Geometry, waves_of
 
 MOMENTUM = 0.2
 """beta, below 1/4: at the optimum (sigma_2 / sigma_1)^2 / 4 momentum saves most of the steps."""
-
-N_NEWTON_STEPS = 2
-LONGEST_STEP = 0.5
-"""Of Newton's method, in radians."""
-
-LEAST_CURVATURE = 1e-3
-"""Below this part of f, a pivot of the negative Hessian counts as not positive."""
 
 SAME_WAVE = 0.7
 """Overlap of two waves' vectors, less than a cell apart, from which on they are the same one."""
 
 N_START_STEPS = 15
 """Steps of all cells when a layer starts."""
-
-_TINY = 1e-30
 
 
 class Wave(NamedTuple):
@@ -75,7 +71,9 @@ def n_cells(geometry: Geometry) -> int:
 
 
 def state_shape(geometry: Geometry) -> tuple[int, int]:
-    """Return the shape of what is kept from step to step: a row a cell, group by group."""
+    """Return the shape of what is kept from step to step: a row a cell, group by group; of scalars one zero."""
+    if is_scalar(geometry):
+        return 1, 1
     side = geometry.columns * waves_of(geometry).n_residues
     return n_cells(geometry), 4 * side + len(geometry.kernel_size) + 2
 
@@ -89,8 +87,9 @@ def unpacked(state: Tensor, geometry: Geometry) -> Wave:
 
 def random_state(geometry: Geometry, generator: torch.Generator) -> Tensor:
     """Return random unit vectors at the middles of the cells, fp32 on the CPU: the same on every device and rank."""
-    shape = state_shape(geometry)
-    state = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    state = torch.zeros(state_shape(geometry), dtype=torch.float32, device="cpu")
+    if is_scalar(geometry):
+        return state
     wave = unpacked(state, geometry)
     v = torch.randn(wave.v.shape, generator=generator, dtype=torch.float32, device="cpu")
     wave.v.copy_(v / v.flatten(1).norm(dim=1)[:, None, None])
@@ -130,6 +129,7 @@ class SymbolStep(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast()
 def symbol_step(kernel: Tensor, state: Tensor, geometry: Geometry, n_waves: int, n_iterations: int = 1) -> SymbolStep:
     """Advance the waves of a layer and return the leading one.
 
@@ -140,6 +140,9 @@ def symbol_step(kernel: Tensor, state: Tensor, geometry: Geometry, n_waves: int,
         n_waves: Cells a step, in each group; at least 2 where there are more than one. ``2 n_waves`` real rows.
         n_iterations: Reads of the kernel; with 0 there is one, at the strongest cells, and the state stays.
     """
+    if is_scalar(geometry):
+        found = scalar_step(kernel.to(state.dtype).reshape(geometry.groups, -1), geometry)
+        return SymbolStep(*_leading(*found, geometry), state)
     tables = waves_of(geometry)
     n, groups = len(tables.centres), geometry.groups
     matrix = kernel.to(state.dtype).reshape(groups, geometry.rows, -1)
@@ -163,11 +166,9 @@ def started(kernel: Tensor, geometry: Geometry, generator: torch.Generator) -> T
     """Return the state of a layer whose cells all start at random, after 15 steps of each."""
     dtype = torch.float64 if kernel.dtype == torch.float64 else torch.float32
     state = random_state(geometry, generator).to(kernel.device, dtype)
+    if is_scalar(geometry):
+        return state
     return symbol_step(kernel, state, geometry, n_cells(geometry), N_START_STEPS).state
-
-
-def _on(table: Tensor, like: Tensor) -> Tensor:
-    return table.to(like.device, like.dtype)
 
 
 def _chosen(wave: Wave, geometry: Geometry, n_waves: int, n_turn: int) -> Tensor:
@@ -181,7 +182,7 @@ def _chosen(wave: Wave, geometry: Geometry, n_waves: int, n_turn: int) -> Tensor
     device = wave.sigma.device
     if n_waves == n:
         return torch.arange(n, device=device).expand(groups, n)
-    halves = _on(waves_of(geometry).halves, wave.w)
+    halves = on(waves_of(geometry).halves, wave.w)
     w, v = wave.w.view(groups, n, -1), wave.v.view(groups, n, 2, -1)
     left = torch.where(wave.sigma.isfinite(), wave.sigma, math.inf).view(groups, n)  # what is not finite is looked at
     taken = torch.zeros(groups, n, dtype=torch.bool, device=device)
@@ -235,115 +236,17 @@ def _advanced(matrix: Tensor, wave: Wave, cells: Tensor, geometry: Geometry) -> 
     images = rows_of(w, v, geometry).view(groups, 2 * m, -1) @ matrix.mT
     images = images.view(groups, m, 2, -1)
     # Squares in fp32 overflow at kernels of 1e19: scaled first.
-    magnitude = images.abs().amax((2, 3), keepdim=True).clamp(min=_TINY)
+    magnitude = images.abs().amax((2, 3), keepdim=True).clamp(min=TINY)
     scaled = images / magnitude
     length = scaled.flatten(2).norm(dim=2)[..., None, None]
-    u = scaled / length.clamp(min=_TINY)
+    u = scaled / length.clamp(min=TINY)
     t_norm = (length * magnitude)[..., 0, 0]
     z = (u.view(groups, 2 * m, -1) @ matrix).view(groups, m, 2, geometry.columns, -1)
-    size = z.abs().amax((2, 3, 4), keepdim=True).clamp(min=_TINY)
+    size = z.abs().amax((2, 3, 4), keepdim=True).clamp(min=TINY)
     z = z / size
-    w = _climbed(z, w, _on(tables.centres, w)[cells], cells, geometry)
-    cosine, sine = _phases(w, geometry)
-    # e^{-i q.w} z, the taps of a residue summed.
-    joined = torch.stack([z[:, :, 0] * cosine + z[:, :, 1] * sine, z[:, :, 1] * cosine - z[:, :, 0] * sine], 2)
-    right = joined.new_zeros(*joined.shape[:-1], tables.n_residues)
-    right.index_add_(-1, tables.residues.to(right.device), joined)
-    right = right.flatten(3)
-    norm = right.flatten(2).norm(dim=2)
-    return norm * size[..., 0, 0, 0], u, w, v, right / norm.clamp(min=_TINY)[..., None, None], t_norm
-
-
-def _phases(w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of ``q.w``, (..., 1, taps)."""
-    angles = (w @ _on(waves_of(geometry).exponents, w).mT)[..., None, :]
-    return angles.cos(), angles.sin()
-
-
-def rows_of(w: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
-    """Return ``x = v (x) e^{i q.w}``, (..., 2, columns * taps), of w (..., dims) and v (..., 2, columns * residues)."""
-    tables = waves_of(geometry)
-    spread = v.unflatten(-1, (geometry.columns, tables.n_residues))[..., tables.residues.to(v.device)]
-    cosine, sine = _phases(w, geometry)
-    real, imaginary = spread[..., 0, :, :], spread[..., 1, :, :]
-    return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -3).flatten(-2)
-
-
-def _climbed(z: Tensor, w: Tensor, centres: Tensor, cells: Tensor, geometry: Geometry) -> Tensor:
-    """Return frequencies within their cells at which f is not lower: by Newton's method, or the best of the grid's own.
-
-    Args:
-        z: The taps' ``K_j^T u``, (groups, m, 2, columns, taps).
-        w: The frequencies, (groups, m, dims).
-        centres: The middles of their cells, (groups, m, dims).
-        cells: The numbers of the cells, (groups, m).
-        geometry: The geometry.
-    """
-    tables = waves_of(geometry)
-    if len(tables.lags) == 1:  # no taps overlap: f is constant
-        return w
-    real, imaginary = z[:, :, 0], z[:, :, 1]
-    even = real.mT @ real + imaginary.mT @ imaginary
-    odd = real.mT @ imaginary - imaginary.mT @ real
-    # The sums over taps of one residue whose exponents differ by a lag; the place behind the last one is for the rest.
-    places = tables.pairs.where(tables.pairs >= 0, len(tables.lags)).flatten().to(z.device)
-    sums = even.new_zeros(2, *cells.shape, len(tables.lags) + 1)
-    sums.index_add_(-1, places, torch.stack([even.flatten(2), odd.flatten(2)]))
-    c_real, c_imaginary = sums[0, ..., :-1], sums[1, ..., :-1]
-    lags = _on(tables.lags, w)
-
-    def terms(w: Tensor) -> tuple[Tensor, Tensor]:
-        angles = w @ lags.mT
-        cosine, sine = angles.cos(), angles.sin()
-        return c_real * cosine - c_imaginary * sine, c_real * sine + c_imaginary * cosine
-
-    if tables.points is not None:
-        points = _on(tables.points, w)[cells]  # (groups, m, K, dims)
-        angles = points @ lags.mT
-        values = c_real[..., None, :] * angles.cos() - c_imaginary[..., None, :] * angles.sin()
-        best = values.sum(-1).argmax(-1)[..., None, None].expand(*cells.shape, 1, w.shape[-1])
-        return points.gather(2, best)[:, :, 0]
-    halves = _on(tables.halves, w)
-    start = f = None
-    for _ in range(N_NEWTON_STEPS):
-        even_terms, odd_terms = terms(w)
-        f = even_terms.sum(-1)
-        start = f if start is None else start
-        gradient = -(odd_terms @ lags)
-        curvature = torch.einsum("gmd,da,db->gmab", even_terms, lags, lags)  # the negative Hessian
-        step = _uphill(f, gradient, curvature)
-        length = step.norm(dim=-1, keepdim=True)
-        step = step * (LONGEST_STEP / length.clamp(min=LONGEST_STEP))
-        new, less = w + step, w + step / 4
-        less = torch.where((terms(less)[0].sum(-1) >= f)[..., None], less, w)
-        w = torch.where((terms(new)[0].sum(-1) >= f)[..., None], new, less)
-    away = torch.remainder(w - centres + math.pi, 2 * math.pi) - math.pi
-    return centres + away.clamp(-halves, halves)
-
-
-def _uphill(f: Tensor, gradient: Tensor, curvature: Tensor) -> Tensor:
-    """Return Newton's step where the negative Hessian is positive definite, and a bounded gradient step elsewhere.
-
-    By elimination without pivots, written out for the one to three dimensions there are.
-    """
-    dims = gradient.shape[-1]
-    least = LEAST_CURVATURE * f.abs().clamp(min=_TINY)
-    a = [[curvature[..., i, j] for j in range(dims)] for i in range(dims)]
-    b = [gradient[..., i] for i in range(dims)]
-    is_concave = torch.ones_like(f, dtype=torch.bool)
-    for i in range(dims):
-        is_concave = is_concave & (a[i][i] > least)
-        pivot = torch.where(a[i][i] > least, a[i][i], 1.0)
-        for k in range(i + 1, dims):
-            factor = a[k][i] / pivot
-            a[k] = [a[k][j] - factor * a[i][j] for j in range(dims)]
-            b[k] = b[k] - factor * b[i]
-    newton = [torch.zeros_like(f)] * dims
-    for i in reversed(range(dims)):
-        rest = b[i] - sum((a[i][j] * newton[j] for j in range(i + 1, dims)), torch.zeros_like(f))
-        newton[i] = rest / torch.where(a[i][i] > least, a[i][i], 1.0)
-    bounded = gradient / (curvature.abs().sum(-1) + least[..., None])
-    return torch.where(is_concave[..., None], torch.stack(newton, -1), bounded)
+    w = climbed(z, w, on(tables.centres, w)[cells], cells, geometry)
+    right, norm = joined(z, w, geometry)
+    return norm * size[..., 0, 0, 0], u, w, v, right, t_norm
 
 
 def _leading(sigma: Tensor, u: Tensor, w: Tensor, right: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,7 +269,7 @@ def _store(
     groups = len(cells)
     places = cells + n * torch.arange(groups, device=cells.device)[:, None]
     before = wave.before[places]
-    growth = t_norm / sigma.clamp(min=_TINY)
+    growth = t_norm / sigma.clamp(min=TINY)
     mixed = growth[..., None, None] * right - MOMENTUM * before
     length = mixed.flatten(2).norm(dim=2)
     usable = (length > 1e-6) & length.isfinite() & (sigma > 0) & sigma.isfinite()

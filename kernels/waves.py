@@ -24,6 +24,10 @@ CELLS_PER_EXPONENT = 3
 MAX_CELLS = 128
 """Cells of a symbol, at most."""
 
+MOST_POINTS_PER_EXPONENT = 6
+MAX_POINTS = 320
+"""Of a grid for depthwise convolutions, at most: fewer for each exponent where they would be more."""
+
 
 class Geometry(NamedTuple):
     """What a kernel, shape (groups * rows, columns, *kernel_size), has for a symbol.
@@ -115,6 +119,48 @@ def waves_of(geometry: Geometry) -> Waves:
         halves,
         points,
     )
+
+
+class Grid(NamedTuple):
+    """Frequencies at which the symbols of all channels of a depthwise convolution are evaluated.
+
+    Attributes:
+        points: On half of the torus, (P, dims), fp64, radians.
+        neighbours: The points beside each one in each dimension, (P, 2 * dims); -w stands for a w of the other half.
+        factor: What the largest |P(w)| on them is multiplied by to bound that of all w, infinite for no bound.
+    """
+
+    points: Tensor
+    neighbours: Tensor
+    factor: float
+
+
+@functools.cache
+def dense_grid_of(geometry: Geometry) -> Grid:
+    """Return a grid for the numbers of depthwise convolutions; of a circulant one all of its own frequencies."""
+    waves = waves_of(geometry)
+    if waves.points is not None:
+        points = waves.points.flatten(0, 1)
+        return Grid(points, torch.arange(len(points), device="cpu")[:, None], 1.0)
+    degrees = [int(waves.lags[:, axis].max()) for axis in range(waves.lags.shape[1])]
+    for density in range(MOST_POINTS_PER_EXPONENT, 0, -1):
+        counts = [max(density * degree, 1) for degree in degrees]
+        if math.prod(counts) <= 2 * MAX_POINTS:
+            break
+    # A trigonometric polynomial of degree N, here |P|^2, is at most 1 / cos(pi N / n) times its largest value at
+    # n > 2 N points in its one variable, by Riesz's inequality.
+    factor = math.cos(math.pi / density) ** (-sum(map(bool, degrees)) / 2) if density > 2 else math.inf
+    cells = [c for c in itertools.product(*(range(n) for n in counts)) if c <= _negative(c, counts)]
+    places = {cell: place for place, cell in enumerate(cells)}
+
+    def beside(cell: tuple[int, ...], axis: int, step: int) -> int:
+        other = tuple((c + step * (axis == k)) % n for k, (c, n) in enumerate(zip(cell, counts, strict=True)))
+        return places[min(other, _negative(other, counts))]
+
+    neighbours = [[beside(cell, axis, step) for axis in range(len(counts)) for step in (1, -1)] for cell in cells]
+    steps = torch.tensor([2 * math.pi / n for n in counts], dtype=torch.float64, device="cpu")
+    points = torch.tensor(cells, dtype=torch.float64, device="cpu").view(len(cells), -1) * steps
+    return Grid(points, torch.tensor(neighbours, device="cpu"), factor)
 
 
 def _axis(kernel_size: int, stride: int, dilation: int, size: int | None) -> list[tuple[int, int]]:

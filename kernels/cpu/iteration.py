@@ -23,10 +23,21 @@ from lightning_lip.kernels.cpu.compiled.layers import run, thread
 from lightning_lip.kernels.cpu.compiled.products import band_width
 from lightning_lip.kernels.cpu.loading import load_compiled
 from lightning_lip.kernels.cpu.plan import plan
+from lightning_lip.kernels.cpu.units import (
+    BF16,
+    Unit,
+    arena,
+    buffer_sizes,
+    is_for_torch,
+    layout_of,
+    scratch_of,
+    steps_of,
+    tables_of,
+    units_of,
+)
+from lightning_lip.kernels.cpu.units import why_not as why_no_symbol
 from lightning_lip.kernels.reference import PowerStep, rank_one_update_
-
-_BF16 = {torch.float32: 0, torch.bfloat16: 1}
-_ALIGNMENT = 16  # fp32 elements: a cache line
+from lightning_lip.kernels.symbol import Symbol, state_shape
 
 GROUP = 1 << 17
 """Elements of weights a thread whose products are formed before the next ones are read: they lie in a cache of 1 MB."""
@@ -63,38 +74,58 @@ class CpuIteration:
         ValueError: If :meth:`why_not` has a reason against a weight, or a block does not fit its weight.
     """
 
-    def __init__(self, weights: Sequence[Tensor], vectors: Sequence[Tensor]) -> None:
-        for weight, block in zip(weights, vectors, strict=True):
-            reason = self.why_not(weight, len(block))
+    def __init__(
+        self, weights: Sequence[Tensor], vectors: Sequence[Tensor], symbols: Sequence[Symbol | None] | None = None
+    ) -> None:
+        symbols = list(symbols or [None] * len(weights))
+        for weight, block, symbol in zip(weights, vectors, symbols, strict=True):
+            reason = self.why_not(weight, len(block), symbol)
             if reason is not None:
                 raise ValueError(f"The CPU kernels cannot serve a weight of shape {tuple(weight.shape)}: {reason}.")
-            if block.dim() != 2 or block.shape[1] != min(weight.shape) or not 1 <= len(block) <= block.shape[1]:
+            if symbol is not None:
+                if (weight.shape, block.shape) != (symbol.geometry.shape, state_shape(symbol.geometry)):
+                    raise ValueError(
+                        f"Expected a kernel of shape {symbol.geometry.shape} and a state of shape "
+                        f"{state_shape(symbol.geometry)}, got {tuple(weight.shape)} and {tuple(block.shape)}."
+                    )
+            elif block.dim() != 2 or block.shape[1] != min(weight.shape) or not 1 <= len(block) <= block.shape[1]:
                 raise ValueError(
                     f"Expected a block of shape (r, {min(weight.shape)}), 1 <= r <= {min(weight.shape)}, for a weight "
                     f"of shape {tuple(weight.shape)}, got {tuple(block.shape)}."
                 )
-        self._build([(w.shape[0], w.shape[1]) for w in weights], vectors)
+        self._build([tuple(w.shape) for w in weights], vectors, symbols)
 
     @staticmethod
-    def why_not(weight: Tensor, block_size: int) -> str | None:
-        """Return why these kernels cannot serve `weight` with blocks of `block_size`, in words; None if they can."""
+    def why_not(weight: Tensor, block_size: int, symbol: Symbol | None = None) -> str | None:
+        """Return why these kernels cannot serve a weight with blocks of a size, in words; None if they can."""
         if weight.device.type != "cpu":
             return f"it is on {weight.device}, not on the CPU"
-        if weight.dtype not in _BF16:
+        if weight.dtype not in BF16:
             return f"they take fp32 and bf16, not {weight.dtype}"
+        if symbol is not None:
+            return why_no_symbol(weight, symbol)
         if weight.layout != torch.strided or weight.dim() != 2 or weight.numel() == 0:
             return "they take dense matrices with at least one element"
-        if _layout(weight.shape, weight.stride()) is None:
+        if layout_of(weight.shape, weight.stride()) is None:
             return f"neither of its dimensions is contiguous (strides {weight.stride()})"
         if min(block_size, *weight.shape) > at.MAX_BLOCK_SIZE:
             return f"they take at most {at.MAX_BLOCK_SIZE} vectors a layer, not {block_size}"
         return None
 
-    def _build(self, shapes: list[tuple[int, int]], vectors: Sequence[Tensor]) -> None:
+    def _build(
+        self, shapes: list[tuple[int, ...]], vectors: Sequence[Tensor], symbols: Sequence[Symbol | None]
+    ) -> None:
         """Allocate the buffers and the table, and copy the blocks."""
         n_layers = len(shapes)
-        self._shapes = shapes
-        self._table = np.zeros((n_layers, at.N_FIELDS), np.int64)
+        self._shapes, self._symbols = shapes, symbols
+        of_layers = [
+            units_of(layer, shape, len(block), symbol)
+            for layer, (shape, block, symbol) in enumerate(zip(shapes, vectors, symbols, strict=True))
+        ]
+        self._units = [unit for units in of_layers for unit in units]
+        self._firsts = np.cumsum([0, *map(len, of_layers)])
+        self._leaders = self._firsts[:-1].copy()
+        self._table = np.zeros((len(self._units), at.N_FIELDS), np.int64)
         self._table[:, at.MULTIPLICITY] = 1
         self._multiplicities: Sequence[int] = []
         self._weight_addresses = [0] * n_layers
@@ -102,61 +133,95 @@ class CpuIteration:
         self._aliases: list[Tensor | None] = [None] * n_layers
         self._grad_layouts: list[_Layout | None] = [None] * n_layers
         self._torch_grads: list[int] = []
+        self._row_scales: list[Tensor | None] = [None] * n_layers
+        self._scale_addresses = [0] * n_layers
         self._some_are_none = True
         self.n_refreshes = 0
 
         # The kernels know these types only, whatever default dtype or device is set.
         fp32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         fp64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-        sides = [(min(shape), max(shape), _lanes(len(block))) for shape, block in zip(shapes, vectors, strict=True)]
-        self._sides = sides
-        self._is_parallel = sum(p * q * lanes for p, q, lanes in sides) >= PARALLEL
-        views = _parts([size for p, q, lanes in sides for size in (lanes * p, q, p)])
-        self._blocks = []
-        for view, (p, _, lanes), block in zip(views[::3], sides, vectors, strict=True):
-            self._blocks.append(view.view(p, lanes).zero_().T[: len(block)].copy_(block))
-        longs, shorts = views[1::3], views[2::3]
-        pairs = zip(shapes, longs, shorts, strict=True)
-        singular = [(short, long) if m < n else (long, short) for (m, n), long, short in pairs]
-        self._left, self._right = ([pair[side] for pair in singular] for side in (0, 1))
+        work = sum(unit.p * unit.q * unit.lanes for unit in self._units)
+        self._is_parallel = work >= PARALLEL
+        self._buffers = arena([size for unit in self._units for size in buffer_sizes(unit, symbols[unit.layer])])
+        self._chosen = np.zeros((len(self._units), at.MAX_WAVES), np.int64)
+        self._blocks = [
+            self._block(int(first), block, symbol)
+            for first, block, symbol in zip(self._firsts, vectors, symbols, strict=False)
+        ]
+        for number, unit in enumerate(self._units):
+            self._describe(number, unit)
         self._sigma = torch.full((n_layers,), math.nan, **fp64)
+        self._sigmas = torch.full((len(self._units),), math.nan, **fp64)
         self._coefficients = torch.zeros(n_layers, **fp32)
-        self._scales = torch.ones(n_layers, **fp64)
+        self._scales = torch.ones(len(self._units), **fp64)
         self._value = torch.zeros((), **fp32)
         # Gradients move at every step, after `zero_grad`; a numpy array is filled several times slower.
-        self._addresses = np.zeros(2 * n_layers, np.int64)
-        self._write_addresses = functools.partial(struct.Struct(f"{2 * n_layers}q").pack_into, self._addresses.data, 0)
-        for index, ((p, q, lanes), block) in enumerate(zip(sides, vectors, strict=True)):
-            v, long, short = (view.data_ptr() for view in views[3 * index : 3 * index + 3])
-            self._table[index, at.R : at.SHORT + 1] = [len(block), lanes, p, q, v, 0, 0, long, short]
+        self._addresses = np.zeros(3 * n_layers, np.int64)
+        self._write_addresses = functools.partial(struct.Struct(f"{3 * n_layers}q").pack_into, self._addresses.data, 0)
 
-        arrays = [self._table.ctypes.data, self._addresses.ctypes.data]
-        buffers = (self._sigma, self._coefficients, self._scales, self._value)
+        arrays = [array.ctypes.data for array in (self._table, self._firsts, self._leaders, self._addresses)]
+        buffers = (self._sigma, self._sigmas, self._coefficients, self._scales, self._value)
         self._header = np.zeros(at.N_HEADER, np.int64)
-        self._header[: at.VALUE + 1] = [n_layers, *arrays, *(buffer.data_ptr() for buffer in buffers)]
+        self._header[: at.VALUE + 1] = [n_layers, len(self._units), *arrays, *(b.data_ptr() for b in buffers)]
+        self._header[at.READY] = -1
         self._header_address: int = self._header.ctypes.data
         self._has_bf16 = False
         self._threads_for: tuple[int, int] | None = None
         self._take_threads(1)
         load_compiled("run", lambda: run.compile("void(int64, int64, int64, float64, float64)"))
 
+    def _block(self, first: int, block: Tensor, symbol: Symbol | None) -> Tensor:
+        """Return a copy of a layer's block where the kernels keep it."""
+        if symbol is not None:
+            return block.to(torch.float32, copy=True).contiguous()
+        _, _, r, lanes, p, _ = self._units[first]
+        return self._buffers[5 * first].view(p, lanes).zero_().T[:r].copy_(block)
+
+    def _describe(self, number: int, unit: Unit) -> None:
+        """Write a unit's row of the table."""
+        layer, group, r, lanes, p, q = unit
+        row = self._table[number]
+        vectors, long, short, left, scaled = (b.data_ptr() for b in self._buffers[5 * number : 5 * number + 5])
+        row[at.R : at.SHORT + 1] = [r, lanes, p, q, vectors, 0, 0, long, short]
+        row[at.LAYER : at.GROUP + 1] = layer, group
+        symbol = self._symbols[layer]
+        if symbol is None:
+            return
+        tables = tables_of(symbol.geometry)
+        row[list(tables.fields)] = list(tables.fields.values())
+        row[at.KIND] = at.SYMBOL if lanes else at.SCALARS
+        row[at.SCALED_IMAGES : at.LEFT + 1] = scaled, left
+        row[at.N_DOUBLES] = scratch_of(symbol, lanes)[1]
+        if lanes:
+            n = int(row[at.N_CELLS])
+            state = self._blocks[layer][n * group]
+            row[at.STATE : at.CHOSEN + 1] = state.data_ptr(), self._chosen[number].ctypes.data
+            row[at.N_TURN] = r // 4 if r < 2 * n else 0
+
     def _take_threads(self, n_threads: int) -> None:
         """Provide for so many threads: their tasks, scratch for each, and the pool that they come from."""
         pool, _, n_threads = team = threads.team(n_threads, "threads", thread)
         self._header[at.POOL : at.THREADS + 1] = team
-        work = plan(self._sides, n_threads * GROUP if pool else 0, PART)
+        work = plan([unit.sides for unit in self._units], n_threads * GROUP if pool else 0, PART)
         self._tasks, self._phases = np.array(work.tasks, np.int64), np.array(work.phases, np.int64)
         addresses = self._tasks.ctypes.data, self._phases.ctypes.data
         self._header[at.TASKS : at.N_PHASES + 1] = [*addresses, len(work.phases) - 1]
-        self._scratch = _parts([work.scratch])[0]
+        self._scratch = arena([work.scratch])[0]
         self._table[:, at.PRODUCTS : at.IMAGES + 1] = self._scratch.data_ptr() + 4 * np.array(work.offsets)
-        self._small = torch.empty(n_threads * at.SMALL_SIZE, dtype=torch.float64, device="cpu")
-        self._header[at.SMALL] = self._small.data_ptr()
+        sizes = [
+            scratch_of(symbol, self._units[first].lanes)[0]
+            for first, symbol in zip(self._firsts, self._symbols, strict=False)
+            if symbol is not None
+        ]
+        small = max([at.SMALL_OF_MATRICES, *sizes])
+        self._small = torch.empty(n_threads * small, dtype=torch.float64, device="cpu")
+        self._header[at.SMALL : at.SMALL_SIZE + 1] = self._small.data_ptr(), small
         self._take_band()
 
     def _take_band(self) -> None:
         """Provide the fp32 copies that bf16 needs, for each thread."""
-        size = max(max(8 * p, p * band_width(p), q) for p, q, _ in self._sides) if self._has_bf16 else 0
+        size = max(max(8 * p, p * band_width(p), q) for _, _, _, _, p, q in self._units) if self._has_bf16 else 0
         self._band = torch.empty(int(self._header[at.THREADS]) * size, dtype=torch.float32, device="cpu")
         self._header[at.BAND : at.BAND_SIZE + 1] = [self._band.data_ptr(), size]
 
@@ -173,10 +238,11 @@ class CpuIteration:
         run(self._header_address, n_iterations, code, level, scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"shapes": self._shapes, "vectors": [block.clone() for block in self._blocks]}
+        vectors = [block.clone() for block in self._blocks]
+        return {"shapes": self._shapes, "vectors": vectors, "symbols": self._symbols}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._build(state["shapes"], state["vectors"])
+        self._build(state["shapes"], state["vectors"], state["symbols"])
 
     @property
     def vectors(self) -> list[Tensor]:
@@ -184,16 +250,43 @@ class CpuIteration:
         return list(self._blocks)
 
     @property
+    def coefficients(self) -> Tensor:
+        """What the last gradients of each sigma were multiplied by, shape (L,), fp32; overwritten by the next step."""
+        return self._coefficients
+
+    @property
     def last_step(self) -> PowerStep:
         """The result of the last step; its vectors are views that the next step overwrites."""
-        return PowerStep(self._sigma.float(), self._left, self._right, self._blocks)
+        pairs = [self._pair(layer) for layer in range(len(self._shapes))]
+        left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return PowerStep(self._sigma.float(), left, right, self.vectors)
 
-    def power_step(self, weights: Sequence[Tensor], n_iterations: int = 1) -> PowerStep:
+    def _pair(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return the singular vectors of a layer, as the reference has them."""
+        leader, symbol = int(self._leaders[layer]), self._symbols[layer]
+        long, short = self._buffers[5 * leader + 1 : 5 * leader + 3]
+        if symbol is None:
+            m, n = self._shapes[layer]
+            return (short, long) if m < n else (long, short)
+        geometry = symbol.geometry
+        if len(long) < 2 * geometry.groups * geometry.rows:  # of one group
+            left = long.new_zeros(2, geometry.groups, geometry.rows)
+            left[:, self._units[leader].group] = long.view(2, -1)
+            long = left.flatten()
+        if self._table[leader, at.COLUMN_STEP] < self._table[leader, at.TAP_STEP]:
+            short = short.view(2, geometry.n_taps, geometry.columns).mT.flatten()
+        return long, short
+
+    def power_step(
+        self, weights: Sequence[Tensor], n_iterations: int = 1, scales: Sequence[Tensor | None] | None = None
+    ) -> PowerStep:
         """Advance the blocks; see :func:`lightning_lip.kernels.reference.power_step`.
 
         Args:
-            weights: The L weights, of the shapes given at construction, each of shape (m_l, n_l), fp32 or bf16.
+            weights: The L weights, of the shapes given at construction, fp32 or bf16.
             n_iterations: Reads of each weight; with 0 the blocks stay as they are.
+            scales: For each kernel s, shape (rows of all groups,), by which its rows are multiplied, or None; if there
+                are none at all, those of the step before.
 
         Returns:
             A :class:`PowerStep`; ``sigma`` is new, fp32, shape (L,), the vectors are views that the next step
@@ -203,7 +296,8 @@ class CpuIteration:
             ValueError: If a weight changed its shape, or to something that :meth:`why_not` refuses.
         """
         self._take_weights(weights)
-        self._write_addresses(*self._weight_addresses, *[0] * len(weights))
+        self._take_scales(scales)
+        self._write_addresses(*self._weight_addresses, *[0] * len(weights), *self._scale_addresses)
         self._run(n_iterations, at.NO_UPDATE)
         return self.last_step
 
@@ -229,6 +323,7 @@ class CpuIteration:
         level: float,
         scale: float,
         multiplicities: Sequence[int],
+        scales: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """Iterate and add the gradient of ``scale * penalty`` to `grads`, in one compiled call.
 
@@ -240,15 +335,17 @@ class CpuIteration:
             level: M, or the knee: :func:`lightning_lip.kernels.penalties.level_of`.
             scale: The factor of the penalty.
             multiplicities: How often each layer counts, shape (L,).
+            scales: As in :meth:`power_step`.
 
         Returns:
-            ``scale * penalty``, shape (), fp32; the next call overwrites it. A layer that is exactly zero gets no
-            gradient, nor does one whose coefficient is not finite.
+            ``scale * penalty``, shape (), fp32; the next call overwrites it, and `coefficients` too. A layer that is
+            exactly zero gets no gradient, nor does one whose coefficient is not finite.
         """
         self._take_weights(weights)
+        self._take_scales(scales)
         self._take_grads(grads)
         if multiplicities != self._multiplicities:
-            self._table[:, at.MULTIPLICITY] = multiplicities
+            self._table[:, at.MULTIPLICITY] = np.repeat(multiplicities, np.diff(self._firsts))
             self._multiplicities = multiplicities[:]
         self._run(n_iterations, code, level, scale)
         if self._torch_grads:
@@ -267,16 +364,22 @@ class CpuIteration:
         for index, (weight, address, stride, *old) in enumerate(found):
             if [address, stride] == old:
                 continue
-            m, n = self._shapes[index]
-            reason = self.why_not(weight, 1)
+            symbol, shape = self._symbols[index], self._shapes[index]
+            reason = self.why_not(weight, 1, symbol)
             if reason is not None:
                 raise ValueError(f"The CPU kernels can no longer serve weight {index}: {reason}.")
-            if weight.shape != (m, n):
+            if weight.shape != shape:
                 raise ValueError(
-                    f"Expected weight {index} to have shape {(m, n)} as at construction, got {tuple(weight.shape)}: "
+                    f"Expected weight {index} to have shape {shape} as at construction, got {tuple(weight.shape)}: "
                     "construct a new iteration."
                 )
-            self._table[index, at.WEIGHT_LD : at.WEIGHT_ALONG + 1] = self._entry(weight)
+            units = slice(*self._firsts[index : index + 2])
+            self._table[units, at.WEIGHT_LD : at.WEIGHT_ALONG + 1] = self._entry(weight, symbol)
+            if symbol is not None and stride != old[1]:
+                self._table[units, at.COLUMN_STEP : at.TAP_STEP + 1] = steps_of(shape, stride)[1:]
+                # What was written in the order of elements before is not that of this kernel.
+                self._header[at.READY] = -1
+                self._grad_layouts[index] = None
             # An address and strides identify the weight as long as no other tensor can be given the address.
             self._aliases[index] = weight.detach()
             self._weight_addresses[index], self._weight_strides[index] = address, stride
@@ -290,7 +393,17 @@ class CpuIteration:
         addresses = [0 if g is None else g.data_ptr() for g in grads]
         for index in self._torch_grads:
             addresses[index] = 0
-        self._write_addresses(*self._weight_addresses, *addresses)
+        self._write_addresses(*self._weight_addresses, *addresses, *self._scale_addresses)
+
+    def _take_scales(self, scales: Sequence[Tensor | None] | None) -> None:
+        """Note where the scales of rows are, in fp32; the tensors are kept for as long."""
+        if scales is None:
+            return
+        self._row_scales = [None if s is None else s.detach().to(torch.float32).contiguous() for s in scales]
+        for index, (own, symbol) in enumerate(zip(self._row_scales, self._symbols, strict=True)):
+            if own is not None and (symbol is None or own.shape != (symbol.geometry.groups * symbol.geometry.rows,)):
+                raise ValueError(f"Expected a scale for each row of kernel {index}, got shape {tuple(own.shape)}.")
+        self._scale_addresses = [0 if own is None else own.data_ptr() for own in self._row_scales]
 
     def _take_layouts(self, grads: Sequence[Tensor | None], layouts: Sequence[_Layout | None]) -> None:
         for index, (grad, layout, old) in enumerate(zip(grads, layouts, self._grad_layouts, strict=True)):
@@ -303,19 +416,20 @@ class CpuIteration:
             self.n_refreshes += 1
             if grad is None:
                 continue
-            m, n = self._shapes[index]
-            if grad.shape != (m, n):
+            symbol, shape = self._symbols[index], self._shapes[index]
+            if grad.shape != shape:
                 raise ValueError(
-                    f"Expected gradient {index} to have shape {(m, n)}, as its weight, got {tuple(grad.shape)}."
+                    f"Expected gradient {index} to have shape {shape}, as its weight, got {tuple(grad.shape)}."
                 )
-            if _is_for_torch(grad):
+            if is_for_torch(grad, symbol, self._weight_strides[index] or grad.stride()):
                 self._torch_grads.append(index)
             else:
-                self._table[index, at.GRAD_LD : at.GRAD_ALONG + 1] = self._entry(grad)
+                units = slice(*self._firsts[index : index + 2])
+                self._table[units, at.GRAD_LD : at.GRAD_ALONG + 1] = self._entry(grad, symbol)
             self._grad_layouts[index] = layout
         self._some_are_none = None in self._grad_layouts
 
-    def _entry(self, matrix: Tensor) -> tuple[int, int, int]:
+    def _entry(self, matrix: Tensor, symbol: Symbol | None) -> tuple[int, int, int]:
         """Return the leading dimension of a weight or gradient, whether it is bf16, and ALONG, for the table.
 
         The buffer that bf16 needs is in place afterwards.
@@ -323,49 +437,24 @@ class CpuIteration:
         if matrix.dtype == torch.bfloat16 and not self._has_bf16:
             self._has_bf16 = True
             self._take_band()
-        layout = _layout(matrix.shape, matrix.stride())
+        is_bf16 = BF16[matrix.dtype]
+        if symbol is not None:
+            steps = steps_of(matrix.shape, matrix.stride())
+            assert steps is not None
+            return steps[0], is_bf16, 0
+        layout = layout_of(matrix.shape, matrix.stride())
         assert layout is not None
         dim, stride = layout
         long_dim = 1 if matrix.shape[0] < matrix.shape[1] else 0
-        return stride, _BF16[matrix.dtype], int(dim == long_dim)
+        return stride, is_bf16, int(dim == long_dim)
 
     @torch.no_grad()
     def _update_with_torch(self, grads: Sequence[Tensor | None]) -> None:
         """Update gradients of a dtype or layout that the kernel has not."""
         for index in self._torch_grads:
-            grad = grads[index]
+            grad, scale = grads[index], self._row_scales[index]
             if grad is not None:
-                vectors = [self._left[index]], [self._right[index]]
-                rank_one_update_([grad], self._coefficients[index : index + 1], *vectors)
-
-
-def _is_for_torch(grad: Tensor) -> bool:
-    """Return whether a gradient has a dtype or strides that the compiled update does not know."""
-    layout = _layout(grad.shape, grad.stride())
-    if grad.dtype not in _BF16 or layout is None:
-        return True
-    # Rows that overlap (an expanded tensor): torch refuses to write there, and says so.
-    dim, stride = layout
-    return grad.shape[1 - dim] > 1 and stride < grad.shape[dim]
-
-
-def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int] | None:
-    """Return the contiguous dimension of a matrix, the longer one if both are, and the stride of the other one."""
-    usable = [dim for dim in (1, 0) if strides[dim] == 1 or shape[dim] == 1]
-    if not usable:
-        return None
-    dim = max(usable, key=lambda d: shape[d])
-    return dim, strides[1 - dim]
-
-
-def _lanes(r: int) -> int:
-    """Return how many vectors the buffers of a block of r hold."""
-    return 1 if r == 1 else 8 if r <= 8 else 16
-
-
-def _parts(sizes: Sequence[int]) -> list[Tensor]:
-    """Return fp32 buffers of these sizes in one piece of memory, each at the start of a cache line."""
-    starts = np.cumsum([0] + [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]).tolist()
-    # NaN, so that an element that was never written shows.
-    arena = torch.full((starts[-1],), math.nan, dtype=torch.float32, device="cpu")
-    return [arena[start : start + size] for start, size in zip(starts[:-1], sizes, strict=True)]
+                left, right = self._pair(index)
+                if scale is not None:
+                    left = (left.view(2, -1) * scale).flatten()
+                rank_one_update_([grad], self._coefficients[index : index + 1], [left], [right])

@@ -39,7 +39,8 @@ def plan(sides: Sequence[tuple[int, int, int]], group: int, part: int) -> Plan:
     do not depend on it: no sum is split.
 
     Args:
-        sides: The shorter side p, the longer side q and the lanes of each layer, (L, 3).
+        sides: p, q and the lanes of each unit, (L, 3): of a matrix the shorter and the longer side. One without lanes
+            has no T and no Z.
         group: Elements of a group; with 0 each layer is one.
         part: Elements for each task, about.
     """
@@ -60,12 +61,15 @@ def plan(sides: Sequence[tuple[int, int, int]], group: int, part: int) -> Plan:
             ranges = {layer: (begin, min(begin + steps[layer], sides[layer][1])) for layer in layers}
             for what in (at.FORM_IMAGES, at.FORM_PRODUCTS):
                 for layer, (i, end) in ranges.items():
-                    p = sides[layer][0]
+                    p, _, lanes = sides[layer]
+                    if lanes == 0:
+                        continue
                     if what == at.FORM_IMAGES:
                         tasks += [(what, layer, a, b, 0, 0) for a, b in _parts(i, end, part // p)]
                     else:
                         tasks += [(what, layer, i, end, a, b) for a, b in _parts(0, p, part // (end - i))]
-                phases.append(len(tasks))
+                if len(tasks) > phases[-1]:
+                    phases.append(len(tasks))
         tasks += [(at.FINISH, layer, 0, 0, 0, 0) for layer in layers]
         phases.append(len(tasks))
     for layer, (p, q, _) in enumerate(sides):

@@ -28,7 +28,8 @@ I64 = NDArray[np.int64]
 def sources_checksum() -> int:
     """Return a checksum of the sources of everything that is compiled: a part of the keys of Numba's cache."""
     here = Path(__file__).parent
-    constants = [here.parent / "layout.py", here.parents[1] / "penalties.py"]
+    names = ("penalties", "symbol", "scalars", "frequencies")
+    constants = [here.parent / "layout.py", *(here.parents[1] / f"{name}.py" for name in names)]
     return zlib.crc32(b"".join(path.read_bytes() for path in [*constants, *sorted(here.glob("*.py"))]))
 
 

@@ -5,8 +5,10 @@ a layer, with the fields of :mod:`lightning_lip.kernels.cpu.layout`; each object
 several threads may use one object each. What Python calls is cached between processes, with everything that it calls.
 Numba would look at this file alone to tell whether that has changed, so a checksum of all sources is part of the key.
 
-Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. Matrices with one row for each of
-p or q and one column for each vector of the block ("lanes": 8, or 16 where r > 8; those beyond r are zero) serve its
+Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. A kernel of a convolution is a unit
+for each of its groups, (rows, columns * taps) whatever is longer, whose T and Z mean other things
+(:mod:`~lightning_lip.kernels.cpu.compiled.symbol`) and are formed in the same way. Matrices with one row for each of
+p or q and one column for each vector of the block ("lanes": a multiple of 8; those beyond r are zero) serve its
 products, so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no
 vector types: the few loops over registers are in `registers`, in LLVM's own terms.
 
@@ -37,39 +39,71 @@ import numpy as np
 
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import I64, compiled, f32, f64, i64, sources_checksum
-from lightning_lip.kernels.cpu.compiled.products import band_width, form_images, form_products, row_of, update
+from lightning_lip.kernels.cpu.compiled.products import (
+    band_width,
+    form_images,
+    form_products,
+    row_of,
+    scales_of,
+    update,
+    weight_of,
+)
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import finish
+from lightning_lip.kernels.cpu.compiled.scalars import finish_scalars
+from lightning_lip.kernels.cpu.compiled.symbol import finish_symbol, prepare
 from lightning_lip.kernels.penalties import PENALTY_CODES
 
 PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CODES.values()
 
 
 @compiled
+def _finish(header: I64, unit: int, small: int) -> bool:
+    """Finish a unit; True if its T must be formed again."""
+    kind = row_of(header, unit)[at.KIND]
+    if kind == at.SCALARS:
+        finish_scalars(header, unit, small)
+        return False
+    return finish(header, unit, small) if kind == at.MATRIX else finish_symbol(header, unit, small)
+
+
+@compiled
+def _images_for_products(header: I64, row: I64) -> int:
+    """Return the address of what ``Z = A^T T`` is formed of; 0 where it is not formed."""
+    if row[at.KIND] == at.MATRIX:
+        return row[at.IMAGES] if header[at.ADVANCE] else 0
+    return row[at.SCALED_IMAGES] if scales_of(header, row) else row[at.IMAGES]
+
+
+@compiled
 def _work(header: I64, task: int, small: int, band: int) -> None:
     """Do one task."""
-    what, layer, begin, end, first, last = i64(header[at.TASKS] + 48 * task, 6)
+    what, unit, begin, end, first, last = i64(header[at.TASKS] + 48 * task, 6)
     if what == at.UPDATE:
-        update(header, layer, band, begin, end)
+        update(header, unit, band, begin, end)
         return
-    row = row_of(header, layer)
+    row = row_of(header, unit)
     if not row[at.AGAIN]:
         return
-    weight = i64(header[at.ADDRESSES], header[at.LAYERS])[layer]
     if what == at.FORM_IMAGES:
-        scale = np.float32(f64(header[at.SCALES], header[at.LAYERS])[layer])
-        form_images(row, weight, scale, band, begin, end)
+        scale = np.float32(f64(header[at.SCALES], header[at.UNITS])[unit])
+        form_images(row, weight_of(header, row), scales_of(header, row), scale, band, begin, end)
     elif what == at.FINISH:
-        row[at.AGAIN] = finish(header, layer, small)
-    elif header[at.ADVANCE]:
-        form_products(row, weight, band, begin, end, first, last)
+        row[at.AGAIN] = _finish(header, unit, small)
+    else:
+        images = _images_for_products(header, row)
+        if images:
+            form_products(row, weight_of(header, row), images, band, begin, end, first, last)
 
 
 @compiled
 def _run_thread(header: I64) -> None:
     """Do tasks of the present phase until none is left."""
     number = fetch_add(header.ctypes.data + 8 * at.NEXT_THREAD, 1)
-    small, band = header[at.SMALL] + 8 * at.SMALL_SIZE * number, header[at.BAND] + 4 * header[at.BAND_SIZE] * number
+    small, band = (
+        header[at.SMALL] + 8 * header[at.SMALL_SIZE] * number,
+        header[at.BAND] + 4 * header[at.BAND_SIZE] * number,
+    )
     while True:
         task = fetch_add(header.ctypes.data + 8 * at.NEXT_TASK, 1)
         if task >= header[at.LAST_TASK]:
@@ -86,52 +120,66 @@ def _run_phase(header: I64, phase: int) -> None:
 
 
 @compiled
-def _iterate_layer(header: I64, layer: int) -> None:
-    """Iterate one layer in this thread: some rows serve T and Z while they lie in the cache."""
-    row = row_of(header, layer)
-    weight = i64(header[at.ADDRESSES], header[at.LAYERS])[layer]
-    p, q, band = row[at.P], row[at.Q], header[at.BAND]
+def _iterate_unit(header: I64, unit: int) -> None:
+    """Iterate one unit in this thread: some rows serve T and Z while they lie in the cache."""
+    row = row_of(header, unit)
+    weight, scales, images = weight_of(header, row), scales_of(header, row), _images_for_products(header, row)
+    p, q, band = row[at.P], row[at.Q] if row[at.LANES] else 0, header[at.BAND]
     step = band_width(p) if row[at.WEIGHT_ALONG] else 8
     again = True
     while again:
-        scale = np.float32(f64(header[at.SCALES], header[at.LAYERS])[layer])
+        scale = np.float32(f64(header[at.SCALES], header[at.UNITS])[unit])
         for i in range(0, q, step):
             end = min(i + step, q)
-            form_images(row, weight, scale, band, i, end)
-            if header[at.ADVANCE]:
-                form_products(row, weight, band, i, end, 0, p)
-        again = finish(header, layer, header[at.SMALL])
+            form_images(row, weight, scales, scale, band, i, end)
+            if images:
+                form_products(row, weight, images, band, i, end, 0, p)
+        again = _finish(header, unit, header[at.SMALL])
 
 
 @compiled
 def _iterate(header: I64) -> None:
-    """Iterate all layers once."""
+    """Iterate all units once."""
     if header[at.THREADS] == 1:
-        for layer in range(header[at.LAYERS]):
-            _iterate_layer(header, layer)
+        for unit in range(header[at.UNITS]):
+            _iterate_unit(header, unit)
         return
-    for layer in range(header[at.LAYERS]):
-        row_of(header, layer)[at.AGAIN] = 1
+    for unit in range(header[at.UNITS]):
+        row_of(header, unit)[at.AGAIN] = 1
     again = True
     while again:
         for phase in range(header[at.N_PHASES] - 1):
             _run_phase(header, phase)
         again = False
-        for layer in range(header[at.LAYERS]):
-            again |= row_of(header, layer)[at.AGAIN] != 0
+        for unit in range(header[at.UNITS]):
+            again |= row_of(header, unit)[at.AGAIN] != 0
+
+
+@compiled
+def _lead(header: I64) -> None:
+    """Write the largest sigma of each layer's units, and whose it is; one that is NaN is the largest."""
+    n_layers = header[at.LAYERS]
+    firsts, leaders = i64(header[at.FIRSTS], n_layers + 1), i64(header[at.LEADERS], n_layers)
+    sigma, sigmas = f64(header[at.SIGMA], n_layers), f64(header[at.SIGMAS], header[at.UNITS])
+    for layer in range(n_layers):
+        best = firsts[layer]
+        for unit in range(best + 1, firsts[layer + 1]):
+            if not sigmas[unit] <= sigmas[best] and not math.isnan(sigmas[best]):
+                best = unit
+        leaders[layer], sigma[layer] = best, sigmas[best]
 
 
 @compiled
 def _weigh(header: I64, code: int, level: float, factor: float) -> None:
     """Write ``c = factor d penalty / d sigma`` and the value of one of :mod:`lightning_lip.penalty.penalties`."""
     n_layers = header[at.LAYERS]
-    sigma = f64(header[at.SIGMA], n_layers)
+    sigma, leaders = f64(header[at.SIGMA], n_layers), i64(header[at.LEADERS], n_layers)
     coefficients = f32(header[at.COEFFICIENTS], n_layers)
     # S is the logarithm of the product, taken where that would leave the range. A logarithm or exponential that is not
     # called is a page of code that is not fetched: at four small layers that shows.
     log_bound, product, value = 0.0, 1.0, 0.0
     for layer in range(n_layers):
-        for _ in range(row_of(header, layer)[at.MULTIPLICITY]):
+        for _ in range(row_of(header, leaders[layer])[at.MULTIPLICITY]):
             product *= sigma[layer]
             value += sigma[layer] if code == LAYER_SUM else sigma[layer] * sigma[layer]
             if not 1e-100 < product < 1e100:
@@ -159,7 +207,7 @@ def _weigh(header: I64, code: int, level: float, factor: float) -> None:
     elif code == LOG:
         value = log_bound
     for layer in range(n_layers):
-        count = row_of(header, layer)[at.MULTIPLICITY]
+        count = row_of(header, leaders[layer])[at.MULTIPLICITY]
         change = slope / sigma[layer]
         if code == LAYER_SUM:
             change = 1.0
@@ -183,8 +231,14 @@ def entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
         header = i64(header_address, at.N_HEADER)
         header[at.ADVANCE] = n_iterations > 0
         if n_iterations >= 0:
+            if header[at.READY] != header[at.ADVANCE]:
+                for unit in range(header[at.UNITS]):
+                    if row_of(header, unit)[at.KIND] == at.SYMBOL:
+                        prepare(header, unit, header[at.SMALL])
+                header[at.READY] = header[at.ADVANCE]
             for _ in range(max(n_iterations, 1)):
                 _iterate(header)
+            _lead(header)
         if code >= 0:
             _weigh(header, code, level, factor)
         if code < at.COEFFICIENTS_GIVEN:
@@ -192,9 +246,8 @@ def entries(checksum: int) -> tuple[Any, Callable[[int], None]]:
         if header[at.THREADS] > 1:
             _run_phase(header, header[at.N_PHASES] - 1)
             return
-        for layer in range(header[at.LAYERS]):
-            row = row_of(header, layer)
-            update(header, layer, header[at.BAND], 0, row[at.Q])
+        for unit in range(header[at.UNITS]):
+            update(header, unit, header[at.BAND], 0, row_of(header, unit)[at.Q])
 
     def thread(header_address: int) -> None:
         _ = checksum

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import F32, I64, compiled, f32, i64, u16, u32
-from lightning_lip.kernels.cpu.compiled.registers import axpys1, axpys8, dots1, dots8, rank_one
+from lightning_lip.kernels.cpu.compiled.registers import axpys1, axpys8, dots1, dots8, rank_one, rank_two
 
 
 @compiled
@@ -16,13 +16,27 @@ def band_width(p: int) -> int:
 
 
 @compiled
-def row_of(header: I64, layer: int) -> I64:
-    """Return a layer's row of the table."""
-    return i64(header[at.TABLE] + 8 * at.N_FIELDS * layer, at.N_FIELDS)
+def row_of(header: I64, unit: int) -> I64:
+    """Return a unit's row of the table."""
+    return i64(header[at.TABLE] + 8 * at.N_FIELDS * unit, at.N_FIELDS)
 
 
 @compiled
-def _widen(target: int, source: int, size: int) -> None:
+def weight_of(header: I64, row: I64) -> int:
+    """Return the address of a unit's part of a weight."""
+    address: int = i64(header[at.ADDRESSES], header[at.LAYERS])[row[at.LAYER]]
+    return address + (2 if row[at.WEIGHT_BF16] else 4) * row[at.GROUP] * row[at.Q] * row[at.WEIGHT_LD]
+
+
+@compiled
+def scales_of(header: I64, row: I64) -> int:
+    """Return the address of what the rows of a unit are multiplied by, fp32; 0 for nothing."""
+    address: int = i64(header[at.ADDRESSES], 3 * header[at.LAYERS])[2 * header[at.LAYERS] + row[at.LAYER]]
+    return address + 4 * row[at.GROUP] * row[at.Q] if address else 0
+
+
+@compiled
+def widen(target: int, source: int, size: int) -> None:
     """Copy `size` bf16 numbers to fp32."""
     words, bits = u16(source, size), u32(target, size)
     for j in range(size):
@@ -113,8 +127,11 @@ def _add_backward(a: int, ld: int, rows: int, size: int, x: int, out: int, lanes
 
 
 @compiled
-def form_images(row: I64, weight: int, scale: np.float32, band: int, begin: int, end: int) -> None:
-    """Form ``T = scale A V`` of some rows of ``A``."""
+def form_images(row: I64, weight: int, scales: int, scale: np.float32, band: int, begin: int, end: int) -> None:
+    """Form ``T = scale A V`` of some rows of ``A``, which have scales of their own where there is an address of these.
+
+    T times these scales once more is formed then, too.
+    """
     p, lanes, ld, bf16 = row[at.P], row[at.LANES], row[at.WEIGHT_LD], row[at.WEIGHT_BF16]
     size = 2 if bf16 else 4
     images = f32(row[at.IMAGES] + 4 * lanes * begin, lanes * (end - begin))
@@ -133,10 +150,18 @@ def form_images(row: I64, weight: int, scale: np.float32, band: int, begin: int,
             add_forward(a, a_ld, rows, width, row[at.VECTORS], row[at.IMAGES] + 4 * lanes * i, lanes)
     for j in range(images.size):
         images[j] *= scale
+    if scales == 0:
+        return
+    scaled = f32(row[at.SCALED_IMAGES] + 4 * lanes * begin, images.size)
+    for i in range(end - begin):
+        factor = f32(scales, end)[begin + i]
+        for j in range(lanes * i, lanes * (i + 1)):
+            images[j] *= factor
+            scaled[j] = images[j] * factor
 
 
 @compiled
-def form_products(row: I64, weight: int, band: int, begin: int, end: int, first: int, last: int) -> None:
+def form_products(row: I64, weight: int, images: int, band: int, begin: int, end: int, first: int, last: int) -> None:
     """Add what some rows of ``A``, `begin` to `end`, give to ``Z = A^T T`` in its rows `first` to `last`."""
     p, lanes, ld, bf16 = row[at.P], row[at.LANES], row[at.WEIGHT_LD], row[at.WEIGHT_BF16]
     size = 2 if bf16 else 4
@@ -152,41 +177,57 @@ def form_products(row: I64, weight: int, band: int, begin: int, end: int, first:
         if bf16:
             a, a_ld = _widened(band, a, a_ld, rows, width), width
         if along:
-            add_forward(a, a_ld, rows, width, row[at.IMAGES] + 4 * lanes * i, products, lanes)
+            add_forward(a, a_ld, rows, width, images + 4 * lanes * i, products, lanes)
         else:
-            _add_backward(a, a_ld, rows, width, row[at.IMAGES] + 4 * lanes * i, products, lanes)
+            _add_backward(a, a_ld, rows, width, images + 4 * lanes * i, products, lanes)
 
 
 @compiled
 def _widened(band: int, a: int, ld: int, rows: int, width: int) -> int:
     """Copy bf16 numbers (rows, width) to fp32, and return where."""
     for k in range(rows):
-        _widen(band + 4 * width * k, a + 2 * ld * k, width)
+        widen(band + 4 * width * k, a + 2 * ld * k, width)
     return band
 
 
 @compiled
-def update(header: I64, layer: int, band: int, begin: int, end: int) -> None:
-    """Add ``c u v^T`` to a gradient that has an address, in fp32, rounded once: rows `begin` to `end` of q."""
-    n_layers = header[at.LAYERS]
+def update(header: I64, unit: int, band: int, begin: int, end: int) -> None:
+    """Add ``c u v^T`` to a gradient that has an address, in fp32, rounded once: rows `begin` to `end` of q.
+
+    Of a symbol that is the sum for the real and the imaginary parts; of units of one weight the leading one counts.
+    """
+    n_layers, row = header[at.LAYERS], row_of(header, unit)
+    layer, is_symbol = row[at.LAYER], row[at.KIND] != at.MATRIX
     coefficient = f32(header[at.COEFFICIENTS], n_layers)[layer]
-    row = row_of(header, layer)
     grad, ld, bf16 = i64(header[at.ADDRESSES], 2 * n_layers)[n_layers + layer], row[at.GRAD_LD], row[at.GRAD_BF16]
-    if grad == 0 or coefficient == 0:
+    if grad == 0 or coefficient == 0 or i64(header[at.LEADERS], n_layers)[layer] != unit:
         return
+    grad += (2 if bf16 else 4) * row[at.GROUP] * row[at.Q] * ld
     outer, inner, size = row[at.LONG], row[at.SHORT], row[at.P]
+    if is_symbol and scales_of(header, row) != 0:
+        outer = row[at.LEFT]
+    outer_ld, inner_ld = 4 * row[at.Q], 4 * row[at.P]  # to the imaginary parts
     if row[at.GRAD_ALONG] == 1:
         # Its rows are p: as large a part of them.
         outer, inner, size = inner, outer, row[at.Q]
         begin, end = begin * row[at.P] // row[at.Q], end * row[at.P] // row[at.Q]
+    if row[at.KIND] == at.SCALARS:  # u is zero elsewhere
+        begin, end = max(begin, row[at.LEADING_ROW]), min(end, row[at.LEADING_ROW] + 1)
     factor = header[at.COEFFICIENTS] + 4 * layer
     if not bf16:
-        rank_one(grad + 4 * ld * begin, ld, end - begin, size, outer + 4 * begin, inner, factor)
+        out, x, n = grad + 4 * ld * begin, outer + 4 * begin, max(end - begin, 0)
+        if is_symbol:
+            rank_two(out, ld, n, size, x, x + outer_ld, inner, inner + inner_ld, factor)
+        else:
+            rank_one(out, ld, n, size, x, inner, factor)
         return
     for i in range(begin, end):
-        words = u16(grad + 2 * ld * i, size)
-        _widen(band, grad + 2 * ld * i, size)
-        rank_one(band, 0, 1, size, outer + 4 * i, inner, factor)
+        words, x = u16(grad + 2 * ld * i, size), outer + 4 * i
+        widen(band, grad + 2 * ld * i, size)
+        if is_symbol:
+            rank_two(band, 0, 1, size, x, x + outer_ld, inner, inner + inner_ld, factor)
+        else:
+            rank_one(band, 0, 1, size, x, inner, factor)
         bits = u32(band, size)
         for j in range(size):
             word = np.uint32(bits[j])

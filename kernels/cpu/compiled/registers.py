@@ -6,6 +6,7 @@ code each is a function of addresses, counts and leading dimensions, all int64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,6 @@ def rotate(e: Emitter, x: Any, y: Any, factors: Any) -> None:
 @emitted
 def column_dots(e: Emitter, column: Any, x: Any, ld: Any, size: Any, out: Any) -> None:
     """Write ``x^T Y`` to `out` (8,): x (size,) and Y (size, 8), both with the same leading dimension."""
-    # Four sums: one would wait for its own addition in every row.
     sums = e.variables(VECTOR, 4)
 
     def add(row: Any, total: Any) -> None:
@@ -148,14 +148,7 @@ def column_dots(e: Emitter, column: Any, x: Any, ld: Any, size: Any, out: Any) -
         factor = e.splat(e.load(e.at(column, offset), FLOAT), VECTOR)
         e.add_to(total, e.mul(factor, e.load(e.at(x, offset), VECTOR)))
 
-    fours = e.builder.lshr(size, INT(2))
-    with e.for_range(fours) as loop:
-        first = e.builder.shl(loop.index, INT(2))
-        for k, total in enumerate(sums):
-            add(e.builder.add(first, INT(k)), total)
-    done = e.builder.shl(fours, INT(2))
-    with e.for_range(e.builder.sub(size, done)) as loop:
-        add(e.builder.add(done, loop.index), sums[0])
+    _in_fours(e, size, sums, add)
     a, b, c, d = (e.builder.load(total) for total in sums)
     e.store(e.add(e.add(a, b), e.add(c, d)), out)
 
@@ -203,24 +196,120 @@ lies in (below 0: in none of these), its products with the columns (8,), and whe
 kept in its own lane becomes a column of the basis."""
 
 
+def _build_rank(n_terms: int) -> Any:
+    def emit(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, xs: list[Any], ys: list[Any], factor: Any) -> None:
+        scale = e.load(factor, FLOAT)
+        eights = e.builder.lshr(size, INT(3))
+        done = e.builder.shl(eights, INT(3))
+        with e.for_range(rows) as outer:
+            row = e.at(out, e.builder.mul(outer.index, ld))
+            scalars = [e.mul(scale, e.load(e.at(x, outer.index), FLOAT)) for x in xs]
+            vectors = [e.splat(scalar, VECTOR) for scalar in scalars]
+
+            def add(column: Any, factors: list[Any], kind: Any, row: Any = row) -> None:
+                target = e.at(row, column)
+                total = e.load(target, kind)
+                for factor, y in zip(factors, ys, strict=True):
+                    total = e.add(total, e.mul(factor, e.load(e.at(y, column), kind)))
+                e.store(total, target)
+
+            with e.for_range(eights) as loop:
+                add(e.builder.shl(loop.index, INT(3)), vectors, VECTOR)
+            with e.for_range(e.builder.sub(size, done)) as loop:
+                add(e.builder.add(done, loop.index), scalars, FLOAT)
+
+    def one(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, y: Any, factor: Any) -> None:
+        emit(e, out, ld, rows, size, [x], [y], factor)
+
+    def two(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, x2: Any, y: Any, y2: Any, factor: Any) -> None:
+        emit(e, out, ld, rows, size, [x, x2], [y, y2], factor)
+
+    return emitted(one if n_terms == 1 else two)
+
+
+rank_one, rank_two = _build_rank(1), _build_rank(2)
+"""Add ``c x y^T``, or two such terms, to `out` (rows, size), whose leading dimension comes next; c is at the last
+address. `out` is read and written once."""
+
+
 @emitted
-def rank_one(e: Emitter, out: Any, ld: Any, rows: Any, size: Any, x: Any, y: Any, factor: Any) -> None:
-    """Add ``c x y^T`` to `out` (rows, size), whose leading dimension comes next; c is at the last address."""
-    scale = e.load(factor, FLOAT)
-    eights = e.builder.lshr(size, INT(3))
-    done = e.builder.shl(eights, INT(3))
-    with e.for_range(rows) as outer:
-        row = e.at(out, e.builder.mul(outer.index, ld))
-        scalar = e.mul(scale, e.load(e.at(x, outer.index), FLOAT))
-        vector = e.splat(scalar, VECTOR)
-        with e.for_range(eights) as loop:
-            column = e.builder.shl(loop.index, INT(3))
-            target = e.at(row, column)
-            e.store(e.add(e.load(target, VECTOR), e.mul(vector, e.load(e.at(y, column), VECTOR))), target)
-        with e.for_range(e.builder.sub(size, done)) as loop:
-            column = e.builder.add(done, loop.index)
-            target = e.at(row, column)
-            e.store(e.add(e.load(target, FLOAT), e.mul(scalar, e.load(e.at(y, column), FLOAT))), target)
+def column_squares(e: Emitter, x: Any, ld: Any, size: Any, out: Any) -> None:
+    """Write the squared norms of the columns of X (size, 8) in fp64 to `out` (8,)."""
+    sums = e.variables(WIDE, 4)
+
+    def add(row: Any, total: Any) -> None:
+        vector = e.builder.fpext(e.load(e.at(x, e.builder.mul(row, ld)), VECTOR), WIDE)
+        e.add_to(total, e.mul(vector, vector))
+
+    _in_fours(e, size, sums, add)
+    a, b, c, d = (e.builder.load(total) for total in sums)
+    e.store(e.add(e.add(a, b), e.add(c, d)), out)
+
+
+@emitted
+def scale_columns(e: Emitter, x: Any, ld: Any, size: Any, factors: Any) -> None:
+    """Multiply the columns of X (size, 8) by factors (8,)."""
+    factor = e.load(factors, VECTOR)
+    with e.for_range(size) as loop:
+        target = e.at(x, e.builder.mul(loop.index, ld))
+        e.store(e.mul(e.load(target, VECTOR), factor), target)
+
+
+@emitted
+def pair_sums(e: Emitter, x: Any, y: Any, ld: Any, size: Any, even: Any, odd: Any) -> None:
+    """Add to `even` (8,) the column sums of X times Y, and to `odd` of X times Y with neighbours exchanged: (size, 8).
+
+    Of columns that are real and imaginary parts in turn, ``<y, x>`` is the sum of two neighbours in `even`, and i times
+    the second less the first in `odd`.
+    """
+    sums = e.variables(VECTOR, 8)
+
+    def add(row: Any, total: Any) -> None:
+        offset = e.builder.mul(row, ld)
+        a, b = e.load(e.at(x, offset), VECTOR), e.load(e.at(y, offset), VECTOR)
+        e.add_to(total, e.mul(a, b))
+        e.add_to(sums[sums.index(total) + 4], e.mul(a, _exchanged(e, b)))
+
+    _in_fours(e, size, sums[:4], add)
+    for parts, target in ((sums[:4], even), (sums[4:], odd)):
+        a, b, c, d = (e.builder.load(total) for total in parts)
+        e.store(e.add(e.load(target, VECTOR), e.add(e.add(a, b), e.add(c, d))), target)
+
+
+def _in_fours(e: Emitter, size: Any, sums: list[Any], add: Callable[[Any, Any], None]) -> None:
+    """Add rows to four sums in turn: one would wait for its own addition in every row."""
+    fours = e.builder.lshr(size, INT(2))
+    with e.for_range(fours) as loop:
+        first = e.builder.shl(loop.index, INT(2))
+        for k, total in enumerate(sums):
+            add(e.builder.add(first, INT(k)), total)
+    done = e.builder.shl(fours, INT(2))
+    with e.for_range(e.builder.sub(size, done)) as loop:
+        add(e.builder.add(done, loop.index), sums[0])
+
+
+def _exchanged(e: Emitter, vector: Any) -> Any:
+    """Return a vector whose neighbours, real and imaginary parts, have changed places."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [k ^ 1 for k in range(LANES)])
+    return e.builder.shuffle_vector(vector, vector, mask)
+
+
+def _build_turn(adds: bool) -> Any:
+    def turn(e: Emitter, x: Any, x_ld: Any, size: Any, cosines: Any, sines: Any, out: Any, out_ld: Any) -> None:
+        cosine, sine = e.load(cosines, VECTOR), e.load(sines, VECTOR)
+        with e.for_range(size) as loop:
+            vector = e.load(e.at(x, e.builder.mul(loop.index, x_ld)), VECTOR)
+            target = e.at(out, e.builder.mul(loop.index, out_ld))
+            turned = e.add(e.mul(vector, cosine), e.mul(_exchanged(e, vector), sine))
+            e.store(e.add(e.load(target, VECTOR), turned) if adds else turned, target)
+
+    return emitted(turn)
+
+
+turn, turn_and_add = _build_turn(False), _build_turn(True)
+"""Turn complex numbers, X (size, 8) with real and imaginary parts in turn, by angles: to `out`, or added to it.
+
+By the cosines (8,) and, with the signs that neighbours take, the sines (8,) of one angle for each column."""
 
 
 @partial(emitted, result=types.int64)

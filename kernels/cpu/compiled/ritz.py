@@ -23,7 +23,7 @@ _NEGLIGIBLE = 5e-9
 
 
 @compiled
-def _largest(address: int, size: int) -> Any:
+def largest(address: int, size: int) -> Any:
     """Return the bits of the largest magnitude: they are ordered like the numbers, infinity and NaN above all."""
     bits = u32(address, size)
     top = np.uint32(0)
@@ -175,18 +175,33 @@ def _normalise_column(x: int, ld: int, size: int) -> None:
 
 
 @compiled
-def finish(header: I64, layer: int, scratch: int) -> bool:
-    """Turn a layer's ``T`` and ``Z`` into sigma, its vectors and, if they are to advance, the next block.
+def new_scale(header: I64, unit: int, top: int) -> bool:
+    """Write the power of two by which ``T``, with a largest magnitude of these bits, comes near one; True if it is new.
+
+    Where T is zero or not finite it is one.
+    """
+    scales = f64(header[at.SCALES], header[at.UNITS])
+    scale = 1.0
+    if 0 < top < at.INFINITE:
+        scale = min(max(scales[unit] * 2.0 ** (127 - (top >> 23)), 2.0**-120), 2.0**120)
+    is_new: bool = scale != scales[unit]
+    scales[unit] = scale
+    return is_new
+
+
+@compiled
+def finish(header: I64, unit: int, scratch: int) -> bool:
+    """Turn a matrix's ``T`` and ``Z`` into sigma, its vectors and, if they are to advance, the next block.
 
     Returns:
         Whether ``T`` must be formed again, with the scale that was stored.
     """
-    row = row_of(header, layer)
+    row = row_of(header, unit)
     r, lanes, p, q = row[at.R], row[at.LANES], row[at.P], row[at.Q]
     images, products, vectors = row[at.IMAGES], row[at.PRODUCTS], row[at.VECTORS]
     advance = header[at.ADVANCE] != 0
-    scales = f64(header[at.SCALES], header[at.LAYERS])
-    sigma = f64(header[at.SIGMA], header[at.LAYERS])
+    scales = f64(header[at.SCALES], header[at.UNITS])
+    sigma = f64(header[at.SIGMAS], header[at.UNITS])
     long, short = f32(row[at.LONG], q), f32(row[at.SHORT], p)
     gram = scratch
     rotation, mixed = gram + 8 * lanes * lanes, gram + 16 * lanes * lanes
@@ -194,17 +209,12 @@ def finish(header: I64, layer: int, scratch: int) -> bool:
     image_norm = _norm(f32(images, q)) if lanes == 1 else _form_gram(images, lanes, q, gram)
     # Whatever is not between them is looked at again, NaN too.
     if not at.MIN_NORM < image_norm < at.MAX_NORM:
-        top = _largest(images, lanes * q)
-        if top < at.LOW or top > at.HIGH:
-            scale = 1.0
-            if 0 < top < at.INFINITE:
-                scale = min(max(scales[layer] * 2.0 ** (127 - (top >> 23)), 2.0**-120), 2.0**120)
-            if scale != scales[layer]:
-                scales[layer] = scale
-                return True
+        top = largest(images, lanes * q)
+        if (top < at.LOW or top > at.HIGH) and new_scale(header, unit, top):
+            return True
         if top >= at.INFINITE or top == 0:
-            sigma[layer] = 0.0 if top == 0 else np.nan
-            long[:] = np.float32(sigma[layer])
+            sigma[unit] = 0.0 if top == 0 else np.nan
+            long[:] = np.float32(sigma[unit])
             _first_column(short, vectors, lanes)
             return False
     leading = f32(mixed + 4 * lanes * lanes, lanes)
@@ -220,15 +230,15 @@ def finish(header: I64, layer: int, scratch: int) -> bool:
             leading[j] = np.float32(f64(rotation, lanes)[j])
         _leading_column(short, products if advance else vectors, lanes, leading)
     if not advance:
-        sigma[layer] = image_norm / scales[layer]
+        sigma[unit] = image_norm / scales[unit]
         return False
 
     product_norm = _norm(short)
     if not 0.0 < product_norm < np.inf:
-        sigma[layer] = 0.0 if product_norm == 0.0 else np.nan
+        sigma[unit] = 0.0 if product_norm == 0.0 else np.nan
         _first_column(short, vectors, lanes)
         return False
-    sigma[layer] = product_norm / image_norm
+    sigma[unit] = product_norm / image_norm
     _scale_to(short, short, 1.0 / product_norm)
     if lanes == 1:
         copy(f32(vectors, p), short)
