@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import trainers
 from support.trainers import TwoNets, linux_only, on_ranks, run_script, svd_norms, weights_of
+from support.truth import operator_norms
 from torch import nn
 from torch.nn.utils import parametrizations
 
