@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_lip.kernels.symbol import random_state, rows_of, unpacked
+from lightning_lip.kernels.frequencies import rows_of
+from lightning_lip.kernels.scalars import is_scalar, scalar_step
+from lightning_lip.kernels.symbol import random_state, unpacked
 from lightning_lip.operators.base import LinearOperator, iterates_on_codomain
 
 
@@ -20,19 +22,32 @@ def random_block(op: LinearOperator, generator: torch.Generator, block_size: int
     return torch.randn(min(block_size, most), side, generator=generator, device="cpu", dtype=torch.float32)
 
 
+def fits(op: LinearOperator, loaded: Tensor, random: Tensor) -> bool:
+    """Whether a loaded block, or state of a symbol, can go on in place of a random one."""
+    if loaded.shape != random.shape:
+        return False
+    if op.symbol_geometry is None:
+        return is_block(loaded)
+    # Depthwise convolutions keep nothing.
+    vectors = None if is_scalar(op.symbol_geometry) else unpacked(loaded, op.symbol_geometry).v.flatten(1)
+    return bool(loaded.isfinite().all()) and (vectors is None or is_block(vectors))
+
+
 def is_block(loaded: Tensor) -> bool:
     """Whether the rows of a loaded block are vectors to iterate: finite, and none zero, which would stay so."""
     return bool(loaded.isfinite().all() and loaded.any(dim=1).all())
 
 
 def norms_in_cells(op: LinearOperator, kernel: Tensor, state: Tensor) -> Tensor:
-    """Return ``|P(w) v|`` for the wave of each cell of a symbol, descending."""
+    """Return ``|P(w) v|`` for the wave of each cell of a symbol, descending; the norms of depthwise channels."""
     geometry, scale = op.symbol_geometry, op.row_scale()
     assert geometry is not None
-    wave = unpacked(state, geometry)
     matrix = kernel.to(state.dtype).flatten(1)
     if scale is not None:
         matrix = matrix * scale.to(matrix)[:, None]
+    if is_scalar(geometry):
+        return scalar_step(matrix, geometry)[0].flatten().sort(descending=True).values
+    wave = unpacked(state, geometry)
     rows = rows_of(wave.w, wave.v, geometry).view(geometry.groups, -1, matrix.shape[1])
     images = rows @ matrix.view(geometry.groups, -1, matrix.shape[1]).mT
     return torch.linalg.vector_norm(images.view(len(state), -1), dim=1).sort(descending=True).values

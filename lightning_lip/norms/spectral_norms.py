@@ -14,7 +14,7 @@ from lightning_lip import kernels
 from lightning_lip.checks import check_integers
 from lightning_lip.kernels.symbol import Symbol, started
 from lightning_lip.kernels.tensors import compute_dtype, is_sharded, without_modes
-from lightning_lip.norms.blocks import images_of, is_block, key_of, norms_in_cells, random_block, tell_unfit
+from lightning_lip.norms.blocks import fits, images_of, key_of, norms_in_cells, random_block, tell_unfit
 from lightning_lip.norms.matrix_free import MatrixFreeIteration
 from lightning_lip.norms.sharded import ShardedIteration
 from lightning_lip.operators.base import LinearOperator
@@ -226,7 +226,7 @@ class SpectralNorms:
             random = random_block(op, generator if op.symbol_geometry is None else own, self.block_size)
             random = random.to(weight.device, compute_dtype(weight.dtype))
             loaded = self._loaded.pop(self._keys[index], None)
-            if loaded is not None and loaded.shape == random.shape and is_block(loaded):
+            if loaded is not None and fits(op, loaded, random):
                 blocks.append(loaded.to(random))
                 continue
             if loaded is None and op.is_matrix:
@@ -307,8 +307,9 @@ class SpectralNorms:
 
         The i-th lies below the i-th singular value (Cauchy interlacing), but for fp32 rounding. The blocks stay as
         they are. L tensors of shape (r_l,), descending; shape (1,) for an operator with its norm in closed form. Of a
-        symbol, shape (cells,): one for each part of the frequencies, an estimate from below of the largest norm of the
-        symbol there, also of the smaller ones. NaN where the weight is not finite.
+        symbol, shape (cells,): one for each part of the frequencies of each group, an estimate from below of the
+        largest norm there, and no further singular value; of a depthwise convolution the channels' norms. NaN where
+        the weight is not finite.
         """
 
         def own(op: LinearOperator, weight: Tensor, block: Tensor, sigma: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class Net(L.LightningModule):
         return batch[..., :5] if case == "first batches" and self.global_rank == 1 else batch
 
     def training_step(self, batch, batch_idx):
-        if case == "sizes" and self.global_rank == 1:
+        if case.endswith("sizes") and self.global_rank == 1:
             batch = batch[..., :5]
         return (self.net(batch) - 3 * batch.mean()).square().mean()
 
@@ -45,12 +45,13 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     example = torch.zeros(1, 1, 6, 6) if case in ("batch norm", "traced") else None
     example = "batch" if case.startswith("first batch") else example
+    kind = {"convolutions": "spatial"} if case == "spatial sizes" else {}
     images = torch.randn(32, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     if name == "LipschitzPenalty":
-        callbacks, epochs = [LipschitzPenalty(0.1, example_input=example)], 50
+        callbacks, epochs = [LipschitzPenalty(0.1, example_input=example, **kind)], 50
     else:
         saving = L.pytorch.callbacks.ModelCheckpoint("saved", every_n_train_steps=3, save_top_k=-1)
-        callbacks, epochs = [LipschitzConstraint(0.05, example_input=example, block_size=4), saving], 2
+        callbacks, epochs = [LipschitzConstraint(0.05, example_input=example, block_size=4, **kind), saving], 2
     L.Trainer(
         accelerator="cpu", devices=2, strategy="ddp_fork", max_epochs=epochs, logger=False, callbacks=callbacks,
         enable_checkpointing=name == "LipschitzConstraint", enable_progress_bar=False, enable_model_summary=False,
@@ -70,7 +71,8 @@ if __name__ == "__main__":
         ("traced", "SAME"),
         ("first batch", "SAME"),
         ("first batches", "The first batch has inputs of different sizes on different ranks"),
-        ("sizes", "inputs of different sizes on different ranks"),
+        ("sizes", "SAME"),
+        ("spatial sizes", "inputs of different sizes on different ranks"),
         ("batch norm", "running statistics of ['net.1'], which differ between ranks"),
     ],
 )

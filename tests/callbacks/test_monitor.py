@@ -427,6 +427,7 @@ def test_hyperparameters_stand_beside_the_users_own(train, pl, make_module, tmp_
         "lipschitz/every_n_steps": 1.0,
         "lipschitz/warmup_steps": 0.0,
         "lipschitz/layers": "net.0, net.2",
+        "lipschitz/convolutions": "symbol",
     }
     assert columns == set(values)
     assert metrics == ["val_loss", "lipschitz/bound", "lipschitz/product", "lipschitz/penalty"]

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from support import trainers
 from support.trainers import TwoNets, linux_only, on_ranks, run_script, svd_norms, weights_of
-from support.truth import dense, norm
+from support.truth import operator_norms
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -237,16 +237,16 @@ def convolutions():
     )
 
 
-@pytest.mark.parametrize("radius", ["mup", 0.5])
-def test_convolutions_and_magnitudes_of_parametrised_weights(fit, make_module, told, radius):
+@pytest.mark.parametrize(("radius", "kind"), [("mup", "symbol"), (0.5, "symbol"), ("mup", "spatial")])
+def test_convolutions_and_magnitudes_of_parametrised_weights(fit, make_module, told, radius, kind):
     module = make_module(lightning, net=convolutions(), optimizer=lambda p: torch.optim.SGD(p, 0.2))
-    caps = SpectralCaps(radius, block_size=64)
+    caps = SpectralCaps(radius, block_size=64, convolutions=kind)
     fit(caps, module=module)
     held = {op.name: op for op in caps.caps.operators}
     assert list(held) == ["net.1", "net.3", "net.5", "net.7"]
     # Output and input channels, whatever the size of the kernel: 6 and 1, 4 and 6.
     radii = [math.sqrt(r) for r in (6, 4 / 6, 2, 1 / 8)] if radius == "mup" else [radius] * 4
-    norms = [norm(dense(op)) for op in held.values()]
+    norms = operator_norms(held.values()).tolist()
     assert all(value <= r * (1 + TOLERANCE) for value, r in zip(norms, radii, strict=True)), (norms, radii)
     assert any(value >= r * (1 - TOLERANCE) for value, r in zip(norms, radii, strict=True)), (norms, radii)
     (text,) = (text for text in told if text.startswith("SpectralCaps: 4 layers with "))

@@ -20,7 +20,6 @@ from lightning_lip.graph.builder import RULES
 from lightning_lip.graph.rules import linear
 from lightning_lip.models import modules
 from lightning_lip.operators.base import ParametrizedMatrixOperator
-from lightning_lip.operators.convolutions.convolution import ConvolutionOperator
 
 Patch = pytest.MonkeyPatch
 
@@ -35,9 +34,7 @@ def weights_of_the_graph(patch: Patch) -> None:
     patch.setattr(
         linear, "TracedParametrizationOperator", lambda name, module, _: ParametrizedMatrixOperator(name, module)
     )
-    patch.setattr(
-        linear, "TracedConvolutionOperator", lambda name, module, shape, _: ConvolutionOperator(name, module, shape)
-    )
+    patch.setattr(linear, "computed_source", lambda name, module, *_: ParametrizedMatrixOperator(name, module))
 
 
 def real_values(patch: Patch) -> None:

@@ -7,6 +7,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from support.networks import Residual, mlp, randomised_batch_norm
+from support.symbols import symbol_norm
 from torch import nn
 
 from lightning_lip import CertifiedMarginLoss, certified_margin_loss, certify
@@ -39,22 +40,24 @@ def norm(matrix):
     return torch.linalg.svdvals(matrix)[0]
 
 
-def exact_features(name, net):
+def exact_features(name, net, convolutions):
     """The bound before the head, by exact SVDs in float64."""
     if name == "mlp":
         return norm(net[0].weight) * norm(net[2].weight)
     if name == "residual":
         return 1 + norm(net.back.weight) * norm(net.inner.weight)
     conv, batch_norm = net[0], net[1]
+    scale = batch_norm.weight / (batch_norm.running_var + batch_norm.eps).sqrt()
+    if convolutions == "symbol":
+        return symbol_norm(scale[:, None, None, None] * conv.weight, 1, 1) / 2
     basis = torch.eye(36, dtype=torch.float64).view(36, 1, 6, 6)
     images = nn.functional.conv2d(basis, conv.weight, padding=1)
-    scale = batch_norm.weight / (batch_norm.running_var + batch_norm.eps).sqrt()
     return norm((scale[None, :, None, None] * images).flatten(1)) / 2  # average pooling over 2 x 2: 1 / 2
 
 
-def exact_loss(name, net, form, logits, target, eps):
+def exact_loss(name, net, form, logits, target, eps, convolutions):
     head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1].weight
-    features = exact_features(name, net)
+    features = exact_features(name, net, convolutions)
     if form == "lmt":
         return certified_margin_loss(logits, target, math.sqrt(2) * eps * features * norm(head))
     differences = torch.stack([torch.stack([(a - b).square().sum() for b in head]) for a in head])
@@ -72,15 +75,15 @@ def made(name, form, **options):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NETS)
-def test_the_gradient_is_autograds_through_exact_svds(name, form):
-    net, loss, x, y = made(name, form, n_iterations=300)
+@pytest.mark.parametrize(("name", "convolutions"), [*((name, "symbol") for name in NETS), ("cnn", "spatial")], ids=str)
+def test_the_gradient_is_autograds_through_exact_svds(name, convolutions, form):
+    net, loss, x, y = made(name, form, n_iterations=300, convolutions=convolutions)
     net.eval()  # the batch normalisation's running statistics are those of the bound
     net.training = True
     value = loss(net(x), y)
     parameters = list(net.parameters())
     found = torch.autograd.grad(value, parameters)
-    truth = exact_loss(name, net, form, net(x), y, 0.3)
+    truth = exact_loss(name, net, form, net(x), y, 0.3, convolutions)
     assert value.item() == pytest.approx(truth.item(), rel=1e-6)
     for gradient, exact in zip(found, torch.autograd.grad(truth, parameters), strict=True):
         assert torch.allclose(gradient, exact, rtol=1e-5, atol=1e-7)

@@ -1,7 +1,9 @@
 """The persistent blocks: how they start, go on, are saved, and follow the model's dtype and shapes."""
 
 import copy
+import math
 import pickle
+import warnings
 from functools import partial
 
 import pytest
@@ -263,6 +265,33 @@ def test_ritz_values_of_a_symbol_are_below_its_norm_at_each_frequency(groups):
         for part, w in zip(layer.weight.detach().chunk(groups), wave.w.chunk(groups), strict=True)
     ]
     torch.testing.assert_close(values, torch.cat(of_groups).sort(descending=True).values.float(), rtol=2e-2, atol=0)
+
+
+def test_a_depthwise_convolution_keeps_nothing_and_is_saved_without_a_warning():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, groups=4)
+    norms = SpectralNorms([operator_of(layer, "a")])
+    sigma = norms.step().sigma.clone()
+    again = SpectralNorms([operator_of(layer, "a")])
+    again.load_state_dict(norms.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(again.step().sigma, sigma)
+    (values,) = again.ritz_values()
+    channels = [symbol_norm(part, 1, 1).item() for part in layer.weight.detach().chunk(4)]
+    assert values.tolist() == pytest.approx(sorted(channels, reverse=True), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_a_saved_symbol_without_vectors_starts_afresh(bad):
+    layer = nn.Conv2d(2, 3, 3)
+    norms = SpectralNorms([operator_of(layer, "a")])
+    norms.step()
+    (state,) = norms.state_dict().values()
+    unpacked(state, operator_of(layer, "a").symbol_geometry).v.fill_(bad)
+    norms.load_state_dict({"a": state})
+    with pytest.warns(UserWarning, match="layer 'a' .* its iteration starts afresh"):
+        assert norms.step().sigma.isfinite().all()
 
 
 def test_saved_maps_of_features_start_afresh_with_one_warning():

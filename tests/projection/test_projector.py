@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from support.networks import Lambda, Residual, mlp
+from support.symbols import symbol_norm
 from support.truth import jacobian_norm, linears, product
 from torch import nn
 from torch.nn import functional as F
@@ -151,7 +152,7 @@ class TestExact:
 
     def test_a_convolution_of_unknown_size(self):
         model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-        projector = LipschitzProjector(model, 0.5)
+        projector = LipschitzProjector(model, 0.5, convolutions="spatial")
         assert projector.exact().bound <= 0.5
         with pytest.raises(RuntimeError, match="input size of convolution '0' is not known yet"):
             projector.step()
@@ -164,6 +165,20 @@ class TestExact:
         projector.exact()
         model[0].weight.data.mul_(1.5)
         projector.step()
+        before = copies(model)
+        assert projector.exact().bound <= 0.5
+        assert same(model, before)
+
+    @pytest.mark.parametrize("example_input", [None, torch.zeros(1, 1, 6, 6)], ids=["product", "traced"])
+    def test_what_is_held_of_a_convolution_is_its_symbol(self, example_input):
+        model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+        projector = LipschitzProjector(model, 0.5, example_input=example_input, n_iterations=20)
+        assert projector.exact().bound <= 0.5
+        model[2].weight.data.mul_(3)
+        projector.step()
+        true = math.prod(symbol_norm(model[i].weight.detach(), 1, 1).item() for i in (0, 2))
+        # The Riesz factors of the certificates, which a step allows for.
+        assert 0.5 / 1.02 <= true <= 0.5 * (1 - 1e-5)
         before = copies(model)
         assert projector.exact().bound <= 0.5
         assert same(model, before)

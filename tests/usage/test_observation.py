@@ -108,5 +108,5 @@ def test_a_step_that_fails_or_never_comes_leaves_nothing_behind():
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
 def test_convolutions_are_taken_at_the_size_that_was_seen(padding, mode):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=padding, padding_mode=mode))
-    regularizer = LipschitzRegularizer(model, 1.0, inputs=torch.randn(2, 3, 6, 7))
+    regularizer = LipschitzRegularizer(model, 1.0, inputs=torch.randn(2, 3, 6, 7), convolutions="spatial")
     assert regularizer.operators[0].domain_shape == (3, 6, 7)

@@ -26,10 +26,10 @@ class Calls(nn.Module):
         return self.function(self, x)
 
 
-def operators(model, *inputs):
+def operators(model, *inputs, **kwargs):
     with Observer(model) as observer:
         model(*inputs)
-    return Observation(model, observer).operators_of(model, "")
+    return Observation(model, observer).operators_of(model, "", **kwargs)
 
 
 def jacobian_norm(model, x):
@@ -54,7 +54,7 @@ def jacobian_norm(model, x):
 )
 def test_norm_and_gradient_are_those_of_the_map(function, shape, inputs):
     model = Calls(function, w=shape)
-    (operator,) = operators(model, torch.randn(2, *inputs))
+    (operator,) = operators(model, torch.randn(2, *inputs), convolutions="spatial")
     assert operator.name == "w"
     assert operator.module is model
     norms = SpectralNorms([operator], block_size=8, n_iterations=60)

@@ -83,17 +83,17 @@ def test_layers_that_are_replaced_in_training(fit, make_module, make):
 
 
 @SELECTING
-@pytest.mark.parametrize("fails", [False, True])
-def test_no_hook_stays_on_a_convolution(fit, make_module, make, fails):
+@pytest.mark.parametrize(("convolutions", "fails"), [("spatial", False), ("spatial", True), ("symbol", False)])
+def test_no_hook_stays_on_a_convolution(fit, make_module, make, convolutions, fails):
     class Look(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            assert pl_module.net[0]._forward_pre_hooks
+            assert bool(pl_module.net[0]._forward_pre_hooks) == (convolutions == "spatial")
             if fails:
                 raise KeyError("stop")
 
     module = make_module(lightning, net=nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 1)))
     data = torch.utils.data.DataLoader([(torch.ones(2, 1, 6, 6), torch.ones(2, 1))] * 2, batch_size=None)
     with pytest.raises(KeyError, match="stop") if fails else contextlib.nullcontext():
-        fit(make(), Look(), module=module, data=data)
+        fit(make(convolutions=convolutions), Look(), module=module, data=data)
     assert not module.net[0]._forward_pre_hooks
     torch.jit.script(module.net)
