@@ -409,6 +409,11 @@ CALLS = {
         lambda: {"logits": LOGITS, "target": TARGET, "lipschitz": 1.0, "radius": 0.1},
         {**ACCURACY, "radius": REALS | FLAT | {"0-d"}},
     ),
+    "certified_radii": (
+        metrics.certified_radii,
+        lambda: {"logits": LOGITS, "target": TARGET, "lipschitz": 1.0},
+        ACCURACY,
+    ),
     "certified_worst_case_mae": (
         metrics.certified_worst_case_mae,
         lambda: {"mae": 0.5, "lipschitz": 1.0, "noise_norm": 0.1},
