@@ -472,7 +472,7 @@ CALLS = {
     "rebalance": (
         lightning_lip.rebalance,
         lambda: {"model": network(), "example_input": EXAMPLE},
-        {"model": set(), "example_input": {"None"}, "per_unit": "flag"},
+        {"model": set(), "example_input": {"None"}, "per_unit": "flag", "head": {"None"}},
     ),
     "lipschitz_constant": (constants.lipschitz_constant, lambda: {"module": nn.ReLU()}, {"module": set()}),
     "audit": (

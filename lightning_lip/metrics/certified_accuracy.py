@@ -349,10 +349,10 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
     # One class at a time: all differences at once would need memory for C^2 d numbers.
-    return torch.stack([_row_norms(weight - weight[y]) for y in present])[row]
+    return torch.stack([row_norms(weight - weight[y]) for y in present])[row]
 
 
-def _row_norms(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor) -> Tensor:
     """Return the norm of each row, at least the true one less a relative `_SLACK`, also where squares underflow."""
     largest = rows.abs().amax(dim=1)
     norms = largest * torch.linalg.vector_norm(rows / largest[:, None], dim=1)
