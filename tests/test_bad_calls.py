@@ -416,6 +416,11 @@ CALLS = {
         lambda: {"logits": LOGITS, "target": TARGET, "lipschitz": 1.0, "radius": 0.1},
         {**ACCURACY, "radius": REALS | FLAT | {"0-d"}},
     ),
+    "certified_radii": (
+        metrics.certified_radii,
+        lambda: {"logits": LOGITS, "target": TARGET, "lipschitz": 1.0},
+        ACCURACY,
+    ),
     "certified_worst_case_mae": (
         metrics.certified_worst_case_mae,
         lambda: {"mae": 0.5, "lipschitz": 1.0, "noise_norm": 0.1},
@@ -474,7 +479,7 @@ CALLS = {
     "rebalance": (
         lightning_lip.rebalance,
         lambda: {"model": network(), "example_input": EXAMPLE},
-        {"model": set(), "example_input": {"None"}, "per_unit": "flag"},
+        {"model": set(), "example_input": {"None"}, "per_unit": "flag", "head": {"None"}},
     ),
     "lipschitz_constant": (constants.lipschitz_constant, lambda: {"module": nn.ReLU()}, {"module": set()}),
     "audit": (

@@ -340,3 +340,37 @@ class Sizes:
         """Write the shape of a node's first tensor to ``node.meta["sizes"]``; None where it is not known."""
         first = next((v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)), None)
         node.meta["sizes"] = None if first is None else self.of(first)
+
+
+_GREATER, _LESS = ("gt", "ge", "greater", "greater_equal"), ("lt", "le", "less", "less_equal")
+
+_PARTS = ("slice", "select", "narrow", "unsqueeze")
+
+
+def extreme_of_two(node: torch.fx.Node) -> tuple[str, list[Any]] | None:
+    """Return "maximum" or "minimum" and its two arguments, if an operation takes that of two values.
+
+    ``where(a > b, a, b)`` is the maximum of a and b, and continuous, unlike other choices.
+    """
+    name = operation_name(node)
+    if name in ("maximum", "minimum") or (name in ("max", "min") and len(node.all_input_nodes) == 2):
+        return f"{name[:3]}imum", list(node.args[:2])
+    if name != "where" or len(node.args) != 3:
+        return None
+    condition, *chosen = node.args
+    comparison = operation_name(condition) if isinstance(condition, torch.fx.Node) else ""
+    if comparison not in (*_GREATER, *_LESS):
+        return None
+    compared = list(condition.args[:2])  # type: ignore[union-attr]
+    for pair, takes_greater in ((compared, comparison in _GREATER), (compared[::-1], comparison in _LESS)):
+        if all(map(_is_same, pair, chosen)):
+            return "maximum" if takes_greater else "minimum", chosen
+    return None
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two arguments are one value: a node, or the same part of one, written twice."""
+    if a is b or not isinstance(a, torch.fx.Node) or not isinstance(b, torch.fx.Node):
+        return a is b or (isinstance(a, int) and isinstance(b, int) and a == b)
+    is_part = a.target is b.target and operation_name(a) in _PARTS and not a.kwargs and not b.kwargs
+    return is_part and len(a.args) == len(b.args) and all(map(_is_same, a.args, b.args))

@@ -32,7 +32,7 @@ from lightning_lip.graph.checks import UNREADABLE, check_arguments, check_real, 
 from lightning_lip.graph.refusals import REASONS, UNKNOWN, Refusal
 from lightning_lip.graph.rules.fourier import has_complex_rule, is_complex
 from lightning_lip.graph.rules.written_out import written_out
-from lightning_lip.graph.tracing import TracedModel, operation_name
+from lightning_lip.graph.tracing import TracedModel, extreme_of_two, operation_name
 from lightning_lip.graph.whole_modules import WHOLE_MODULE
 
 _UNSET = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"}
@@ -130,6 +130,12 @@ def _evaluate(builder: Builder, node: torch.fx.Node) -> Any:
     # Another library's operation keeps its namespace: by its name alone it could be taken for one of torch.
     name = schema.name.removeprefix("aten::")
     arguments = arguments_of(node, lambda leaf: _value(builder, leaf))
+    extreme = extreme_of_two(node) if name == "where" else None
+    if extreme is not None:  # what decides between them has no part in it
+        name, arguments = (
+            extreme[0],
+            {key: _value(builder, n) for key, n in zip(("self", "other"), extreme[1], strict=True)},
+        )
     leaves = [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=_is_value) if _is_value(leaf)]
     refused = [leaf for leaf in leaves if isinstance(leaf, Refused)]
     if name in ("embedding", "embedding_bag") and refused:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -73,6 +73,49 @@ def certified_accuracy(
     certified, total = _update(logits, target, lipschitz, radii, last_weight, output_lipschitz)
     value = _compute(certified, torch.tensor(total, device=certified.device))
     return value if isinstance(radius, Sequence) else value[0]
+
+
+def certified_radii(
+    logits: Tensor,
+    target: Tensor,
+    lipschitz: float | Tensor,
+    last_weight: Tensor | None = None,
+    output_lipschitz: float | Tensor | None = None,
+) -> Tensor:
+    """Return for each sample the norm of perturbations up to which it is certified, in fp32, rounded down.
+
+    Samples that are not classified correctly, or hold NaN or an infinity, have 0. Infinite where no perturbation moves
+    the logits against each other.
+
+    Args:
+        logits: As in :func:`certified_accuracy`, as are the other arguments.
+        target: (B,).
+        lipschitz: The Lipschitz constant.
+        last_weight: (C, d), for the pairwise form.
+        output_lipschitz: With `last_weight`, a constant of the map to the logits too.
+
+    Returns:
+        The radii, shape (B,), float32: :func:`certified_accuracy` counts a sample at its radius, unless that is 0.
+
+    Raises:
+        TypeError: As :func:`certified_accuracy`.
+        ValueError: As :func:`certified_accuracy`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lip.metrics.certified_accuracy import certified_radii
+        >>> certified_radii(torch.tensor([[3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0]), lipschitz=1.0)
+        tensor([2.1213, 0.0000])
+    """
+    pairs = _pairs(logits, target, lipschitz, last_weight, output_lipschitz)
+    # The slack once more, for the rounding of the quotient and of the threshold that it is to stay below.
+    slopes = [slopes * (constant * slack * (1 + _SLACK)) for slopes, constant, slack in pairs.bounds]
+    slope = slopes[0] if len(slopes) == 1 else torch.minimum(*slopes)
+    radii = torch.where(pairs.margins > 0, pairs.margins / slope, 0.0)
+    radii = torch.where(pairs.is_own, math.inf, radii).amin(1)
+    radii = torch.where(pairs.is_finite & ~radii.isnan(), radii, 0.0)  # NaN: of weights that are not finite
+    rounded = radii.float()
+    return torch.where(rounded > radii, rounded.nextafter(torch.zeros_like(rounded)), rounded).to(logits.device)
 
 
 @overload
@@ -218,6 +261,54 @@ _HINT = {
 }
 
 
+class _Pairs(NamedTuple):
+    """What decides whether samples are certified: their margins, and how fast these fall.
+
+    Attributes:
+        margins: ``logit_y - logit_j``, (B, C), fp64.
+        is_own: Where j is the sample's class, (B, C).
+        is_finite: Whether all of a sample's logits are, (B,).
+        bounds: Lipschitz constants of the margins, each as a slope that broadcasts to (B, C), a factor of it, and what
+            covers the rounding of their product. Each holds.
+    """
+
+    margins: Tensor
+    is_own: Tensor
+    is_finite: Tensor
+    bounds: list[tuple[Tensor, float, float]]
+
+
+def _pairs(
+    logits: Tensor,
+    target: Tensor,
+    lipschitz: float | Tensor,
+    last_weight: Tensor | None,
+    output_lipschitz: float | Tensor | None,
+) -> _Pairs:
+    _check_batch(logits, target)
+    constant = _check_constant("lipschitz", lipschitz)
+    n_classes = logits.shape[1]
+    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
+    scores, classes = logits.detach().to(device, torch.float64), target.detach().to(device, torch.int64)
+    margins = scores.gather(1, classes[:, None]) - scores
+    root = scores.new_full((1, 1), _SQRT2)
+    if last_weight is None:
+        bounds = [(root, constant, 1 + _SLACK)]
+    else:
+        check_tensor("last_weight", last_weight)
+        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes or not last_weight.numel():
+            raise ValueError(
+                f"expected last_weight of shape ({n_classes}, d) for logits of shape {tuple(logits.shape)}, got "
+                f"{tuple(last_weight.shape)}"
+            )
+        slopes = _pairwise_norms(last_weight.detach().to(device, torch.float64), classes)
+        bounds = [(slopes, constant, 1 + _SLACK + 2.0**-52 * last_weight.shape[1])]
+    if output_lipschitz is not None:
+        bounds.append((root, _check_constant("output_lipschitz", output_lipschitz), 1 + _SLACK))
+    is_own = torch.arange(n_classes, device=device) == classes[:, None]
+    return _Pairs(margins, is_own, scores.isfinite().all(dim=1), bounds)
+
+
 def _update(
     logits: Tensor,
     target: Tensor,
@@ -227,32 +318,14 @@ def _update(
     output_lipschitz: float | Tensor | None,
 ) -> tuple[Tensor, int]:
     """Number of certified samples per radius, shape (R,), int64, and the number of samples."""
-    _check_batch(logits, target)
-    constant = _check_constant("lipschitz", lipschitz)
-    n_classes = logits.shape[1]
-    device = torch.device("cpu") if logits.device.type == "mps" else logits.device
-    scores, classes = logits.detach().to(device, torch.float64), target.detach().to(device, torch.int64)
-    margins = scores.gather(1, classes[:, None]) - scores
-    if last_weight is None:
-        slopes, slack = scores.new_full((1, 1), _SQRT2), 1 + _SLACK
-    else:
-        check_tensor("last_weight", last_weight)
-        if last_weight.dim() != 2 or last_weight.shape[0] != n_classes or not last_weight.numel():
-            raise ValueError(
-                f"expected last_weight of shape ({n_classes}, d) for logits of shape {tuple(logits.shape)}, got "
-                f"{tuple(last_weight.shape)}"
-            )
-        slopes = _pairwise_norms(last_weight.detach().to(device, torch.float64), classes)
-        slack = 1 + _SLACK + 2.0**-52 * last_weight.shape[1]
-    own_class = torch.arange(n_classes, device=device) == classes[:, None]
-    finite = scores.isfinite().all(dim=1)
-    thresholds = [slopes * _growth(constant, eps, slack) for eps in radii]
-    if output_lipschitz is not None:
-        whole = _check_constant("output_lipschitz", output_lipschitz)
-        least = [_SQRT2 * _growth(whole, eps, 1 + _SLACK) for eps in radii]
-        thresholds = [t.clamp(max=other) for t, other in zip(thresholds, least, strict=True)]
-    certified = [(finite & ((margins > threshold) | own_class).all(dim=1)).sum() for threshold in thresholds]
-    return torch.stack(certified).to(logits.device), len(classes)
+    pairs = _pairs(logits, target, lipschitz, last_weight, output_lipschitz)
+    certified = []
+    for eps in radii:
+        # Each is a threshold: the least serves.
+        thresholds = [slopes * _growth(constant, eps, slack) for slopes, constant, slack in pairs.bounds]
+        threshold = thresholds[0] if len(thresholds) == 1 else torch.minimum(*thresholds)
+        certified.append((pairs.is_finite & ((pairs.margins > threshold) | pairs.is_own).all(dim=1)).sum())
+    return torch.stack(certified).to(logits.device), len(target)
 
 
 def _growth(constant: float, eps: float, slack: float) -> float:
@@ -276,10 +349,10 @@ def _pairwise_norms(weight: Tensor, classes: Tensor) -> Tensor:
     present = sorted(set(classes.tolist()))
     row = torch.searchsorted(torch.tensor(present, device=classes.device), classes)
     # One class at a time: all differences at once would need memory for C^2 d numbers.
-    return torch.stack([_row_norms(weight - weight[y]) for y in present])[row]
+    return torch.stack([row_norms(weight - weight[y]) for y in present])[row]
 
 
-def _row_norms(rows: Tensor) -> Tensor:
+def row_norms(rows: Tensor) -> Tensor:
     """Return the norm of each row, at least the true one less a relative `_SLACK`, also where squares underflow."""
     largest = rows.abs().amax(dim=1)
     norms = largest * torch.linalg.vector_norm(rows / largest[:, None], dim=1)

@@ -5,6 +5,11 @@ For weights W_1 .. W_n and positive diagonal matrices D_l of the hidden units, D
 spectral and every Schatten norm (Hadamard's three lines theorem, as in Stein's interpolation). The slope in the
 logarithm of one unit's factor is ``u_{l,i}^2 - v_{l+1,i}^2``, with the leading left and right singular vectors of the
 layers on either side of it. For weights without negative entries the least product is ``||W_n .. W_1||`` (Perron).
+
+A certificate of the difference of logits i and j has ``||w_i - w_j||``, rows of the last layer, in place of its norm.
+Minimised is then, in place of that norm's logarithm, the largest of
+``log ||D^-1 (w_i - w_j)|| - log ||w_i - w_j||`` over all pairs, convex as well: it is 0 at factors of 1, and where all
+sums to less than that, every pair's constant has fallen.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ RIDGE = 1e-7
 """Weight of the squared log factors: those that gain nothing stay near 0."""
 
 
-def least_product(weights: Sequence[Tensor]) -> list[Tensor]:
+def least_product(weights: Sequence[Tensor], of_pairs: bool = False) -> list[Tensor]:
     """Return the log factors of the hidden units that (nearly) minimise the product of the spectral norms.
 
     By L-BFGS on the Schatten norms, keeping the best of all evaluations: *heuristic* in how close it comes, but never
@@ -38,12 +43,14 @@ def least_product(weights: Sequence[Tensor]) -> list[Tensor]:
 
     Args:
         weights: W_1 .. W_n, none of them zero, shapes (m_l, m_{l-1}), fp64 on the CPU.
+        of_pairs: Whether the last layer counts with the differences of its rows, of which two at least must differ.
 
     Returns:
         n - 1 vectors, shapes (m_l,), each entry of a magnitude of at most :data:`LARGEST_LOG_FACTOR`.
     """
     best = [torch.zeros(len(weight), dtype=torch.float64, device="cpu") for weight in weights[:-1]]
     least = math.inf
+    rows = _Rows(weights[-1]) if of_pairs else None
     for power in SCHATTEN_POWERS if best else ():
         variables = [log.clone() for log in best]
         solver = torch.optim.LBFGS(
@@ -59,7 +66,7 @@ def least_product(weights: Sequence[Tensor]) -> list[Tensor]:
             nonlocal best, least
             # Beyond the limit only the ridge counts, and leads back.
             logs = [v.clamp(-LARGEST_LOG_FACTOR, LARGEST_LOG_FACTOR) for v in variables]
-            terms = _terms(weights, logs, power)
+            terms = _terms(weights, logs, power, rows)
             for index, (variable, log) in enumerate(zip(variables, logs, strict=True)):
                 slopes = terms[index].row_slopes - terms[index + 1].column_slopes
                 variable.grad = torch.where(variable == log, slopes, 0.0) + 2 * RIDGE * variable
@@ -125,6 +132,40 @@ def _term(weight: Tensor, columns: Tensor, rows: Tensor, power: int) -> _Term:
     )
 
 
-def _terms(weights: Sequence[Tensor], logs: Sequence[Tensor], power: int) -> list[_Term]:
+class _Rows:
+    """The differences of a matrix's rows, W (C, d), at factors of its columns, against those at factors of 1."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight / weight.abs().max()
+        squares = self._squares(torch.ones(weight.shape[1], dtype=weight.dtype, device=weight.device))
+        # Rows that are equal but for rounding stay so.
+        self._differ = torch.ones_like(squares, dtype=torch.bool).triu(1) & (squares > 1e-20)
+        self._before = squares[self._differ].log()
+
+    def _squares(self, shares: Tensor) -> Tensor:
+        """Return ``sum_u shares_u (w_iu - w_ju)^2``, (C, C)."""
+        return torch.cdist(*[self._weight * shares.sqrt()] * 2, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+    def term(self, columns: Tensor, power: int) -> _Term:
+        """Return the largest log ratio at the log factors of the columns, smoothed, and its slopes."""
+        least = columns.min()
+        shares = (2 * (least - columns)).exp()
+        squares = self._squares(shares)
+        ratios = (squares[self._differ].log() - self._before) / 2 - least
+        weights = torch.zeros_like(squares)
+        weights[self._differ] = torch.softmax(power * ratios, 0) / squares[self._differ]
+        weights = weights + weights.mT
+        moments = weights.sum(1) @ self._weight.square() - (self._weight * (weights @ self._weight)).sum(0)
+        return _Term(
+            float(torch.logsumexp(power * ratios, 0) / power),
+            float(ratios.max()),
+            columns.new_zeros(len(self._weight)),
+            shares * moments,
+        )
+
+
+def _terms(weights: Sequence[Tensor], logs: Sequence[Tensor], power: int, rows: _Rows | None = None) -> list[_Term]:
     ends = [weights[0].new_zeros(weights[0].shape[1]), *logs, weights[-1].new_zeros(len(weights[-1]))]
-    return [_term(weight, *pair, power) for weight, pair in zip(weights, pairwise(ends), strict=True)]
+    pairs = list(zip(weights, pairwise(ends), strict=True))
+    last = [] if rows is None else [rows.term(logs[-1], power)]
+    return [_term(weight, *pair, power) for weight, pair in (pairs if rows is None else pairs[:-1])] + last

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lip.checks import check_flag, check_model
+from lightning_lip.checks import check_flag, check_model, check_type
 from lightning_lip.errors import UnsupportedLayerError
 from lightning_lip.graph.builder import Builder
 from lightning_lip.graph.tracing import RESHAPES, TracedModel, operation_name, trace
 from lightning_lip.kernels.tensors import without_modes
+from lightning_lip.metrics.certified_accuracy import row_norms
 from lightning_lip.models.sharding import refuse_sharded
 from lightning_lip.rebalancing.least_product import evened, least_product
 from lightning_lip.rigorous.chain import product_bound
 from lightning_lip.rigorous.matrix import certified_matrix_norm
+from lightning_lip.rigorous.rounding import multiply_up
 
 __all__ = ["Rebalanced", "RebalancedLayer", "rebalance"]
 
@@ -55,7 +57,8 @@ class Rebalanced:
     """What :func:`rebalance` did.
 
     Attributes:
-        product_before: *Certified upper bound* of the product of the layers' spectral norms before.
+        product_before: *Certified upper bound* of the product of the layers' spectral norms before; with a head, of the
+            largest distance of its rows times the norms of the layers before it.
         product_after: The same for the weights as they are stored now; never larger.
         changed: Whether weights were written.
         layers: The layers in the order in which they are applied.
@@ -75,7 +78,9 @@ class _Layer:
 
 
 @without_modes()
-def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool = True) -> Rebalanced:
+def rebalance(
+    model: nn.Module, example_input: object = None, *, per_unit: bool = True, head: nn.Module | None = None
+) -> Rebalanced:
     """Rescale a network's hidden units in place: the same function, with a smaller certified product of norms.
 
     The network must be a chain of two or more linear layers with ReLU, LeakyReLU, PReLU, dropout, identities and
@@ -99,6 +104,9 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
             or for an ``nn.Sequential`` that starts with a linear layer, what that layer takes.
         per_unit: False only evens the layers' norms, by one power of two for each layer: outputs and the product
             then stay the same, bit for bit.
+        head: The last layer of a classifier, to minimise what pairwise certificates use: the distance of two of its
+            rows times the norms before it. The guarantee is then that this is larger than before for no pair, so that
+            no sample loses the certificate that follows from it; all fall in about the same ratio.
 
     Returns:
         The certified product before and after, and each layer's norms and factors. Where less than 0.1% is to be
@@ -108,7 +116,7 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
         TypeError: If the model is no module.
         UnsupportedLayerError: If the network is not such a chain, with the reasons by name.
         ValueError: If there is no input to trace it with, a weight or bias is not finite, or would not fit into its
-            dtype any more.
+            dtype any more; if the head is not the last of the layers.
 
     Example:
         >>> import torch
@@ -121,16 +129,23 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
     """
     check_model(model, "rebalance")
     check_flag("per_unit", per_unit)
+    if head is not None:
+        check_type("head", head, nn.Module, "a module of the model")
     refuse_sharded(model, "rebalance", "Rebalance a whole checkpoint in one process.")
     layers = _layers(trace(model, _example_input(model) if example_input is None else example_input))
     weights = [_finite(layer.weight, f"{layer.name}'s weight") for layer in layers]
+    if head is not None and not any(parameter is layers[-1].weight for parameter in head._parameters.values()):
+        raise ValueError(f"Expected `head` to be the last layer, {layers[-1].name}, got {type(head).__name__}.")
     norms, product = _certified(weights)
+    pairs = None if head is None else _pairs(weights)
+    if pairs is not None:
+        product = float(pairs.max())
     scales = [torch.ones(len(weight), dtype=torch.float64, device="cpu") for weight in weights]
     unchanged = Rebalanced(product, product, False, _parts(layers, norms, norms, scales))
     if product == 0:
         return unchanged
     if per_unit:
-        scales[:-1] = [log.exp() for log in evened(weights, least_product(weights))]
+        scales[:-1] = [log.exp() for log in evened(weights, least_product(weights, of_pairs=head is not None))]
     else:
         logs = evened(weights, [scale.log() for scale in scales[:-1]])
         scales[:-1] = [torch.exp2((log / math.log(2)).round()) for log in logs]
@@ -144,6 +159,11 @@ def rebalance(model: nn.Module, example_input: object = None, *, per_unit: bool 
             new_values.append((layer.bias, _rounded(scale * bias, layer.bias, f"{layer.name}'s bias")))
         before = scale
     new_norms, new_product = _certified(new_weights)
+    if pairs is not None:
+        new_pairs = _pairs(new_weights)
+        new_product = float(new_pairs.max())
+        if bool((new_pairs > pairs * (1 - SMALLEST_GAIN if per_unit else 1)).any()):
+            return unchanged
     if new_product > (product * (1 - SMALLEST_GAIN) if per_unit else product):
         return unchanged
     for parameter, values in new_values:
@@ -285,6 +305,15 @@ def _certified(weights: Sequence[Tensor]) -> tuple[list[float], float]:
     """Return the certified norms and their product."""
     product = product_bound(weights, [(1.0, 1.0)] * (len(weights) - 1))
     return [certified_matrix_norm(weight) for weight in weights], product
+
+
+def _pairs(weights: Sequence[Tensor]) -> Tensor:
+    """Return upper bounds of the distance of each two rows of the last layer times the norms before it, (C, C)."""
+    *inner, last = weights
+    features = product_bound(inner, [(1.0, 1.0)] * (len(inner) - 1)) if inner else 1.0
+    return torch.stack([row_norms(last - row) for row in last]) * multiply_up(
+        features, 1 + 2.0**-52 * (last.shape[1] + 16)
+    )
 
 
 def _parts(

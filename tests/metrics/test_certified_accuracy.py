@@ -9,6 +9,7 @@ from torch import nn
 from lightning_lip.metrics.certified_accuracy import (
     CertifiedAccuracy,
     certified_accuracy,
+    certified_radii,
     certified_worst_case_mae,
 )
 
@@ -24,6 +25,28 @@ def test_class_and_function_match_the_truth(dtype, with_weight):
     assert 0 < truth[2] < truth[1] < truth[0]  # the data tell the radii apart
     stacked = [torch.cat(part) for part in zip(*batches, strict=True)]
     np.testing.assert_allclose(certified_accuracy(*stacked, 1.5, LEVELS, weight).numpy(), truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("constants", [(1.5,), (1.5, "rows"), (1.5, "rows", 0.9)])
+def test_a_sample_is_certified_at_its_radius_and_not_far_beyond(constants, dtype):
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
+    constants = [rows if constant == "rows" else constant for constant in constants]
+    logits, target = (torch.cat(part) for part in zip(*make_batches(dtype=dtype), strict=True))
+    radii = certified_radii(logits, target, *constants)
+    assert radii.dtype == torch.float32
+    assert torch.equal(radii > 0, logits.argmax(1) == target)
+    for z, y, radius in zip(logits, target, radii.tolist(), strict=True):
+        lipschitz, *others = constants
+        shares = certified_accuracy(z[None], y[None], lipschitz, [radius, 1.000001 * radius + 1e-30], *others)
+        assert shares.tolist() == [float(radius > 0), 0.0]
+
+
+def test_radii_of_no_number_are_zero_and_without_slope_infinite():
+    logits = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [0.5, 0.5], [2.0, 1.0]])
+    target = torch.zeros(4, dtype=torch.long)
+    assert certified_radii(logits, target, 0.0).tolist() == [0.0, 0.0, 0.0, torch.inf]
+    assert not certified_radii(logits, target, 1.0, torch.tensor([[torch.nan], [0.0]])).any()
 
 
 def test_one_radius_gives_a_scalar(pyplot):

@@ -141,3 +141,27 @@ def test_evened_norms_are_the_geometric_mean():
     assert norms == [pytest.approx(norms[0])] * 3
     assert log_product(weights, logs) == pytest.approx(log_product(weights, zeros(weights)))
     assert all(log.unique().numel() == 1 for log in logs)
+
+
+def test_with_pairs_the_least_is_the_norm_of_the_path_of_the_difference():
+    # Of two classes there is one difference (4, 1): sqrt(4^2 1^2 + 1^2 3^2) = 5, against 3 sqrt(17) before.
+    weights = [torch.diag(torch.tensor([1.0, 3.0])).double(), torch.tensor([[14.0, -7.0], [10.0, -8.0]]).double()]
+    (logs,) = least_product(weights, of_pairs=True)
+    first, last = rescaled(weights, [logs])
+    assert norm(first) * (last[0] - last[1]).norm().item() == pytest.approx(5.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_pairs_no_pair_grows_and_the_slopes_vanish(seed):
+    weights = matrices(6, 12, 10, 5, seed=seed)
+    logs = least_product(weights, of_pairs=True)
+    ratios = []
+    for *inner, last in (weights, rescaled(weights, logs)):
+        ratios.append(math.prod(map(norm, inner)) * torch.pdist(last))
+    worst = (ratios[1] / ratios[0]).max().item()
+    assert worst < 0.95
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):  # convex: no factors nearby are better
+        others = [log + 0.02 * torch.randn(log.shape, generator=generator, dtype=torch.float64) for log in logs]
+        *inner, last = rescaled(weights, others)
+        assert (math.prod(map(norm, inner)) * torch.pdist(last) / ratios[0]).max() > worst * (1 - 1e-3)

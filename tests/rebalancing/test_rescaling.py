@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 from lightning_lip import Certificate, UnsupportedLayerError, certify, rebalance
+from lightning_lip.metrics import certified_accuracy, certified_radii
 from lightning_lip.paper import PaperRegressor
 
 # Outputs in fp32 against the largest output: each weight is rounded once, 6e-8 of its size.
@@ -420,3 +421,61 @@ def test_stored_networks_keep_the_gain():
     fresh = mlp(6, 12, 2, seed=1)
     fresh.load_state_dict(torch.load("weights.pt"))
     assert not rebalance(fresh).changed
+
+
+def trained_classifier(seed):
+    """A classifier of three blobs with a direction that all logits have in common."""
+    torch.manual_seed(seed)
+    net = mlp(4, 32, 32, 5)
+    x = torch.randn(400, 4)
+    y = (x @ torch.randn(4, 5)).argmax(1)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    with torch.no_grad():
+        net[4].weight += 2 * torch.randn(32)
+    return net, x, y
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_head_no_sample_loses_its_pairwise_certificate(seed):
+    net, x, y = trained_classifier(seed)
+    levels = [0.0, 0.01, 0.02, 0.05, 0.1, 0.2]
+
+    def radii(model):
+        return certified_radii(model(x), y, certify(model, x[:1]).head.features, model[4].weight)
+
+    def shares(model):
+        return certified_accuracy(model(x), y, certify(model, x[:1]).head.features, levels, model[4].weight)
+
+    plain = copy.deepcopy(net)
+    rebalance(plain, x[:1])
+    before, old, logits = radii(net), shares(net), net(x).detach()
+    result = rebalance(net, x[:1], head=net[4])
+    assert result.changed
+    assert result.product_after < 0.97 * result.product_before
+    check_outputs(net(x), logits)
+    assert (radii(net) >= before * (1 - 1e-4)).all()  # the logits are rounded anew
+    assert (shares(net) >= old).all()
+    assert shares(net).sum() > old.sum()
+    assert radii(net).mean() > radii(plain).mean()
+    assert result.product_after == pytest.approx(
+        certify(net, x[:1]).head.features * torch.pdist(net[4].weight.double()).max().item(), rel=1e-6
+    )
+
+
+def test_a_head_is_the_last_layer():
+    net = mlp(3, 4, 2)
+    with pytest.raises(ValueError, match="to be the last layer, 2, got Linear"):
+        rebalance(net, head=net[0])
+
+
+def test_with_a_head_a_constant_classifier_and_a_single_layer_are_left():
+    constant, single = mlp(3, 4, 2), nn.Sequential(nn.Linear(3, 2))
+    nn.init.ones_(constant[2].weight)
+    for model in (constant, single):
+        before = copy.deepcopy(model.state_dict())
+        assert not rebalance(model, head=model[-1]).changed
+        check_state(model, before)

@@ -186,6 +186,12 @@ SHAPE = (
     "aten.lift_fresh_copy({x})", "{x}.to(torch.float64)", "{x}.to({y})", "{x}.type_as({y})",
     "aten._to_copy({x}, dtype=torch.float64)",
     "{x}.sort({d}, descending={True|False})[{0|0|1}]", "{x}.transpose(0, 1).msort()", "{x}.topk({1|2}, {d})[0]",
+    "torch.where({x} {>|>=|<|<=} {y}, {{x}, {y}|{y}, {x}})", "torch.where({x} > {y} + 1, {x}, {y})",
+    "torch.where({x}[:, :1] {>|<} {x}[:, 1:], {x}[:, :1], {x}[:, 1:])",
+    "(lambda a, b: torch.{cat|stack}([torch.where(a > b, a, b), torch.where(a {>|<=} b, {b, a|a, b})], {0|1|-1}))"
+    "(*{x}.chunk(2, {1|-1}))",
+    "(lambda a, b: torch.cat([{torch.maximum|torch.minimum}(a, b), torch.where(a < b, {a, b|b, a})], {1|-1}))"
+    "({x}[:, ::2], {x}[:, {1::2|::2}])",
     "{x}.topk(2, {d}, sorted=False)[0]", "{x}.kthvalue({1|2}, {d}, keepdim={True|False})[0]",
     "{x}.{cummax|cummin}({D})[0]", "{x}.cumsum({D})", "{x}.diff(dim={D}, n={1|2})",
     "{x}.diff(dim=-1, prepend=torch.ones_like({x}[..., :1]))",

@@ -92,7 +92,32 @@ def share_chart(names: Sequence[str], steps: Sequence[int], shares: Sequence[Seq
     return figure
 
 
-def _figure(steps: Sequence[int], height: float) -> Any | None:
+def certified_curve(levels: Sequence[float], shares: Sequence[float], accuracy: float) -> Any | None:
+    """Draw certified accuracy against the norm of the perturbation, and the clean accuracy beside it.
+
+    Args:
+        levels: K norms eps, ascending.
+        shares: The certified accuracy at each.
+        accuracy: The accuracy without a perturbation.
+
+    Returns:
+        A matplotlib figure, or None where matplotlib is not installed.
+    """
+    figure = _figure(levels, height=3.6)
+    if figure is None:
+        return None
+    axes = figure.add_subplot()
+    axes.axhline(accuracy, color="black", linewidth=0.8, linestyle="--", label="clean accuracy")
+    axes.plot(levels, shares, label="certified accuracy")
+    axes.set_xlim(left=0.0)
+    axes.set_ylim(0.0, 1.0)
+    axes.set_xlabel("eps, l2 norm of the perturbation")
+    axes.set_ylabel("share of samples")
+    axes.legend(loc="upper right", fontsize="small")
+    return figure
+
+
+def _figure(steps: Sequence[float], height: float) -> Any | None:
     """Return an empty figure; None where matplotlib is not installed or there is nothing to draw."""
     try:
         from matplotlib.figure import Figure

@@ -29,7 +29,7 @@ from lightning_lip.graph.builder import (
     rule,
     shape_of,
 )
-from lightning_lip.graph.tracing import operation_name
+from lightning_lip.graph.tracing import extreme_of_two, operation_name
 from lightning_lip.models.inputs import BATCH
 from lightning_lip.rigorous.rounding import sqrt_up
 
@@ -263,10 +263,10 @@ def _extreme(builder: Builder, node: torch.fx.Node) -> tuple[str, torch.fx.Node,
     """Return which extreme an operation takes, of what value, and the numbers of the elements by group (n, g)."""
     if node.target is operator.getitem and node.args[1] == 0:
         node = node.all_input_nodes[0]
-    name = operation_name(node)
-    if name not in ("max", "min", "amax", "amin", "maximum", "minimum"):
+    name, sources = extreme_of_two(node) or (operation_name(node), node.all_input_nodes)
+    is_extreme = name in ("max", "min", "amax", "amin", "maximum", "minimum")
+    if not is_extreme or not all(isinstance(source, torch.fx.Node) for source in sources):
         return None
-    sources = node.all_input_nodes
     roots = {_root(source) for source in sources}
     root = next(iter(roots))
     if len(roots) != 1 or not isinstance(builder.values[root], Dependent):

@@ -206,6 +206,11 @@ def halves(x, dim=1):
     return torch.cat([torch.max(first, second), torch.min(first, second)], dim)
 
 
+def chosen(a, b):
+    """MaxMin by choices."""
+    return torch.cat([torch.where(a > b, a, b), torch.where(a > b, b, a)], 1)
+
+
 SORTED = {
     "halves": halves,
     "the last dimension": lambda x: halves(x, -1),
@@ -219,6 +224,14 @@ SORTED = {
     "amax": lambda x: torch.stack([x.unflatten(1, (2, 2)).amax(1), x.unflatten(1, (2, 2)).amin([1])], 1),
     "three of each": lambda x: torch.cat([x.unflatten(2, (2, 3)).amax(3), x.unflatten(2, (2, 3)).amin(3)], 2),
     "twice": lambda x: halves(halves(x)),
+    "where": lambda x: chosen(*x.chunk(2, 1)),
+    "where, of parts written anew": lambda x: torch.cat(
+        [torch.where(x[:, :2] > x[:, 2:], x[:, :2], x[:, 2:]), torch.where(x[:, :2] <= x[:, 2:], x[:, :2], x[:, 2:])], 1
+    ),
+    "where, and a minimum": lambda x: torch.stack(
+        [torch.where(x[:, ::2] < x[:, 1::2], x[:, 1::2], x[:, ::2]), torch.minimum(x[:, ::2], x[:, 1::2])], 2
+    ),
+    "topk": lambda x: x.unflatten(1, (2, 2)).topk(2, 2)[0].flatten(1, 2),
 }
 
 
@@ -238,6 +251,9 @@ MORE_THAN_ONE = {
         [torch.maximum(*x.chunk(2, 1)), torch.minimum(*x.chunk(2, 1)), torch.minimum(*x.chunk(2, 1))], 1
     ),
     "of itself": lambda x: torch.cat([torch.maximum(x, x), torch.minimum(x, x)], 1),
+    "choices that are both maxima": lambda x: torch.cat(
+        [torch.where(x[:, :2] > x[:, 2:], x[:, :2], x[:, 2:]), torch.where(x[:, :2] < x[:, 2:], x[:, 2:], x[:, :2])], 1
+    ),
 }
 
 
@@ -245,6 +261,31 @@ MORE_THAN_ONE = {
 def test_extremes_that_may_take_an_element_twice_count_more(name):
     bound = NetworkBound.trace(Lambda(lambda m, x: MORE_THAN_ONE[name](x)), torch.zeros(2, 4, 6, dtype=torch.float64))
     assert bound.log_bound(torch.zeros(0, dtype=torch.float64)).exp() > 1.4
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: torch.where(a > b, a, 2 * b),
+        lambda a, b: torch.where(a > b + 1, a, b),
+        lambda a, b: torch.where(a > b, a.flip(1), b),
+        lambda a, b: torch.where(a == b, a, b),
+        lambda a, b: torch.where(a[:, :1] > b[:, :1], a, b),
+    ],
+)
+def test_other_choices_between_two_values_are_refused(function):
+    with pytest.raises(UnsupportedLayerError, match="a comparison jumps"):
+        NetworkBound.trace(Lambda(lambda m, x: function(*x.chunk(2, 1))), torch.zeros(2, 4, 6))
+
+
+def test_a_choice_of_the_greater_is_the_maximum():
+    check_bound(Lambda(lambda m, x: torch.where(x >= m.t, x, m.t), t=torch.zeros(3)), 3, expected=1.0, attained=True)
+
+    def lower(m, x):
+        y = 2 * x.sin()
+        return torch.where(x < y, x, y)
+
+    check_bound(Lambda(lower), 3)
 
 
 def test_extremes_of_two_values_are_no_sorted_pairs():
