@@ -9,6 +9,7 @@ modules.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -91,10 +92,23 @@ def _implementation(backend: str) -> type[Iteration]:
     return ReferenceIteration
 
 
+@functools.cache
+def _missing(backend: str) -> str | None:
+    """Return why a backend's compiler is not there, in words: neither Numba nor Triton is made for every platform."""
+    name = {"cpu": "numba", "gpu": "triton"}[backend]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported ({error})"
+    return None
+
+
 def _why_not(backend: str, weight: Tensor, block_size: int, symbol: Symbol | None = None) -> str | None:
     """Return why a backend cannot serve a weight, in words, or None if it can."""
     if backend == "reference":
         return None
+    if (missing := _missing(backend)) is not None:
+        return missing
     if is_sharded(weight):
         return "it is a DTensor (FSDP2, tensor parallel)"
     if symbol is not None and backend == "gpu":
@@ -160,7 +174,7 @@ def compiled_rows(vectors: Tensor, q: int, p: int, backend: Backend | None = Non
     forced = backend if backend is not None else os.environ.get(ENVIRONMENT_VARIABLE) or None
     if forced == "reference" or vectors.device.type != "cpu" or vectors.dtype != torch.float32:
         return None
-    if len(vectors) > MAX_BLOCK_SIZE:
+    if len(vectors) > MAX_BLOCK_SIZE or _missing("cpu") is not None:
         return None
     rows = importlib.import_module("lightning_lip.kernels.cpu.rows")
     return rows.CompiledRows(len(vectors), q, p)  # type: ignore[no-any-return]
