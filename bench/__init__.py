@@ -1,5 +1,5 @@
 """What the penalty costs, and what it gives for that."""
 
-from lightning_lip.bench.command import bench, scoreboard
+from lightning_lip.bench.command import bench
 
-__all__ = ["bench", "scoreboard"]
+__all__ = ["bench"]

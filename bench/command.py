@@ -70,7 +70,7 @@ def scoreboard(
     out: str = "lightning_lip_scoreboard",
     methods: str | None = None,
     data: str | None = None,
-    seconds: float = SECONDS,
+    seconds: int | float = SECONDS,
     full: bool = False,
     quick: bool = False,
     workers: int | None = None,

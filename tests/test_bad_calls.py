@@ -643,7 +643,12 @@ def outcome(function, arguments, name, label):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call", CALLS)
 def test_a_wrong_argument_is_refused_by_name(call, monkeypatch, capsys):
-    for run in ("bench.command.run", "paper.regimes.experiment.run_experiment", "paper.budgets.study.run_budget"):
+    for run in (
+        "bench.command.run",
+        "bench.command.run_scoreboard",
+        "paper.regimes.experiment.run_experiment",
+        "paper.budgets.study.run_budget",
+    ):
         monkeypatch.setattr(f"lightning_lip.{run}", lambda *_, **__: None)
     function, right, takes = CALLS[call]
     function(**right())
@@ -684,8 +689,16 @@ OPTIONS = {
         "workers": {"3", "null", LONG},
         **dict.fromkeys(("quick", "full", "tune", "budget")),
     },
+    "scoreboard": {
+        "out": OUT,
+        "methods": {"null"},
+        "data": {"null"},
+        "seconds": {"3", "1.5"},
+        **dict.fromkeys(("full", "quick")),
+        "workers": {"3", "null"},
+    },
 }
-RIGHT = {"audit": ["torch.nn:ReLU", "--input-shape=2"], "bench": ["--quick"], "reproduce": []}
+RIGHT = {"audit": ["torch.nn:ReLU", "--input-shape=2"], "bench": ["--quick"], "reproduce": [], "scoreboard": []}
 
 
 @pytest.fixture
@@ -698,6 +711,7 @@ def command(monkeypatch, capsys, tmp_path):
     for module in ("paper.regimes.experiment", "paper.budgets.study"):
         monkeypatch.setattr(f"lightning_lip.{module}.map_with_progress", work)
     monkeypatch.setattr("lightning_lip.bench.steps.run.measure", work)
+    monkeypatch.setattr("lightning_lip.bench.scoreboard.run.map_with_progress", work)
     monkeypatch.setattr("lightning_lip.reporting.finished._sources", str)  # read once more at every call
     monkeypatch.setattr("lightning_lip.audit.command.certify", lambda *_, **__: CERTIFIED())
     (tmp_path / "folder").mkdir()
@@ -780,7 +794,9 @@ SPOILT = {"spoilt.yaml": b": : [\n", "bytes.yaml": b"\xff\xfe\0", "list.yaml": b
         "reproduce --budget --tune",
         "reproduce --config no.yaml",
         "reproduce --config folder",
-        *(f"{name} --config {file}" for name in ("bench", "reproduce") for file in SPOILT),
+        "scoreboard --methods none-such",
+        "scoreboard --quick --full",
+        *(f"{name} --config {file}" for name in ("bench", "reproduce", "scoreboard") for file in SPOILT),
     ],
 )
 def test_a_wrong_line_is_one_line_and_status_2_and_leaves_nothing(command, tmp_path, line):
@@ -805,6 +821,9 @@ YAML_TAKES = {
     "seeds": {"3", "None"},
     "workers": {"3", "None", repr(10**400)},
     "epochs": {"3", repr(10**400)},
+    "methods": {"None"},
+    "seconds": {"3", "1.5"},
+    "scoreboard.workers": {"3", "None"},
 }
 
 
@@ -817,7 +836,11 @@ def test_a_wrong_value_in_a_configuration_is_one_line_and_status_2(command, tmp_
         for value in YAML:
             (tmp_path / "config.yaml").write_text(yaml.safe_dump(right | {option: value}))
             found = command([name, "--config=config.yaml"], rf"\b{option.replace('_', '[_-]')}\b|abc")
-            if found != ("taken" if repr(value) in YAML_TAKES.get(option, {"True"}) else "refused"):
+            if found != (
+                "taken"
+                if repr(value) in YAML_TAKES.get(f"{name}.{option}", YAML_TAKES.get(option, {"True"}))
+                else "refused"
+            ):
                 wrong[option, repr(value)] = found
     assert wrong == {}
 
