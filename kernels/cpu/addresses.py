@@ -79,7 +79,9 @@ class Addresses(ABC):
             units = slice(*self._firsts[index : index + 2])
             self._table[units, at.WEIGHT_LD : at.WEIGHT_ALONG + 1] = self._entry(weight, symbol)
             if symbol is not None and stride != old[1]:
-                self._table[units, at.COLUMN_STEP : at.TAP_STEP + 1] = steps_of(shape, stride)[1:]
+                steps = steps_of(shape, stride)
+                assert steps is not None
+                self._table[units, at.COLUMN_STEP : at.TAP_STEP + 1] = steps[1:]
                 # What was written in the order of elements before is not that of this kernel.
                 self._header[at.READY] = -1
                 self._grad_layouts[index] = None

@@ -13,7 +13,7 @@ import numpy as np
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import F32, F64, I64, compiled, f32, f64, i64
 from lightning_lip.kernels.cpu.compiled.products import add_forward, clear, copy, row_of, scales_of, weight_of, widen
-from lightning_lip.kernels.cpu.compiled.symbol import WORK, climb, power, write_powers
+from lightning_lip.kernels.cpu.compiled.symbols.uphill import WORK, climb, power, write_powers
 from lightning_lip.kernels.scalars import N_CLIMBS
 
 _STRIP = 32
