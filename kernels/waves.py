@@ -184,10 +184,11 @@ def _cells(degrees: Sequence[int], periods: Sequence[int | None]) -> tuple[Tenso
     if periods[0] is None:
         return centres, halves, None
     inside: dict[tuple[int, ...], list[list[float]]] = {cell: [] for cell in cells}
-    for point in itertools.product(*(range(p) for p in periods if p is not None)):
-        cell = tuple(round(x * n / p) % n for x, n, p in zip(point, counts, periods, strict=True))
+    sizes = [p for p in periods if p is not None]
+    for point in itertools.product(*map(range, sizes)):
+        cell = tuple(round(x * n / p) % n for x, n, p in zip(point, counts, sizes, strict=True))
         if cell in inside:
-            inside[cell].append([2 * math.pi * x / p for x, p in zip(point, periods, strict=True)])
+            inside[cell].append([2 * math.pi * x / p for x, p in zip(point, sizes, strict=True)])
     filled = [points for points in inside.values() if points]
     most = max(map(len, filled))
     table = torch.tensor([points + points[-1:] * (most - len(points)) for points in filled], dtype=torch.float64)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_lip.kernels.cpu import layout as at
-from lightning_lip.kernels.cpu.compiled.scalars import scratch_sizes as sizes_of_scalars
-from lightning_lip.kernels.cpu.compiled.symbol import scratch_sizes
+from lightning_lip.kernels.cpu.compiled.symbols.cells import scratch_sizes
+from lightning_lip.kernels.cpu.compiled.symbols.scalars import scratch_sizes as sizes_of_scalars
 from lightning_lip.kernels.scalars import is_scalar
 from lightning_lip.kernels.symbol import Symbol
 from lightning_lip.kernels.waves import Geometry, dense_grid_of, waves_of

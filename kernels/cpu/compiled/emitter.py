@@ -30,7 +30,7 @@ def sources_checksum() -> int:
     here = Path(__file__).parent
     names = ("penalties", "symbol", "scalars", "frequencies")
     constants = [here.parent / "layout.py", *(here.parents[1] / f"{name}.py" for name in names)]
-    return zlib.crc32(b"".join(path.read_bytes() for path in [*constants, *sorted(here.glob("*.py"))]))
+    return zlib.crc32(b"".join(path.read_bytes() for path in [*constants, *sorted(here.rglob("*.py"))]))
 
 
 def compiled(function: _F) -> _F:

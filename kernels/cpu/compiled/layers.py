@@ -5,12 +5,12 @@ a layer, with the fields of :mod:`lightning_lip.kernels.cpu.layout`; each object
 several threads may use one object each. What Python calls is cached between processes, with everything that it calls.
 Numba would look at this file alone to tell whether that has changed, so a checksum of all sources is part of the key.
 
-Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. A kernel of a convolution is a unit
-for each of its groups, (rows, columns * taps) whatever is longer, whose T and Z mean other things
-(:mod:`~lightning_lip.kernels.cpu.compiled.symbol`) and are formed in the same way. Matrices with one row for each of
-p or q and one column for each vector of the block ("lanes": a multiple of 8; those beyond r are zero) serve its
-products, so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no
-vector types: the few loops over registers are in `registers`, in LLVM's own terms.
+Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. Matrices with one row for each of p
+or q and one column for each vector of the block ("lanes": a multiple of 8; those beyond r are zero) serve its products,
+so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no vector
+types: the few loops over registers are in `registers`, in LLVM's own terms. A convolution's kernel is a unit for each of
+its groups, (rows, columns * taps) whichever is longer, whose T and Z are formed in the same way and mean something else:
+:mod:`~lightning_lip.kernels.cpu.compiled.symbols.finish`.
 
 One thread forms ``T`` and ``Z`` of a few rows of ``A`` at a time. Several form ``T`` of as many rows as lie in a cache,
 each thread some of them, and then ``Z``, each thread some of its rows: no sum is split over threads, and results are
@@ -50,8 +50,9 @@ from lightning_lip.kernels.cpu.compiled.products import (
 )
 from lightning_lip.kernels.cpu.compiled.registers import fetch_add, start_threads
 from lightning_lip.kernels.cpu.compiled.ritz import finish
-from lightning_lip.kernels.cpu.compiled.scalars import finish_scalars
-from lightning_lip.kernels.cpu.compiled.symbol import finish_symbol, prepare
+from lightning_lip.kernels.cpu.compiled.symbols.cells import prepare
+from lightning_lip.kernels.cpu.compiled.symbols.finish import finish_symbol
+from lightning_lip.kernels.cpu.compiled.symbols.scalars import finish_scalars
 from lightning_lip.kernels.penalties import PENALTY_CODES
 
 PRODUCT, SOFTPLUS_LOG, HINGE_LOG, LOG, LAYER_SUM, LAYER_SUM_SQUARES = PENALTY_CODES.values()
@@ -71,8 +72,10 @@ def _finish(header: I64, unit: int, small: int) -> bool:
 def _images_for_products(header: I64, row: I64) -> int:
     """Return the address of what ``Z = A^T T`` is formed of; 0 where it is not formed."""
     if row[at.KIND] == at.MATRIX:
-        return row[at.IMAGES] if header[at.ADVANCE] else 0
-    return row[at.SCALED_IMAGES] if scales_of(header, row) else row[at.IMAGES]
+        images: int = row[at.IMAGES] if header[at.ADVANCE] else 0
+    else:
+        images = row[at.SCALED_IMAGES] if scales_of(header, row) else row[at.IMAGES]
+    return images
 
 
 @compiled

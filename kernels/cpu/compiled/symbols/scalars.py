@@ -13,16 +13,21 @@ import numpy as np
 from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import F32, F64, I64, compiled, f32, f64, i64
 from lightning_lip.kernels.cpu.compiled.products import add_forward, clear, copy, row_of, scales_of, weight_of, widen
-from lightning_lip.kernels.cpu.compiled.symbol import WORK, climb, power, write_powers
+from lightning_lip.kernels.cpu.compiled.symbols.uphill import WORK, climb, power, write_powers
 from lightning_lip.kernels.scalars import N_CLIMBS
 
 _STRIP = 32
 """Channels whose values on the grid are formed at a time."""
 
+_BEHIND = 0.97
+"""Of the best value, below which a peak is left after the first steps of Newton's method."""
+
 
 def scratch_sizes(channels: int, taps: int, n_lags: int, n_powers: int, n_points: int) -> tuple[int, int]:
     """Return how many numbers a unit needs in fp64, and behind them in fp32."""
-    return channels + 2 * n_lags + 6 * n_powers + WORK + 12, _STRIP * (n_lags + n_points + 1) + taps + n_lags + n_points
+    return channels + 2 * n_lags + 6 * n_powers + WORK + 12, _STRIP * (
+        taps + n_lags + n_points + 1
+    ) + taps + n_lags + n_points
 
 
 @compiled
@@ -61,32 +66,42 @@ def _sum_pairs(row: I64, taps: F32, sums: F32) -> None:
 
 
 @compiled
-def _write_values(header: I64, row: I64, values: F64, taps: F32, sums: F32, floats: int) -> float:
-    """Write the largest value of each channel's |P(w)| on the grid; return the largest of all, NaN if one is."""
-    n_lags, n_points = row[at.N_LAGS], row[at.N_CELLS]
-    coefficients = f32(floats, _STRIP * n_lags)
-    on_grid = f32(floats + 4 * _STRIP * n_lags, _STRIP * n_points)
-    best = f32(floats + 4 * _STRIP * (n_lags + n_points), _STRIP)
-    most = 0.0
+def _write_values(header: I64, row: I64, values: F64, taps: F32, floats: int) -> int:
+    """Write the largest value of each channel's |P(w)| on the grid; return whose is the largest, or is not finite."""
+    n_taps, n_lags, n_points = row[at.TAPS], row[at.N_LAGS], row[at.N_CELLS]
+    strip = f32(floats, _STRIP * n_taps)
+    coefficients = f32(floats + 4 * _STRIP * n_taps, _STRIP * n_lags)
+    on_grid = f32(floats + 4 * _STRIP * (n_taps + n_lags), _STRIP * n_points)
+    best = f32(floats + 4 * _STRIP * (n_taps + n_lags + n_points), _STRIP)
+    pairs = i64(row[at.PAIRS], 3 * row[at.N_PAIRS])
+    most = 0
+    clear(strip)
     for begin in range(0, row[at.Q], _STRIP):
         size = min(_STRIP, row[at.Q] - begin)
-        for k in range(_STRIP):
-            if k < size:
-                values[begin + k] = _read(header, row, begin + k, taps)
-                if math.isnan(values[begin + k]):
-                    return np.nan
-                _sum_pairs(row, taps, sums)
-            for d in range(n_lags):
-                coefficients[_STRIP * d + k] = sums[d]
+        for k in range(size):
+            values[begin + k] = _read(header, row, begin + k, taps)
+            if math.isnan(values[begin + k]):
+                return begin + k
+            for j in range(n_taps):
+                strip[_STRIP * j + k] = taps[j]
+        clear(coefficients)
+        for number in range(row[at.N_PAIRS]):
+            one, other = f32(floats + 4 * _STRIP * pairs[3 * number], _STRIP), pairs[3 * number + 1]
+            second = f32(floats + 4 * _STRIP * other, _STRIP)
+            lag = f32(coefficients.ctypes.data + 4 * _STRIP * pairs[3 * number + 2], _STRIP)
+            for k in range(_STRIP):
+                lag[k] += one[k] * second[k]
         clear(on_grid)
-        add_forward(row[at.COSINES], n_lags, n_points, n_lags, floats, on_grid.ctypes.data, _STRIP)
+        add_forward(row[at.COSINES], n_lags, n_points, n_lags, coefficients.ctypes.data, on_grid.ctypes.data, _STRIP)
         clear(best)
         for p in range(n_points):
+            own = f32(on_grid.ctypes.data + 4 * _STRIP * p, _STRIP)
             for k in range(_STRIP):
-                best[k] = max(best[k], on_grid[_STRIP * p + k])
+                best[k] = max(best[k], own[k])
         for k in range(size):
             values[begin + k] *= math.sqrt(np.float64(best[k]))
-            most = max(most, values[begin + k])
+            if values[begin + k] > values[most]:
+                most = begin + k
     return most
 
 
@@ -136,17 +151,19 @@ def finish_scalars(header: I64, unit: int, scratch: int) -> None:
     long, left, short = f32(row[at.LONG], 2 * n), f32(row[at.LEFT], 2 * n), f32(row[at.SHORT], 2 * taps)
     sigmas, factor = f64(header[at.SIGMAS], header[at.UNITS]), f64(row[at.HALVES], dims + 1)[dims]
 
-    most = _write_values(header, row, values, own, sums, strips)
+    top = _write_values(header, row, values, own, strips)
+    most = values[top]
     if not 0.0 < most < np.inf:
         sigmas[unit] = most
         for vector in (long, left, short):
             for j in range(vector.size):
                 vector[j] = np.float32(most)
         return
-    sigma, leader = 0.0, 0
-    for channel in range(n):
+    sigma, leader = 0.0, top
+    for turn in range(-1, n):
+        channel = top if turn < 0 else turn
         # All channels and peaks that may lead above the best so far: not below 1 / factor of it on the grid.
-        if values[channel] * factor < max(sigma, most):
+        if values[channel] * factor < max(sigma, most) or turn == top:
             continue
         magnitude = _read(header, row, channel, own)
         _sum_pairs(row, own, sums)
@@ -170,8 +187,10 @@ def finish_scalars(header: I64, unit: int, scratch: int) -> None:
             for _ in range(N_CLIMBS):
                 for a in range(dims):
                     centre[a] = w[a]
-                climb(row, real, imaginary, powers, work, centre, w)
-            value = _write_point(row, own, magnitude, w, powers, found, short)
+                value = math.sqrt(max(climb(row, real, imaginary, powers, work, centre, w), 0.0)) * magnitude
+                # The steps that are left change a value by less: Newton's method began close to its peak.
+                if value < _BEHIND * sigma:
+                    break
             if value > sigma:
                 sigma, leader = value, channel
                 for a in range(dims):

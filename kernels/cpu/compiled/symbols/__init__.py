@@ -1,0 +1,1 @@
+"""What is compiled for the symbols of convolutions: addresses only."""
