@@ -90,7 +90,7 @@ class LipschitzMixin(_Base):
         return self.lipschitz_regularizer().spectral_norms()
 
     def on_fit_start(self) -> None:
-        """Select the layers before the first forward pass, which shows convolutions their size.
+        """Select the layers before the first forward pass, which shows ``"spatial"`` convolutions their size.
 
         An override must call ``super()``.
         """

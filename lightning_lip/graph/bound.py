@@ -23,7 +23,7 @@ from lightning_lip.operators.base import LinearOperator
 from lightning_lip.operators.convolutions.recorded import recorded
 from lightning_lip.operators.convolutions.symbol import Convolutions
 from lightning_lip.operators.coverage import Coverage, share_of
-from lightning_lip.operators.selection import Selection, Unknown, cover, known_by_type, parameter_ids, select
+from lightning_lip.operators.selection import Provider, Selection, Unknown, cover, known_by_type, parameter_ids, select
 from lightning_lip.rigorous.rounding import sum_up
 from lightning_lip.usage.observation import Observation
 
@@ -322,8 +322,8 @@ def bound_of(
                 f"does instead. {error}",
                 stacklevel=3,
             )
-    providers = (partial(known_by_type, convolutions=convolutions), *([_nothing_yet] if is_awaiting else []))
-    coverage = cover(model, layers, exclude, unknown, providers)
+    providers: list[Provider] = [partial(known_by_type, convolutions=convolutions)]
+    coverage = cover(model, layers, exclude, unknown, [*providers, _nothing_yet] if is_awaiting else providers)
     return ProductBound(coverage.operators), coverage
 
 

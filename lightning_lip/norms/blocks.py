@@ -46,11 +46,12 @@ def norms_in_cells(op: LinearOperator, kernel: Tensor, state: Tensor) -> Tensor:
     if scale is not None:
         matrix = matrix * scale.to(matrix)[:, None]
     if is_scalar(geometry):
-        return scalar_step(matrix, geometry)[0].flatten().sort(descending=True).values
+        return scalar_step(matrix, geometry)[0].flatten().sort(descending=True)[0]
     wave = unpacked(state, geometry)
     rows = rows_of(wave.w, wave.v, geometry).view(geometry.groups, -1, matrix.shape[1])
     images = rows @ matrix.view(geometry.groups, -1, matrix.shape[1]).mT
-    return torch.linalg.vector_norm(images.view(len(state), -1), dim=1).sort(descending=True).values
+    norms: Tensor = torch.linalg.vector_norm(images.view(len(state), -1), dim=1)
+    return norms.sort(descending=True)[0]
 
 
 def tell_unfit(unfit: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:

@@ -243,7 +243,8 @@ class LipschitzRegularizer(DifferentiableNorms):
         # On the CPU a look at the numbers waits for nothing.
         on_host = coefficients.device.type == "cpu"
         factors = coefficients.tolist() if on_host else coefficients.unbind()
-        slopes = (coefficients * step.sigma).tolist() if on_host else (coefficients * step.sigma).unbind()
+        products = torch.where(coefficients == 0, 0.0, coefficients * step.sigma)  # no 0 * NaN
+        slopes = products.tolist() if on_host else products.unbind()
         for index, op in enumerate(self.operators):
             rest = [p for p in self.penalised(op) if p.requires_grad and (allowed is None or id(p) in allowed)]
             left, right = step.left[index], step.right[index]

@@ -121,8 +121,7 @@ class LipschitzProjector:
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         exact_every_n_steps: Make every n-th step an exact one; 0 leaves that to the caller.
         seed: Seed of the private generator of the blocks, the same on every rank.
-        convolutions: Which norm convolutions have, estimated and certified: ``"symbol"`` is that on the infinite grid,
-            ``"spatial"`` that at the size of the input, as in :class:`~lightning_lip.LipschitzRegularizer`.
+        convolutions: Which norm of convolutions is estimated and certified: as in :class:`~.LipschitzRegularizer`.
 
     Raises:
         TypeError: If the model is no module.

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.waves import norm_on_a_grid, random_geometry, random_kernel, start
+from support.symbols import norm_on_a_grid, random_geometry, random_kernel, start
 
 from lightning_lip.kernels.symbol import state_shape, symbol_step
 from lightning_lip.kernels.waves import Geometry, dense_grid_of

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.waves import norm_on_a_grid, random_geometry, random_kernel, start, symbols_at
+from support.symbols import norm_on_a_grid, random_geometry, random_kernel, start, symbols_at
 from torch.nn import functional as F
 
 from lightning_lip.kernels.reference import ReferenceIteration, rank_one_update_

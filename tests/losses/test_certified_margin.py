@@ -7,7 +7,7 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 from support.networks import Residual, mlp, randomised_batch_norm
-from support.symbols import symbol_norm
+from support.symbol_norms import symbol_norm
 from torch import nn
 
 from lightning_lip import CertifiedMarginLoss, certified_margin_loss, certify

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from support.networks import mlp
-from support.symbols import symbol_at_frequencies, symbol_norm
+from support.symbol_norms import symbol_at_frequencies, symbol_norm
 from support.truth import forward_matrix, linears, norm
 from torch import nn
 from torch.nn.utils import parametrizations

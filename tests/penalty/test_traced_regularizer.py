@@ -253,9 +253,20 @@ def test_callbacks_on_a_convolutional_network(make_trainer, images, tmp_path, so
     assert float(penalty.regularizer.bound()) == pytest.approx(events.Scalars(f"lipschitz/{kind}")[-1].value, rel=0.05)
 
 
-def test_resumed_equals_uninterrupted_on_a_convolutional_network(make_trainer, images, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "precision"),
+    [
+        ({"example_input": IMAGE}, "32-true"),
+        ({}, "32-true"),
+        ({"every_n_steps": 2, "warmup_steps": 5}, "bf16-mixed"),
+        ({"convolutions": "spatial"}, "32-true"),
+    ],
+    ids=["traced", "product", "every other step, mixed", "spatial"],
+)
+def test_resumed_equals_uninterrupted_on_a_convolutional_network(make_trainer, images, tmp_path, arguments, precision):
     def trainer(epochs):
-        return make_trainer(lightning, callbacks=[LipschitzPenalty(0.1, example_input=IMAGE)], max_epochs=epochs)
+        penalty = LipschitzPenalty(0.1, **arguments)
+        return make_trainer(lightning, callbacks=[penalty], max_epochs=epochs, precision=precision)
 
     whole = Images()
     trainer(4).fit(whole, images)

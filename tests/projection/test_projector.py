@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from support.networks import Lambda, Residual, mlp
-from support.symbols import symbol_norm
+from support.symbol_norms import symbol_norm
 from support.truth import jacobian_norm, linears, product
 from torch import nn
 from torch.nn import functional as F

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lip.graph.bound import NetworkBound
 from lightning_lip.kernels.tensors import compute_dtype
-from support.symbols import norm_of_symbol
+from support.symbol_norms import norm_of_symbol
 
 
 def norm(matrix):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -199,8 +199,8 @@ def symbol_at(
     shell = type(convolution)(
         convolution.in_channels,
         convolution.out_channels,
-        sizes,  # type: ignore[arg-type]
-        stride=sizes,  # type: ignore[arg-type]
+        sizes,
+        stride=sizes,
         groups=convolution.groups,
         bias=False,
         device="meta",
@@ -208,7 +208,8 @@ def symbol_at(
     whole = operator.source
     if sizes == operator.kernel_size:
         return SymbolOperator(name, shell, None, whole)
-    part = ComputedMatrixOperator(name, whole.module, lambda: whole.weight()[(..., *inside)], whole.parameters)
+    at: Any = (..., *inside)
+    part = ComputedMatrixOperator(name, whole.module, lambda: whole.weight()[at], whole.parameters)
     return SymbolOperator(name, shell, None, part)
 
 

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from support.iterations import penalise
-from support.waves import random_geometry, random_kernel, start
+from support.symbols import random_geometry, random_kernel, start
 from support.truth import blocks, generator
 
 from lightning_lip.kernels import choose_backend, iterations_for

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support.symbols import norm_of_symbol, symbol_norm
+from support.symbol_norms import norm_of_symbol, symbol_norm
 from support.truth import forward_matrix, norm
 from torch import nn
 from torch.nn.utils import parametrizations
