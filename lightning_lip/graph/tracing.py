@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from lightning_lip.checks import check_model
@@ -115,6 +116,7 @@ def trace(model: nn.Module, example_input: object, batch_dim: BatchDim = 0) -> T
         except FAILURES as error:
             check_example(model, args, kwargs, batch_dim)
             _refuse_inference_tensors(model, error)
+            _refuse_own_state(model, error)
             raise UnsupportedLayerError(
                 f"The forward pass of {type(model).__name__} cannot be traced by torch.export, so its Lipschitz bound "
                 "is not known (control flow that depends on the input's values has none in general). Trace the part "
@@ -146,6 +148,20 @@ def _refuse_inference_tensors(model: nn.Module, error: Exception) -> None:
             f"{type(model).__name__} was made under torch.inference_mode() ({made[0]!r} is an inference tensor), which "
             "torch.export does not take. Make or load the model outside of it, or give a copy that is made outside of "
             "it: copy.deepcopy(model)."
+        ) from error
+
+
+def _refuse_own_state(model: nn.Module, error: Exception) -> None:
+    """Say what is wrong where a parametrization replaces its own tensors in the forward pass, as orthogonium's do.
+
+    Raises:
+        UnsupportedLayerError: If the forward pass replaced one of a parametrized model.
+    """
+    if "set_ on a graph input" in str(error) and any(map(parametrize.is_parametrized, model.modules())):
+        raise UnsupportedLayerError(
+            f"A parametrization in {type(model).__name__} replaces tensors of its own in each forward pass, eval mode "
+            "included: the weights that it returns change from call to call. Store them: "
+            "torch.nn.utils.parametrize.remove_parametrizations on each parametrized module of a copy."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Networks of other libraries' 1-Lipschitz layers are certified at their true constant, exported or not."""
+"""Networks of other libraries' 1-Lipschitz layers are certified at their true constant."""
 
 import pytest
 import torch
@@ -66,9 +66,48 @@ def test_orthogoniums_network_has_constant_one():
     net = nn.Sequential(convolution, *hidden).eval()
     x = torch.randn(4, 1, 4, 4)
     net(x)
+    # Each call iterates and stores the vectors that its weights are divided by: it is another map each time.
+    refused = certify(net, x).refused
+    assert len(refused) == 1
+    assert "remove_parametrizations" in refused[0]
     for module in list(net.modules()):
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):
                 parametrize.remove_parametrizations(module, name)
     # Its convolution is orthogonal but for the iteration's error.
     assert certified(net, x).upper == pytest.approx(1.0, rel=1e-2)
+
+
+class Normalised(nn.Module):
+    def forward(self, u):
+        return nn.functional.normalize(u, dim=0)
+
+    def right_inverse(self, u):
+        return u
+
+
+class Iterated(nn.Module):
+    """Divides a matrix by its spectral norm, by a power iteration that goes on at each call, as orthogonium does."""
+
+    def __init__(self, m):
+        super().__init__()
+        self.u = nn.Parameter(torch.randn(m, 1), requires_grad=False)
+        parametrize.register_parametrization(self, "u", Normalised())
+
+    def forward(self, weight):
+        v = nn.functional.normalize(weight.T @ self.u, dim=0)
+        self.u = weight @ v
+        return weight / (self.u.T @ weight @ v)
+
+
+def test_a_parametrization_that_goes_on_in_each_call_is_refused_and_its_result_is_certified():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 4)).eval()
+    parametrize.register_parametrization(net[0], "weight", Iterated(4))
+    x = torch.zeros(1, 5)
+    for _ in range(50):
+        net(x)
+    (refused,) = certify(net, x).refused
+    assert "change from call to call" in refused
+    parametrize.remove_parametrizations(net[0], "weight")
+    assert certify(net, x).upper == pytest.approx(1.0, rel=1e-4)

@@ -175,8 +175,7 @@ def _state(model: nn.Module, example: Sequence[Tensor]) -> dict[str, Any]:
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, Tensor):
-        dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
-        raw = dense.clone().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        raw = value.detach().to_dense().clone().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return id(value) if isinstance(value, nn.Parameter) else None, raw, value.requires_grad, value.grad is None
     if isinstance(value, dict):
         return [(key, _frozen(v)) for key, v in value.items()]
