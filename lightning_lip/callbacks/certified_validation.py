@@ -28,8 +28,8 @@ class CertifiedValidation(BaseCallback):
     """Certifies the network at every validation and logs what follows for perturbations of l2 norm at most eps.
 
     - ``lipschitz/certified``: the *certified upper bound* of the network's Lipschitz constant (``certify(...).upper``);
-    - ``lipschitz/estimate``: the product or graph bound at estimated norms (``certify(...).estimate``); the certified
-      bound can lie below it, where a tighter method gave it;
+    - ``lipschitz/estimate``: the graph bound at estimated norms, all of them at the input's size
+      (``certify(...).estimate``); the certified bound can lie below it, where a tighter method gave it;
     - ``lipschitz/lower``: the largest Jacobian norm over the first `max_inputs` validation inputs of each rank, a
       *lower bound*, true up to rounding in fp32;
     - a classifier: ``val/certified_accuracy/eps=0.1``, the share of samples that stay correctly classified under every

@@ -97,8 +97,8 @@ class _Result:
     Attributes:
         lower: *Lower bound*, the largest Jacobian norm over the data, true up to rounding in fp64, and in fp32 for what
             autograd multiplies by fp32 constants (hardsigmoid); None without data.
-        estimate: The product or graph bound at the *estimated* spectral norms: an estimate of that bound, which the
-            certified `upper` may lie below; None where the network has no bound.
+        estimate: The graph bound at the *estimated* norms of the operators at the input's size, convolutions too: an
+            estimate of that bound, which the certified `upper` may lie below; None where the network has no bound.
         parts: The operators in forward order.
         graph: Every operation of the traced forward pass, with its rule and constant; empty if it was refused.
     """

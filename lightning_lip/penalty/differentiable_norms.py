@@ -78,7 +78,9 @@ class DifferentiableNorms(SelectedNorms):
         With a traced graph an *estimate* of a Lipschitz bound of the whole network: the rules are proven, the spectral
         norms in it are estimates from below. Without one, an *estimate from below* of the product of the selected
         layers' spectral norms, which bounds the network only if it is the chain of these layers and activations of
-        constant 1. Gradients, and whether the vectors advance, are those of :meth:`log_bound`.
+        constant 1. Of ``"symbol"`` convolutions the norms are the symbols', which lie above those at the size of an
+        image: the estimate may lie above a certificate at that size. Gradients, and whether the vectors advance, are
+        those of :meth:`log_bound`.
 
         Raises:
             RuntimeError: If the input size of a ``"spatial"`` convolution is not known yet.

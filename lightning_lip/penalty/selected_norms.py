@@ -113,7 +113,7 @@ class SelectedNorms:
         return [p for op in self.operators for p in self.penalised(op)]
 
     def sigma(self) -> Tensor:
-        """Return the estimates (from below) of the L spectral norms of the present weights, shape (L,), detached.
+        """Return the estimates (from below) of the L norms of the present weights, shape (L,), detached.
 
         They are the Ritz values of the present block; the vectors do not advance.
         """
