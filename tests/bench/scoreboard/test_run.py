@@ -198,8 +198,25 @@ def test_the_table_of_the_docs_is_that_of_the_committed_results():
     assert page.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.page(found).strip()
 
 
-def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
-    (tmp_path / "page.md").write_text("nothing")
-    found = json.loads((report.ROOT / "bench" / "results" / "scoreboard.json").read_text())
+def test_a_page_takes_the_tables_in_their_place(tmp_path):
+    plan = timed(small(("cross_entropy", "margin"), seeds=(1,)))
+    outcomes = {repr(job): outcome(0.5) for job in plan.jobs()}
+    for number, job in enumerate(final_jobs(plan, outcomes)):
+        share = 0.4 if number == 0 else 0.6
+        curve = [0.9, *[share] * (len(SMALL.eps()) - 1)]
+        outcomes[repr(job)] = Outcome(curve, curve, [0.8, 0.7], 100, 0, 1e-11)
+    found = run.document(plan, outcomes) | {"versions": {"torch": "2", "absent": None}, "machine": {"cpu": "a CPU"}}
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_docs(found, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert "| cross-entropy | 2.0 | 10 | 0.400 ± 0.000 (0.900; 0.800) | 0.400 ± 0.000 (0.900; 0.700) |" in text
+    assert "| margin loss | 2.0 | 10 | **0.600** ± 0.000 (0.900; 0.800) | **0.600** ± 0.000 (0.900; 0.700) |" in text
+    assert "| margin loss | rate 0.002, eps 1 | rate 0.002, eps 1 |" in text
+    assert "breaks 0 of 200 certified samples" in text
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="to hold"):
-        report.write_docs(found, tmp_path / "page.md")
+        report.write_docs(found, page)
