@@ -48,19 +48,23 @@ class Plan:
         methods: Names of :data:`~lightning_lip.bench.scoreboard.methods.METHODS`.
         n_settings: Settings of each method, the first so many.
         seeds: Of the trainings on which the test images are evaluated.
+        step_ms: For each board the CPU milliseconds that a step of each method takes; empty until they are measured.
+        steps: For each board the steps of a training of each method.
     """
 
     boards: tuple[Board, ...]
     methods: tuple[str, ...]
     n_settings: int
     seeds: tuple[int, ...] = SEEDS
+    step_ms: tuple[tuple[float, ...], ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
 
     def jobs(self) -> list[Job]:
         """Return the trainings that settings are chosen by."""
         return [
-            Job(board, name, setting, TUNING_SEED, False)
-            for board in self.boards
-            for name in self.methods
+            Job(board, name, setting, steps, TUNING_SEED, False)
+            for board, counts in zip(self.boards, self.steps, strict=True)
+            for name, steps in zip(self.methods, counts, strict=True)
             for setting in METHODS[name].settings()[: self.n_settings]
         ]
 
@@ -68,14 +72,23 @@ class Plan:
         """Return the number of trainings of a method, at most."""
         return self.n_settings + len(self.seeds) * min(len(board.radii), self.n_settings)
 
+    def seconds(self) -> float:
+        """Return the CPU seconds of all trainings, at most, by the measured time of a step."""
+        return sum(
+            self.n_trainings(board) * steps * step_ms / 1e3
+            for board, counts, times in zip(self.boards, self.steps, self.step_ms, strict=True)
+            for steps, step_ms in zip(counts, times, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Job:
-    """One training, and whether the test images are evaluated, or those for validation."""
+    """One training of so many steps, and whether the test images are evaluated, or those for validation."""
 
     board: Board
     method: str
     setting: Setting
+    steps: int
     seed: int
     is_final: bool
 

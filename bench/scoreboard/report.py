@@ -70,12 +70,9 @@ def row(values: Mapping[str, Any], outcomes: Sequence[Any], eps: Sequence[float]
     at, attacked_at = eps.index(values["radius"]), radii.index(values["radius"])
     certified = [outcome.certified[at] for outcome in outcomes]
     accuracy = [outcome.certified[0] for outcome in outcomes]
-    steps = sum(outcome.steps for outcome in outcomes)
     return {
         **values,
         "seeds": len(outcomes),
-        "step_ms": 1e3 * sum(outcome.seconds for outcome in outcomes) / max(1, steps),
-        "steps": round(steps / len(outcomes)),
         "accuracy": mean(accuracy),
         "accuracy_std": _std(accuracy),
         "certified": mean(certified),
@@ -117,9 +114,8 @@ def _lines(board: Mapping[str, Any]) -> list[list[str]]:
     lines = []
     for method in dict.fromkeys(r["method"] for r in board["rows"]):
         rows = [r for r in board["rows"] if r["method"] == method]
-        step_ms = mean(r["step_ms"] for r in rows)
         shares = (f"{r['certified']:.3f} ± {r['certified_std']:.3f} ({r['accuracy']:.3f})" for r in rows)
-        lines.append([rows[0]["title"], f"{step_ms:.1f}", *shares])
+        lines.append([rows[0]["title"], f"{rows[0]['step_ms']:.1f}", *shares])
     return lines
 
 
@@ -155,8 +151,8 @@ def page(found: Mapping[str, Any]) -> str:
                 bold = "**" if math.isclose(r["certified"], top) else ""
                 spread = f"{bold}{r['certified']:.3f}{bold} ± {r['certified_std']:.3f}"
                 cells.append(f"{spread} ({r['accuracy']:.3f}; {r['attacked']:.3f})")
-            step_ms, steps = mean(r["step_ms"] for r in rows), mean(r["steps"] for r in rows)
-            lines.append(f"| {rows[0]['title']} | {step_ms:.1f} | {steps:.0f} | {' | '.join(cells)} |")
+            step_ms, steps = rows[0]["step_ms"], rows[0]["steps"]
+            lines.append(f"| {rows[0]['title']} | {step_ms:.1f} | {steps} | {' | '.join(cells)} |")
         lines += ["", "Chosen settings:", "", f"| method | {' | '.join(f'at {x:g}' for x in board['radii'])} |"]
         lines.append(f"|---|{'---|' * len(best)}")
         for method in dict.fromkeys(r["method"] for r in board["rows"]):
@@ -229,8 +225,8 @@ def _panel(axes: Any, board: Mapping[str, Any], radius: float) -> None:
 
 def _legend(axes: Any, board: Mapping[str, Any]) -> tuple[list[Any], list[str]]:
     handles, labels = axes.get_legend_handles_labels()
-    times = [mean(row["step_ms"] for row in board["rows"] if row["title"] == label) for label in labels]
-    return handles, [f"{label}, {ms:.1f} ms a step" for label, ms in zip(labels, times, strict=True)]
+    times = {row["title"]: row["step_ms"] for row in board["rows"]}
+    return handles, [f"{label}, {times[label]:.1f} ms a step" for label in labels]
 
 
 def main() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,13 @@ from lightning_lip.bench.scoreboard.methods import METHODS, Setting
 from lightning_lip.bench.scoreboard.networks import NETWORKS, exported
 from lightning_lip.bench.scoreboard.plan import TUNING_SEED, Board, Job, Plan
 from lightning_lip.bench.scoreboard.report import figure, print_tables, row, write_rows
-from lightning_lip.bench.scoreboard.training import BATCH_SIZE, Budget, Spent, Training, train, warm_up
+from lightning_lip.bench.scoreboard.training import Training, step_times, train
 from lightning_lip.reporting.console import make_console, print_line
 from lightning_lip.reporting.documents import machine, replacing, versions, write_json
 from lightning_lip.reporting.failures import in_one_line
 from lightning_lip.reporting.finished import Finished
 from lightning_lip.reporting.processes import one_thread
 from lightning_lip.reporting.progress import map_with_progress
-
-N_MEASURED = 5
-"""Steps by which the cost of epochs is foreseen."""
 
 PACKAGES = ("lightning-lip", "numpy", "scipy", "deel-torchlip", "orthogonium", "mlxtend")
 
@@ -37,8 +33,6 @@ class Outcome:
     """What became of a training.
 
     Attributes:
-        steps: Optimiser steps.
-        seconds: CPU seconds of the training.
         certified: Certified accuracy at :meth:`Board.eps`, of which the first is the accuracy; zeros for a training
             that failed.
         by_numpy: The same by the independent norms; empty where settings are chosen, as all that follows.
@@ -49,8 +43,6 @@ class Outcome:
         error: Why the training failed, empty for one that ended.
     """
 
-    steps: int
-    seconds: float
     certified: list[float]
     by_numpy: list[float]
     attacked: list[float]
@@ -69,11 +61,10 @@ def run_job(job: Job) -> Outcome:
     """Train and evaluate, on one thread."""
     with one_thread():
         board, data = job.board, load(job.board.data)
-        _warmed_up(board.data, board.network, job.method)
         training = _prepared(board, job.method, job.setting, job.seed)
-        spent, error = Spent(0, 0.0), ""
+        error = ""
         try:
-            spent = train(training, data.fit, board.budget, job.seed)
+            train(training, data.fit, job.steps, job.seed)
         except torch.linalg.LinAlgError as failure:
             error = in_one_line(failure)
         except ValueError:
@@ -85,21 +76,21 @@ def run_job(job: Job) -> Outcome:
         if error:
             nothing = [0.0] * len(board.eps())
             final = (nothing, [0.0] * len(board.radii)) if job.is_final else ([], [])
-            return Outcome(spent.steps, spent.seconds, nothing, *final, 0, 0, 0.0, error)
-        return _evaluated(job, network, spent)
+            return Outcome(nothing, *final, 0, 0, 0.0, error)
+        return _evaluated(job, network)
 
 
 def _is_finite(network: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in network.parameters())
 
 
-def _evaluated(job: Job, network: nn.Sequential, spent: Spent) -> Outcome:
+def _evaluated(job: Job, network: nn.Sequential) -> Outcome:
     board, data = job.board, load(job.board.data)
     example = data.fit.inputs[:1]
     norms = evaluation.norms_of(network, example)
     if not job.is_final:
         certified = evaluation.certified(network, norms, data.validation, board.eps())
-        return Outcome(spent.steps, spent.seconds, certified, [], [], 0, 0, 0.0)
+        return Outcome(certified, [], [], 0, 0, 0.0)
     certified = evaluation.certified(network, norms, data.test, board.eps())
     independent = evaluation.independent_norm(network, example)
     by_numpy = evaluation.by_numpy(network, independent, data.test, board.eps())
@@ -111,7 +102,7 @@ def _evaluated(job: Job, network: nn.Sequential, spent: Spent) -> Outcome:
         lost = Part(data.test.inputs[~is_kept], data.test.targets[~is_kept])
         n_broken += round(evaluation.certified(network, norms, lost, [radius])[0] * len(lost.targets))
     excess = norms.features / independent - 1
-    return Outcome(spent.steps, spent.seconds, certified, by_numpy, attacked, n_certified, n_broken, excess)
+    return Outcome(certified, by_numpy, attacked, n_certified, n_broken, excess)
 
 
 def _prepared(board: Board, method: str, setting: Setting, seed: int) -> Training:
@@ -121,11 +112,22 @@ def _prepared(board: Board, method: str, setting: Setting, seed: int) -> Trainin
     return METHODS[method].prepare(network, data.fit.inputs[:1], setting)
 
 
-@lru_cache
-def _warmed_up(data: str, network: str, method: str) -> None:
-    """Load and compile in this process what a method needs, which is no part of a training's time."""
-    board = Board(data, network, Budget(0, "seconds"), ())
-    warm_up(_prepared(board, method, METHODS[method].settings()[0], TUNING_SEED), load(data).fit)
+def measured(board: Board, methods: tuple[str, ...]) -> list[float]:
+    """Return the CPU milliseconds of a step of each method, at the middle one of its settings."""
+    with one_thread():
+        settings = [METHODS[name].settings() for name in methods]
+        middle = [each[len(each) // 2] for each in settings]
+        made = [_prepared(board, name, setting, TUNING_SEED) for name, setting in zip(methods, middle, strict=True)]
+        return step_times(made, load(board.data).fit)
+
+
+def with_steps(plan: Plan, step_ms: list[list[float]]) -> Plan:
+    """Return a plan with the steps that its budgets come to."""
+    steps = tuple(
+        tuple(board.budget.steps(ms, len(load(board.data).fit.targets)) for ms in times)
+        for board, times in zip(plan.boards, step_ms, strict=True)
+    )
+    return replace(plan, step_ms=tuple(map(tuple, step_ms)), steps=steps)
 
 
 def chosen(plan: Plan, outcomes: dict[str, Outcome], board: Board, method: str, radius: float) -> Job:
@@ -146,8 +148,8 @@ def final_jobs(plan: Plan, outcomes: dict[str, Outcome]) -> list[Job]:
     for board in plan.boards:
         for method in plan.methods:
             for radius in board.radii:
-                setting = chosen(plan, outcomes, board, method, radius).setting
-                jobs.update(dict.fromkeys(Job(board, method, setting, seed, True) for seed in plan.seeds))
+                best = chosen(plan, outcomes, board, method, radius)
+                jobs.update(dict.fromkeys(replace(best, seed=seed, is_final=True) for seed in plan.seeds))
     return list(jobs)
 
 
@@ -163,13 +165,13 @@ def document(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
         and what they need.
     """
     boards = []
-    for board in plan.boards:
+    for board, step_ms in zip(plan.boards, plan.step_ms, strict=True):
         known = {"data": board.data, "network": board.network, "budget": board.budget.amount}
         rows = []
         for radius in board.radii:
-            for name in plan.methods:
+            for name, ms in zip(plan.methods, step_ms, strict=True):
                 method, best = METHODS[name], chosen(plan, outcomes, board, name, radius)
-                finals = [outcomes[repr(Job(board, name, best.setting, seed, True))] for seed in plan.seeds]
+                finals = [outcomes[repr(replace(best, seed=seed, is_final=True))] for seed in plan.seeds]
                 values = {
                     **known,
                     "unit": board.budget.unit,
@@ -177,6 +179,8 @@ def document(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
                     "method": name,
                     "title": method.title,
                     "group": method.group,
+                    "step_ms": ms,
+                    "steps": best.steps,
                     "setting": method.described(best.setting),
                     "validation": outcomes[repr(best)].certified[board.eps().index(radius)],
                 }
@@ -200,7 +204,9 @@ def document(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Any]:
 def run(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     """Run a plan, print its tables and write scoreboard.csv, scoreboard.json and scoreboard.png.
 
-    Each finished training stays in scoreboard.partial.jsonl until then: the same plan goes on from there.
+    First the time of a step of each method is measured, from which the steps of a training follow, the same whatever
+    else the machine does then. Each finished training stays in scoreboard.partial.jsonl until the end: the same plan
+    goes on from there.
 
     Args:
         plan: What to run.
@@ -219,6 +225,9 @@ def run(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
     for board in plan.boards:
         load(board.data)  # what is missing is told before anything is trained
     about = versions(*PACKAGES)
+    times = Finished[list[float]](folder / "times.partial.jsonl", (plan, about), list)
+    step_ms = [times.once(str(board), partial(measured, board, plan.methods)) for board in plan.boards]
+    plan = with_steps(plan, step_ms)
     finished = Finished(folder / "scoreboard.partial.jsonl", (plan, about), outcome_from_json)
     print_line(console, cost(plan, workers))
     map_with_progress(console, "choosing settings", run_job, plan.jobs(), workers, finished)
@@ -232,31 +241,17 @@ def run(plan: Plan, folder: Path, workers: int) -> dict[str, Any]:
         figure(found["boards"]).savefig(beside)
     write_json(found, folder / "scoreboard.json", indent=1)
     finished.remove()
+    times.remove()
     return found
 
 
 def cost(plan: Plan, workers: int) -> str:
-    """Return what a plan takes at most, in words; a board of epochs is measured for it."""
+    """Return what a plan takes at most, in words."""
     n_trainings = sum(plan.n_trainings(board) * len(plan.methods) for board in plan.boards)
-    seconds = sum(plan.n_trainings(board) * sum(_seconds(board, plan.methods)) for board in plan.boards)
+    minutes = plan.seconds() / 60
+    processes = "1 worker" if workers == 1 else f"{workers} workers"
     return (
-        f"At most {n_trainings} trainings of {len(plan.methods)} methods, {seconds / 60:.0f} CPU minutes beside their "
-        f"evaluation: about {seconds / 60 / workers:.0f} minutes with {workers} "
-        f"{'worker' if workers == 1 else 'workers'} on idle cores. Interrupt it at any time: it goes on where it was."
+        f"At most {n_trainings} trainings of {len(plan.methods)} methods, {minutes:.0f} CPU minutes beside their "
+        f"evaluation: about {minutes / workers:.0f} minutes with {processes} on idle cores. Interrupt it at any time: "
+        "it goes on where it was."
     )
-
-
-def _seconds(board: Board, methods: Sequence[str]) -> Iterator[float]:
-    """Yield the CPU seconds of a training of each method."""
-    if board.budget.unit == "seconds":
-        yield from (board.budget.amount for _ in methods)
-        return
-    part = load(board.data).fit
-    n_steps = board.budget.amount * -(-len(part.targets) // BATCH_SIZE)
-    few = Budget(N_MEASURED / -(-len(part.targets) // BATCH_SIZE), "epochs")
-    with one_thread():
-        for method in methods:
-            _warmed_up(board.data, board.network, method)
-            training = _prepared(board, method, METHODS[method].settings()[0], TUNING_SEED)
-            spent = train(training, part, few, TUNING_SEED)
-            yield n_steps * spent.seconds / spent.steps

@@ -1,4 +1,4 @@
-"""One training: by processor time or by epochs, and nothing but the network, its loss and its optimisers."""
+"""One training, nothing but the network, its loss and its optimisers, and the time that its steps take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_lip.bench.scoreboard.data import Part
 
 BATCH_SIZE = 128
-WARM_UP_STEPS = 3
+N_ROUNDS, ROUND_STEPS = 10, 10
 
 
 def nothing() -> None:
@@ -56,11 +56,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a training lasts.
+    """How long each training lasts.
 
     Attributes:
         amount: So many units.
-        unit: ``"seconds"`` of this process's CPU time, in whatever threads, or ``"epochs"``.
+        unit: ``"seconds"`` of CPU time, or ``"epochs"``.
     """
 
     amount: float
@@ -69,31 +69,26 @@ class Budget:
     def __str__(self) -> str:
         return f"{self.amount:g} {'CPU seconds' if self.unit == 'seconds' else 'epochs'} a training"
 
+    def steps(self, step_ms: float, n_samples: int) -> int:
+        """Return the optimiser steps of a training.
 
-@dataclass(frozen=True)
-class Spent:
-    """What a training took: its optimiser steps, and the CPU seconds of this process."""
+        Args:
+            step_ms: CPU milliseconds a step.
+            n_samples: Samples an epoch.
+        """
+        n_batches = -(-n_samples // BATCH_SIZE)
+        steps = 1e3 * self.amount / step_ms if self.unit == "seconds" else self.amount * n_batches
+        return max(1, round(steps))
 
-    steps: int
-    seconds: float
 
-
-def train(training: Training, part: Part, budget: Budget, seed: int) -> Spent:
-    """Train on shuffled batches of 128 until the budget is spent.
-
-    CPU time is what the process itself uses, so that a busy machine costs steps only as far as it slows them.
-    """
+def train(training: Training, part: Part, n_steps: int, seed: int) -> None:
+    """Train on shuffled batches of 128."""
     schedulers = [(group, group["lr"]) for optimizer in training.optimizers for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
-    n_batches = -(-len(part.targets) // BATCH_SIZE)
-    n_steps, start = 0, time.process_time()
     batches: list[Tensor] = []
     training.network.train()
-    while True:
-        spent = time.process_time() - start
-        progress = spent / budget.amount if budget.unit == "seconds" else n_steps / (budget.amount * n_batches)
-        if progress >= 1:
-            break
+    for step in range(n_steps):
+        progress = step / n_steps
         for group, rate in schedulers:
             group["lr"] = rate * (1 + math.cos(math.pi * progress)) / 2
         training.on_progress(progress)
@@ -101,15 +96,24 @@ def train(training: Training, part: Part, budget: Budget, seed: int) -> Spent:
             batches = list(torch.split(torch.randperm(len(part.targets), generator=generator), BATCH_SIZE))
         rows = batches.pop()
         training.step(part.inputs[rows], part.targets[rows])
-        n_steps += 1
     training.at_end()
-    return Spent(n_steps, time.process_time() - start)
 
 
-def warm_up(training: Training, part: Part) -> None:
-    """Make a few steps, for all that is compiled, loaded or allocated at first."""
-    training.network.train()
-    for _ in range(WARM_UP_STEPS):
-        training.on_progress(0.0)
-        training.step(part.inputs[:BATCH_SIZE], part.targets[:BATCH_SIZE])
-    training.at_end()
+def step_times(trainings: Sequence[Training], part: Part) -> list[float]:
+    """Return the CPU milliseconds of this process that a step of each takes, measured in turn.
+
+    It is the fastest of ten rounds of some steps each, behind a first round in which things are compiled or allocated:
+    what else the machine does can only make a round slower.
+    """
+    inputs, targets = part.inputs[:BATCH_SIZE], part.targets[:BATCH_SIZE]
+    best = [math.inf] * len(trainings)
+    for round_number in range(N_ROUNDS + 1):
+        for index, training in enumerate(trainings):
+            training.network.train()
+            start = time.process_time()
+            for _ in range(ROUND_STEPS):
+                training.on_progress(0.5)
+                training.step(inputs, targets)
+            if round_number:
+                best[index] = min(best[index], 1e3 * (time.process_time() - start) / ROUND_STEPS)
+    return best

@@ -9,7 +9,7 @@ from lightning_lip.bench.scoreboard.data import Part
 from lightning_lip.bench.scoreboard.evaluation import norms_of
 from lightning_lip.bench.scoreboard.methods import METHODS, Setting
 from lightning_lip.bench.scoreboard.networks import exported, mlp, ordinary
-from lightning_lip.bench.scoreboard.training import Budget, train
+from lightning_lip.bench.scoreboard.training import train
 
 SHAPE = (1, 4, 4)
 
@@ -48,7 +48,7 @@ def test_all_methods_have_as_many_settings_and_the_same_kind(name):
 def test_every_method_learns(name):
     part = blobs()
     training = prepared(name)
-    train(training, part, Budget(15, "epochs"), seed=0)
+    train(training, part, 60, seed=0)
     network = exported(training.network)
     assert float((network(part.inputs).argmax(1) == part.targets).float().mean()) > 0.9
     assert 0 < norms_of(network, part.inputs[:1]).features < math.inf
@@ -56,7 +56,7 @@ def test_every_method_learns(name):
 
 def test_the_constraint_ends_within_its_budget():
     training = prepared("constraint", Setting(5e-3, (0.5,)))
-    train(training, blobs(), Budget(5, "epochs"), seed=0)
+    train(training, blobs(), 20, seed=0)
     network = exported(training.network)
     assert norms_of(network, torch.zeros(1, *SHAPE)).whole <= 0.5
 
@@ -64,7 +64,7 @@ def test_the_constraint_ends_within_its_budget():
 def test_the_penalty_lowers_the_norms():
     def whole(name, value):
         training = prepared(name, Setting(5e-3, (value,)))
-        train(training, blobs(), Budget(5, "epochs"), seed=0)
+        train(training, blobs(), 20, seed=0)
         return norms_of(exported(training.network), torch.zeros(1, *SHAPE)).whole
 
     assert whole("penalty", 1.0) < 0.8 * whole("cross_entropy", 0.0)

@@ -26,13 +26,21 @@ def packages():
         pytest.importorskip(module)
 
 
+STEPS = 10
+
+
 def small(methods=("cross_entropy", "margin"), seeds=(1, 2)):
+    """A plan whose times are not measured yet."""
     return Plan((SMALL,), methods, n_settings=2, seeds=seeds)
+
+
+def timed(plan, step_ms=2.0):
+    return run.with_steps(plan, [[step_ms] * len(plan.methods) for _ in plan.boards])
 
 
 def outcome(certified, board=SMALL):
     """An outcome of a certified accuracy at every eps, and one of .9."""
-    return Outcome(3, 0.5, [0.9, *[certified] * (len(board.eps()) - 1)], [], [], 0, 0, 0.0)
+    return Outcome([0.9, *[certified] * (len(board.eps()) - 1)], [], [], 0, 0, 0.0)
 
 
 def test_the_quick_run_leaves_tables_document_and_figure(tmp_path, capsys):
@@ -77,7 +85,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
         monkeypatch.setattr(run, "run_job", run_or_stop)
 
-    n_tuning = len(small().jobs())
+    n_tuning = len(timed(small()).jobs())
     for n in (2, n_tuning + 1):  # while settings are chosen, and in the tests
         until(n)
         with pytest.raises(KeyboardInterrupt):
@@ -87,13 +95,13 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert len(ran) == len(set(ran)) > n_tuning + 2
     assert not list(tmp_path.glob("*.partial*"))
     whole = run.run(small(), tmp_path / "whole", workers=1)
-    # Of epochs all but the times is the same.
+    # But for the times, which are measured anew.
     for a, b in zip(found["boards"][0]["rows"], whole["boards"][0]["rows"], strict=True):
         assert {**a, "step_ms": 0} == {**b, "step_ms": 0}
 
 
 def test_settings_are_chosen_on_validation_for_each_radius():
-    plan = replace(small(("margin",)), n_settings=3)
+    plan = timed(replace(small(("margin",)), n_settings=3))
     jobs = plan.jobs()
     near, far = SMALL.eps().index(0.1), SMALL.eps().index(0.5)
     outcomes = {repr(job): outcome(0.5) for job in jobs}
@@ -112,7 +120,7 @@ def test_settings_are_chosen_on_validation_for_each_radius():
 
 @pytest.mark.parametrize("method", ["cross_entropy", "constraint"])
 def test_a_training_that_diverges_certifies_nothing(method):
-    job = Job(SMALL, method, Setting(math.inf, (1.0,)), 0, True)
+    job = Job(SMALL, method, Setting(math.inf, (1.0,)), STEPS, 0, True)
     found = run.run_job(job)
     assert set(found.certified) == set(found.by_numpy) == set(found.attacked) == {0.0}
     assert found.n_certified == 0
@@ -123,13 +131,13 @@ def test_a_training_that_fails_certifies_nothing_and_is_named(monkeypatch):
     def fail(*arguments):
         raise torch.linalg.LinAlgError("no singular values")
 
-    job = Job(SMALL, "cross_entropy", METHODS["cross_entropy"].settings()[0], 0, False)
+    job = Job(SMALL, "cross_entropy", METHODS["cross_entropy"].settings()[0], STEPS, 0, False)
     with monkeypatch.context() as patched:
         patched.setattr(run, "train", fail)
         failed = run.run_job(job)
     assert set(failed.certified) == {0.0}
     assert failed.error == "no singular values"
-    plan = replace(small(("cross_entropy",)), seeds=(1,))
+    plan = timed(small(("cross_entropy",), seeds=(1,)))
     outcomes = {repr(job): failed for job in plan.jobs()[1:]} | {repr(plan.jobs()[0]): run.run_job(plan.jobs()[0])}
     outcomes |= {repr(job): run.run_job(job) for job in final_jobs(plan, outcomes)}
     found = run.document(plan, outcomes)
@@ -139,7 +147,7 @@ def test_a_training_that_fails_certifies_nothing_and_is_named(monkeypatch):
 
 def test_tuning_does_not_see_the_test_images():
     setting = METHODS["margin"].settings()[0]
-    tuned, tested = (run.run_job(Job(SMALL, "margin", setting, 0, is_final)) for is_final in (False, True))
+    tuned, tested = (run.run_job(Job(SMALL, "margin", setting, STEPS, 0, is_final)) for is_final in (False, True))
     assert (tuned.by_numpy, tuned.attacked) == ([], [])
     assert tuned.certified != tested.certified
     assert len(tested.attacked) == len(SMALL.radii)
@@ -148,9 +156,24 @@ def test_tuning_does_not_see_the_test_images():
 def test_the_cost_is_the_trainings_at_most():
     plan = Plan((replace(SMALL, budget=Budget(30, "seconds")),), ("margin", "penalty"), n_settings=9, seeds=(1, 2, 3))
     n = 2 * (9 + 3 * 2)
-    assert f"{n} trainings of 2 methods, {n / 2:.0f} CPU minutes" in run.cost(plan, 2)
-    assert f"about {n / 4:.0f} minutes with 2 workers" in run.cost(plan, 2)
-    assert "trainings of 2 methods" in run.cost(small(), 1)
+    told = run.cost(timed(plan), 2)
+    assert f"{n} trainings of 2 methods, {n / 2:.0f} CPU minutes" in told
+    assert f"about {n / 4:.0f} minutes with 2 workers" in told
+    # Of epochs it is what they take.
+    epochs = timed(replace(plan, boards=(replace(SMALL, budget=Budget(600, "epochs")),)), step_ms=5.0)
+    assert epochs.seconds() == pytest.approx(n * 600 * math.ceil(1258 / 128) * 5e-3)
+
+
+def test_the_steps_follow_from_the_measured_time():
+    plan = run.with_steps(
+        replace(small(), boards=(replace(SMALL, budget=Budget(1, "seconds")), SMALL)), [[2, 5], [2, 5]]
+    )
+    assert plan.steps == ((500, 200), (10, 10))
+    assert {(job.method, job.steps) for job in plan.jobs()} == {
+        *(("cross_entropy", 500), ("margin", 200), ("cross_entropy", 10), ("margin", 10))
+    }
+    fast, slow = run.measured(SMALL, ("cross_entropy", "constraint"))
+    assert 0 < fast < slow
 
 
 def test_full_adds_epochs_convolutions_and_digits():
@@ -175,8 +198,25 @@ def test_the_table_of_the_docs_is_that_of_the_committed_results():
     assert page.partition(report.BEGIN)[2].partition(report.END)[0].strip() == report.page(found).strip()
 
 
-def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
-    (tmp_path / "page.md").write_text("nothing")
-    found = json.loads((report.ROOT / "bench" / "results" / "scoreboard.json").read_text())
+def test_a_page_takes_the_tables_in_their_place(tmp_path):
+    plan = timed(small(("cross_entropy", "margin"), seeds=(1,)))
+    outcomes = {repr(job): outcome(0.5) for job in plan.jobs()}
+    for number, job in enumerate(final_jobs(plan, outcomes)):
+        share = 0.4 if number == 0 else 0.6
+        curve = [0.9, *[share] * (len(SMALL.eps()) - 1)]
+        outcomes[repr(job)] = Outcome(curve, curve, [0.8, 0.7], 100, 0, 1e-11)
+    found = run.document(plan, outcomes) | {"versions": {"torch": "2", "absent": None}, "machine": {"cpu": "a CPU"}}
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.write_docs(found, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text
+    assert "| cross-entropy | 2.0 | 10 | 0.400 ± 0.000 (0.900; 0.800) | 0.400 ± 0.000 (0.900; 0.700) |" in text
+    assert "| margin loss | 2.0 | 10 | **0.600** ± 0.000 (0.900; 0.800) | **0.600** ± 0.000 (0.900; 0.700) |" in text
+    assert "| margin loss | rate 0.002, eps 1 | rate 0.002, eps 1 |" in text
+    assert "breaks 0 of 200 certified samples" in text
+    page.write_text("nothing")
     with pytest.raises(ValueError, match="to hold"):
-        report.write_docs(found, tmp_path / "page.md")
+        report.write_docs(found, page)

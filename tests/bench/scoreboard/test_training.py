@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_lip.bench.scoreboard.data import Part
-from lightning_lip.bench.scoreboard.training import BATCH_SIZE, WARM_UP_STEPS, Budget, Training, train, warm_up
+from lightning_lip.bench.scoreboard.training import BATCH_SIZE, Budget, Training, step_times, train
 
 PART = Part(torch.randn(3 * BATCH_SIZE - 10, 4), torch.arange(3 * BATCH_SIZE - 10) % 3)
 
@@ -31,11 +31,9 @@ def recorded(calls, rate=0.1):
     )
 
 
-def test_epochs_are_whole_and_the_rate_follows_a_cosine():
+def test_the_rate_follows_a_cosine_over_whole_epochs():
     calls = []
-    training = recorded(calls)
-    spent = train(training, PART, Budget(2, "epochs"), seed=0)
-    assert spent.steps == 6
+    train(recorded(calls), PART, 6, seed=0)
     assert [kind for kind, _ in calls] == ["progress", "loss", "backward", "step"] * 6 + ["end"]
     assert sorted(size for kind, size in calls if kind == "loss") == [BATCH_SIZE - 10] * 2 + [BATCH_SIZE] * 4
     rates = [0.05 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
@@ -43,33 +41,36 @@ def test_epochs_are_whole_and_the_rate_follows_a_cosine():
     assert [value for kind, value in calls if kind == "progress"] == pytest.approx([k / 6 for k in range(6)])
 
 
-def test_seconds_are_of_the_processor_and_not_of_the_wall():
-    calls = []
-    training = recorded(calls)
-    training.after_step = lambda: time.sleep(0.005)
-    start = time.monotonic()
-    spent = train(training, PART, Budget(0.05, "seconds"), seed=0)
+def test_a_step_is_timed_by_the_processor_in_its_fastest_round():
+    slept, busy = recorded([]), recorded([])
+    slept.after_step = lambda: time.sleep(0.002)
+
+    def work():
+        end = time.process_time() + 0.002
+        while time.process_time() < end:
+            pass
+
+    busy.after_step = work
+    of_sleep, of_work = step_times([slept, busy], PART)
     # Sleep costs no processor time.
-    assert time.monotonic() - start > 2 * spent.seconds > 0.1
-    assert spent.steps > 5
+    assert 0 < of_sleep < 2 <= of_work
+
+
+def test_a_budget_is_so_many_steps():
+    assert Budget(10, "seconds").steps(step_ms=2.5, n_samples=1) == 4000
+    assert Budget(1e-9, "seconds").steps(step_ms=2.5, n_samples=1) == 1
+    assert Budget(2, "epochs").steps(step_ms=2.5, n_samples=2 * BATCH_SIZE + 1) == 6
 
 
 def test_the_seed_orders_the_batches():
     def weights(seed):
         torch.manual_seed(0)
         training = recorded([])
-        train(training, PART, Budget(1, "epochs"), seed)
+        train(training, PART, 3, seed)
         return training.network.weight.detach()
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
-
-
-def test_warming_up_makes_a_few_steps():
-    calls = []
-    warm_up(recorded(calls), PART)
-    assert [kind for kind, _ in calls].count("step") == WARM_UP_STEPS
-    assert calls[-1] == ("end", None)
 
 
 def test_a_budget_is_said_in_words():
