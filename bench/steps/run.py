@@ -71,19 +71,20 @@ def run(
         if n_done:
             print_line(console, f"continuing: {n_done} of {len(names) + len(sizes)} models and sizes are done")
         seconds = {name: QUICK_SECONDS if quick else SECONDS[name] for name in names}
-        left: dict[object, float] = {**seconds, **dict.fromkeys(sizes, SECONDS_A_SIZE)}
-        left = {task: part for task, part in left.items() if repr(task) not in {**models.results, **grown.results}}
+        expected = {repr(name): part for name, part in seconds.items()}
+        expected |= {repr(size): SECONDS_A_SIZE for size in sizes}
+        left = {task: part for task, part in expected.items() if task not in {**models.results, **grown.results}}
         with timed_progress(console, sum(left.values())) as (on_step, on_done):
             results = []
             for name in names:
                 compute = partial(measure, name, MODELS[name], device, seconds[name], on_step)
                 results.append(models.once(name, compute))
-                on_done(left.get(name, 0.0))
+                on_done(left.get(repr(name), 0.0))
                 report.print_result(console, results[-1])
             points = []
             for size in sizes:
                 points += grown.once(size, partial(growth, [size], device, on_step))
-                on_done(left.get(size, 0.0))
+                on_done(left.get(repr(size), 0.0))
         found = document(results, points, device, quick=quick)
     finally:
         torch.set_num_threads(threads_before)

@@ -14,7 +14,7 @@ def _hparams() -> Callable[..., tuple[Any, Any, Any]]:
     """Return what makes the entries; TensorBoard is imported when a run has a logger for it, and no earlier."""
     from torch.utils.tensorboard.summary import hparams
 
-    return hparams  # type: ignore[no-any-return]
+    return hparams
 
 
 def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], metrics: Iterable[str]) -> None:
