@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,6 @@ from lightning_lip.reporting.console import make_table, print_line
 from lightning_lip.reporting.extras import install_command
 
 SECTIONS = {"none": None, "true": "the true operators", "reshaped": "kernels as matrices (c_out, -1)"}
-
-
-@contextmanager
-def status(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on a terminal.
-
-    Yields:
-        A function to call with it.
-    """
-    with console.status("") as shown:
-        yield shown.update
 
 
 def print_result(console: Console, result: Result) -> None:
@@ -128,6 +116,10 @@ def print_end(console: Console, found: dict[str, Any], folder: Path) -> None:
         print_line(console, "A quick run: too few steps for numbers that mean something.")
     print_line(console, f"Measured on {device}, torch {found['versions']['torch']}, in {found['seconds']:.0f} s.")
     print_line(console, f"Tables, plots and bench.json are in {folder}.")
+    if found["options"]["quick"]:
+        print_line(console, "Next, for numbers to read: lightning-lip bench (about eight minutes)")
+    else:
+        print_line(console, "Next, for the kernels alone: python -m lightning_lip.bench.studies.kernels")
 
 
 def _cells(row: Row) -> list[str]:

@@ -20,12 +20,16 @@ from lightning_lip.errors import UsageError
 from lightning_lip.reporting.console import make_console, print_line
 from lightning_lip.reporting.documents import versions, write_json
 from lightning_lip.reporting.finished import Finished
+from lightning_lip.reporting.progress import timed_progress
 
 PLAIN_WIDTH = 160
 """Columns of the tables where there is no terminal."""
 
 SECONDS = {"paper": 15.0, "mnist": 30.0, "resnet18": 60.0, "vit": 30.0, "gpt2": 55.0}
 """Time for the rounds of each model, about, up to twice that; starts, memory and errors come on top."""
+
+SECONDS_A_SIZE = 3.0
+"""The same for each size of the growth."""
 
 QUICK_SECONDS = 1.0
 QUICK_SIZES = [(2, 16), (2, 32), (2, 64), (4, 64)]
@@ -66,13 +70,21 @@ def run(
         n_done = sum(repr(task) in {**models.results, **grown.results} for task in (*names, *sizes))
         if n_done:
             print_line(console, f"continuing: {n_done} of {len(names) + len(sizes)} models and sizes are done")
-        with report.status(console) as on_step:
+        seconds = {name: QUICK_SECONDS if quick else SECONDS[name] for name in names}
+        expected = {repr(name): part for name, part in seconds.items()}
+        expected |= {repr(size): SECONDS_A_SIZE for size in sizes}
+        left = {task: part for task, part in expected.items() if task not in {**models.results, **grown.results}}
+        with timed_progress(console, sum(left.values())) as (on_step, on_done):
             results = []
             for name in names:
-                seconds = QUICK_SECONDS if quick else SECONDS[name]
-                results.append(models.once(name, partial(measure, name, MODELS[name], device, seconds, on_step)))
+                compute = partial(measure, name, MODELS[name], device, seconds[name], on_step)
+                results.append(models.once(name, compute))
+                on_done(left.get(repr(name), 0.0))
                 report.print_result(console, results[-1])
-            points = [p for s in sizes for p in grown.once(s, partial(growth, [s], device, on_step))]
+            points = []
+            for size in sizes:
+                points += grown.once(size, partial(growth, [size], device, on_step))
+                on_done(left.get(repr(size), 0.0))
         found = document(results, points, device, quick=quick)
     finally:
         torch.set_num_threads(threads_before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from lightning_lip.checks import (
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.models.inputs import BatchDim, call_arguments, check_batch_dim
 from lightning_lip.models.modules import eval_mode
-from lightning_lip.reporting.console import make_console
+from lightning_lip.reporting.console import make_console, print_line
 from lightning_lip.reporting.documents import versions
 from lightning_lip.reporting.failures import check_options
 from lightning_lip.reporting.progress import named_progress
@@ -109,7 +110,16 @@ def audit(
     n_inputs = inputs and min(inputs.n_inputs, MAX_INPUTS)
     contents = document(target, model, example, result, n_inputs, max_bound, batch_dim)
     if json != "-":
-        print_report(make_console(), contents)
+        console = make_console()
+        print_report(console, contents)
+        if max_bound is None and isinstance(result, Certificate) and math.isfinite(result.upper):
+            named = {"--module": module, "--input-shape": input_shape, "--data": data}
+            switches = {"--unsafe-load-pickle": unsafe_load_pickle, "--no-batch": no_batch}
+            words = ["lightning-lip", "audit", target]
+            words += [word for name, value in named.items() if value is not None for word in (name, value)]
+            words += [name for name, is_on in switches.items() if is_on]
+            check = shlex.join([*words, "--max-bound", rounded_up(result.upper)])
+            print_line(console, f"Next, as a check with an exit status: {check}")
     if json is not None:
         write_json(contents, json)
     if contents["passed"] is False:

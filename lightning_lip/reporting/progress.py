@@ -109,6 +109,8 @@ def named_progress(console: Console, what: str) -> Iterator[Callable[[str, int],
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             # Names may hold brackets, which rich would read as styles.
             TextColumn("{task.description}", markup=False),
         )
@@ -132,3 +134,30 @@ def named_progress(console: Console, what: str) -> Iterator[Callable[[str, int],
             print_line(console, f"{what}: {n_begun}/{total}, {name}")
 
     yield print_name
+
+
+@contextmanager
+def timed_progress(console: Console, seconds: float) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
+    """Show what is at work and how long is left, on a terminal only, for tasks that differ much in length.
+
+    Args:
+        console: Where to show it.
+        seconds: How long all tasks may take, about: what counts is the ratio to that of each.
+
+    Yields:
+        A function to call with what is being done, and one to call after a task, with its part of `seconds`.
+    """
+    if not console.is_terminal:
+        yield (lambda _: None), (lambda _: None)
+        return
+    columns = (
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    # The tasks are minutes apart, and the estimate must not forget the last of them.
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=3600.0) as bar:
+        task = bar.add_task("", total=seconds)
+        yield (lambda text: bar.update(task, description=text)), (lambda part: bar.advance(task, part))

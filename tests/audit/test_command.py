@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -219,6 +220,20 @@ def test_exit_status(networks, capsys, target, shape, limit, status):
         assert found["max_bound"] == (None if limit is None else float(limit))
     else:
         assert not captured.out
+
+
+def test_the_report_ends_with_the_command_that_checks_its_bound(networks, tmp_path, capsys):
+    points = tmp_path / "some points.npy"
+    np.save(points, np.eye(2, dtype=np.float32))
+    assert run_cli("audit", "audited_networks:two", "--input-shape", "2", "--data", points) == 0
+    label, command = capsys.readouterr().out.splitlines()[-1].split(": ", 1)
+    assert label == "Next, as a check with an exit status"
+    program, *arguments = shlex.split(command)
+    assert program == "lightning-lip"
+    assert run_cli(*arguments) == 0
+    assert "is kept." in capsys.readouterr().out.splitlines()[-1]
+    assert run_cli("audit", "audited_networks:Attention", "--input-shape", "3,4") == 0
+    assert "Next" not in capsys.readouterr().out
 
 
 LEAVING = """

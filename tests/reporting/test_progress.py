@@ -1,12 +1,13 @@
 """How far a command is."""
 
 import io
+import re
 
 from rich.console import Console
 
 from lightning_lip.reporting import progress as progress_module
 from lightning_lip.reporting.finished import Finished
-from lightning_lip.reporting.progress import map_with_progress, named_progress, progress
+from lightning_lip.reporting.progress import map_with_progress, named_progress, progress, timed_progress
 
 
 def test_progress_prints_lines_where_there_is_no_terminal():
@@ -42,6 +43,7 @@ def test_the_task_at_work_is_named_on_a_terminal():
         show("blocks[0].layer", 2)
     printed = console.file.getvalue()
     assert "certifying" in printed
+    assert "left" in printed
     assert "blocks[0].layer" in printed
     assert "1/2" in printed  # one is done when the second begins
 
@@ -54,3 +56,22 @@ def test_the_task_at_work_is_named_now_and_then_elsewhere(monkeypatch):
         for name in ("first", "[second]", "third"):
             show(name, 3)
     assert console.file.getvalue().splitlines() == ["certifying: 2/3, [second]"]
+
+
+def test_tasks_of_unequal_length_tell_the_time_left_on_a_terminal():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with timed_progress(console, 40.0) as (on_step, on_done):
+        on_step("mnist: [plain]")
+        on_done(30.0)
+        on_done(10.0)
+    printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", console.file.getvalue())
+    assert "left -:--:--" in printed
+    assert "left 0:00:00 mnist: [plain]" in printed
+
+
+def test_tasks_of_unequal_length_are_silent_elsewhere():
+    console = Console(file=io.StringIO(), width=120)
+    with timed_progress(console, 40.0) as (on_step, on_done):
+        on_step("mnist: plain")
+        on_done(40.0)
+    assert console.file.getvalue() == ""

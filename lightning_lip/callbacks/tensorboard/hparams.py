@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict, _sanitize_params
-from torch.utils.tensorboard.summary import hparams
 
 from lightning_lip.callbacks.lightning.trainer import tensorboard_writers
+
+
+def _hparams() -> Callable[..., tuple[Any, Any, Any]]:
+    """Return what makes the entries; TensorBoard is imported when a run has a logger for it, and no earlier."""
+    from torch.utils.tensorboard.summary import hparams
+
+    return hparams
 
 
 def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], metrics: Iterable[str]) -> None:
@@ -34,8 +40,9 @@ def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], me
             saved |= {key: value for key, value in owner.hparams_initial.items() if key != "_class_path"}
     saved = _sanitize_params(_flatten_dict(_convert_params(saved)))
     columns = {name: 0.0 if value is None else value for name, value in arguments.items()}
-    experiment, _, _ = hparams({**saved, **columns}, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
-    _, start, _ = hparams({**saved, **arguments}, {})  # type: ignore[no-untyped-call]
+    hparams = _hparams()
+    experiment, _, _ = hparams({**saved, **columns}, dict.fromkeys(metrics, 0.0))
+    _, start, _ = hparams({**saved, **arguments}, {})
     for writer in writers:
         for summary in (experiment, start):
             writer._get_file_writer().add_summary(summary)
@@ -43,6 +50,6 @@ def start_session(trainer: Any, pl_module: Any, arguments: Mapping[str, Any], me
 
 def end_session(trainer: Any) -> None:
     """Mark a run in the HPARAMS tab as ended with success."""
-    _, _, end = hparams({}, {})  # type: ignore[no-untyped-call]
+    _, _, end = _hparams()({}, {})
     for writer in tensorboard_writers(trainer):
         writer._get_file_writer().add_summary(end)

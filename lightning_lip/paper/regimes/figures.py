@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_lip.paper.regimes.settings import GRID, LABELS, PAPER_SETTING, REGIMES, Setting, Table, finals
 from lightning_lip.paper.regimes.tuning import Sweep, Tuning, sweeps_of
@@ -131,6 +130,8 @@ def write_figures(tables: dict[Setting, Table], tuning: Tuning | None, folder: P
     events = folder / "tensorboard" / "figures"
     remove_events(events)
     files = []
+    from torch.utils.tensorboard import SummaryWriter  # here, because every command's --help imports this module
+
     with SummaryWriter(str(events)) as writer:
         for name, figure in figures.items():
             with replacing(folder / f"{name}.png") as beside:
