@@ -142,7 +142,7 @@ def _arrays(folder: Path) -> Mapping[str, Array]:
     except (BadZipFile, EOFError, ValueError) as error:
         raise DataError(f"The data in {folder} cannot be read: {error}") from error
     if "x_train" not in found or "y_train" not in found:
-        raise DataError(f"Expected {folder} to hold {FORMS}.")
+        raise DataError(f"Expected --data to be a folder that holds {FORMS}; {folder} does not.")
     return found
 
 

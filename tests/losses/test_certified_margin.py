@@ -163,7 +163,7 @@ def test_eps_grows_with_the_states_of_the_weights_and_is_whole_in_eval_mode():
         net.train()
     assert factors == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0, 1.0], rel=1e-4)
     assert whole[-1] == pytest.approx(
-        0.3 * math.sqrt(2) * norm(net[4].weight).item() * exact_features("mlp", net).item(), rel=1e-2
+        0.3 * math.sqrt(2) * norm(net[4].weight).item() * exact_features("mlp", net, "symbol").item(), rel=1e-2
     )
 
 
