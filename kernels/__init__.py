@@ -190,7 +190,7 @@ def iterations_for(
     return [
         (
             indices,
-            _implementation(name)(  # type: ignore[call-arg]
+            _implementation(name)(
                 *([of[i] for i in indices] for of in (weights, vectors)),
                 *([[symbols[i] for i in indices]] if any(symbols[i] for i in indices) else []),
             ),

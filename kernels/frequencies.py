@@ -34,7 +34,7 @@ def _phases(w: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
 def rows_of(w: Tensor, v: Tensor, geometry: Geometry) -> Tensor:
     """Return ``x = v (x) e^{i q.w}``, (..., 2, columns * taps), of w (..., dims) and v (..., 2, columns * residues)."""
     tables = waves_of(geometry)
-    spread = v.unflatten(-1, (geometry.columns, tables.n_residues))[..., tables.residues.to(v.device)]
+    spread = v.view(*v.shape[:-1], geometry.columns, tables.n_residues)[..., tables.residues.to(v.device)]
     cosine, sine = _phases(w, geometry)
     real, imaginary = spread[..., 0, :, :], spread[..., 1, :, :]
     return torch.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -3).flatten(-2)

@@ -15,7 +15,10 @@ from lightning_lip.kernels.waves import Geometry, dense_grid_of, waves_of
 N_PEAKS = 4
 """Of a channel's f on the grid, from which on it is climbed."""
 
-N_CLIMBS = 2
+ASIDE = 0.1
+"""Radians from a peak where Newton's method begins: f is even, and would hold it at 0 or pi between two maxima."""
+
+N_CLIMBS = 3
 """Times :data:`~lightning_lip.kernels.frequencies.N_NEWTON_STEPS` steps of Newton's method."""
 
 
@@ -49,6 +52,7 @@ def scalar_step(taps: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Tenso
     peaks = torch.where(is_peak, values, -1.0).topk(min(N_PEAKS, len(points))).indices
     w, z = points[peaks], z.expand(-1, peaks.shape[1], -1, -1, -1)
     if tables.points is None:
+        w = w + ASIDE
         for _ in range(N_CLIMBS):
             w = climbed(z, w, w, peaks, geometry)
     right, norm = joined(z, w, geometry)

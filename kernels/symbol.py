@@ -81,8 +81,8 @@ def state_shape(geometry: Geometry) -> tuple[int, int]:
 def unpacked(state: Tensor, geometry: Geometry) -> Wave:
     """Return views of a state, shape :func:`state_shape`: rows of v, v before, w, sigma, turn."""
     side, dims = geometry.columns * waves_of(geometry).n_residues, len(geometry.kernel_size)
-    v, before, w, sigma, turn = state.split([2 * side, 2 * side, dims, 1, 1], dim=1)
-    return Wave(v.unflatten(1, (2, side)), before.unflatten(1, (2, side)), w, sigma[:, 0], turn[:, 0])
+    v, before, w, sigma, turn = torch.split(state, [2 * side, 2 * side, dims, 1, 1], dim=1)
+    return Wave(v.view(-1, 2, side), before.view(-1, 2, side), w, sigma[:, 0], turn[:, 0])
 
 
 def random_state(geometry: Geometry, generator: torch.Generator) -> Tensor:
@@ -253,8 +253,11 @@ def _leading(sigma: Tensor, u: Tensor, w: Tensor, right: Tensor, geometry: Geome
     """Return sigma, u and x of the strongest wave; see :class:`SymbolStep`."""
     groups, m = sigma.shape
     best = sigma.flatten().argmax()
-    group, take = best // m, (lambda table: table.flatten(0, 1)[best])
-    own = torch.arange(groups, device=sigma.device) == group
+    own = torch.arange(groups, device=sigma.device) == best // m
+
+    def take(table: Tensor) -> Tensor:
+        return table.flatten(0, 1)[best]
+
     left = torch.where(own[:, None], take(u)[:, None, :], 0.0)  # (2, groups, rows)
     return take(sigma), left.flatten(), rows_of(take(w), take(right), geometry).flatten()
 

@@ -21,7 +21,7 @@ def test_sigma_is_the_largest_value_of_all_channels(seed):
     settings = {"stride": geometry.stride, "dilation": geometry.dilation, "groups": geometry.groups}
     assert float(step.sigma) <= (1 + 1e-6) * certified_convolution_norm(kernel, **settings)
     n = {1: 720, 2: 60, 3: 16}[len(geometry.kernel_size)]
-    assert float(step.sigma) >= (1 - 1e-6) * norm_on_a_grid(kernel, geometry, n)
+    assert float(step.sigma) >= (1 - 1e-5) * norm_on_a_grid(kernel, geometry, n)
     left, right = step.left.view(2, -1).double(), step.right.view(2, -1).double()
     found = (left @ kernel.double().flatten(1) * right).sum()
     assert float(found) == pytest.approx(float(step.sigma), rel=1e-5)

@@ -8,9 +8,9 @@ Numba would look at this file alone to tell whether that has changed, so a check
 Every layer is taken as ``A`` of shape (q, p), q >= p: the weight, or its transpose. Matrices with one row for each of p
 or q and one column for each vector of the block ("lanes": a multiple of 8; those beyond r are zero) serve its products,
 so that eight lanes are one register, no sum runs across a register, and loops have no odd ends. Numba has no vector
-types: the few loops over registers are in `registers`, in LLVM's own terms. A convolution's kernel is a unit for each of
-its groups, (rows, columns * taps) whichever is longer, whose T and Z are formed in the same way and mean something else:
-:mod:`~lightning_lip.kernels.cpu.compiled.symbols.finish`.
+types: the few loops over registers are in `registers`, in LLVM's own terms. A convolution's kernel is a unit for each
+of its groups, (rows, columns * taps) whichever is longer, whose T and Z are formed in the same way and mean something
+else: :mod:`~lightning_lip.kernels.cpu.compiled.symbols.finish`.
 
 One thread forms ``T`` and ``Z`` of a few rows of ``A`` at a time. Several form ``T`` of as many rows as lie in a cache,
 each thread some of them, and then ``Z``, each thread some of its rows: no sum is split over threads, and results are

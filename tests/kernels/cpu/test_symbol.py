@@ -86,7 +86,8 @@ def test_every_step_is_the_references(name, n_waves):
     for n_iterations in (1, 0, 1, 1):
         # From the same state each: near-ties are decided by rounding, and would be followed.
         reference.vectors = [state.clone() for state in compiled.vectors]
-        assert_same_step(reference, compiled, kernel, n_iterations)
+        # The one row's u is a phase: the frequency of a flat f is not determined, nor are then its vectors.
+        assert_same_step(reference, compiled, kernel, n_iterations, state_bound=STATE if geometry.rows > 1 else None)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -94,7 +95,8 @@ def test_random_configurations(seed):
     geometry = random_geometry(seed, sides=(1, 2, 8, 33))
     kernel, scale = random_kernel(geometry), torch.randn(geometry.groups * geometry.rows, generator=generator(seed))
     reference, compiled = pair([kernel], [geometry], 4 + seed % 9)
-    for n_iterations in (1, 3):
+    for n_iterations in (1, 0, 1):
+        reference.vectors = [state.clone() for state in compiled.vectors]  # see above
         assert_same_step(reference, compiled, kernel, n_iterations, [scale], state_bound=None)
 
 
@@ -283,6 +285,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="a scale for each row of kernel 0"):
         compiled.power_step([kernel], 1, [torch.ones(19)])
     with pytest.raises(ValueError, match="construct a new iteration"):
-        compiled.power_step([kernel[:10]], 1)
+        compiled.power_step([kernel[:10].clone()], 1)
     with pytest.raises(ValueError, match="can no longer serve weight 0"):
         compiled.power_step([kernel.double()], 1)

@@ -14,7 +14,7 @@ from lightning_lip.kernels.cpu import layout as at
 from lightning_lip.kernels.cpu.compiled.emitter import F32, F64, I64, compiled, f32, f64, i64
 from lightning_lip.kernels.cpu.compiled.products import add_forward, clear, copy, row_of, scales_of, weight_of, widen
 from lightning_lip.kernels.cpu.compiled.symbols.uphill import WORK, climb, power, write_powers
-from lightning_lip.kernels.scalars import N_CLIMBS
+from lightning_lip.kernels.scalars import ASIDE, N_CLIMBS
 
 _STRIP = 32
 """Channels whose values on the grid are formed at a time."""
@@ -183,7 +183,7 @@ def finish_scalars(header: I64, unit: int, scratch: int) -> None:
             if not is_peak:
                 continue
             for a in range(dims):
-                w[a] = f64(row[at.CENTRES], dims * n_points)[dims * p + a]
+                w[a] = f64(row[at.CENTRES], dims * n_points)[dims * p + a] + ASIDE
             for _ in range(N_CLIMBS):
                 for a in range(dims):
                     centre[a] = w[a]
