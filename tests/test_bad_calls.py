@@ -347,6 +347,7 @@ CALLS = {
             "max_inputs": "count from 0",
             "batch_dim": "batch dimension",
             "head": "name",
+            "curve": "name",
         },
     ),
     "NoisyValidation": (

@@ -144,7 +144,8 @@ class _Rows:
 
     def _squares(self, shares: Tensor) -> Tensor:
         """Return ``sum_u shares_u (w_iu - w_ju)^2``, (C, C)."""
-        return torch.cdist(*[self._weight * shares.sqrt()] * 2, compute_mode="donot_use_mm_for_euclid_dist").square()
+        scaled = self._weight * shares.sqrt()
+        return torch.cdist(scaled, scaled, compute_mode="donot_use_mm_for_euclid_dist").square()
 
     def term(self, columns: Tensor, power: int) -> _Term:
         """Return the largest log ratio at the log factors of the columns, smoothed, and its slopes."""
