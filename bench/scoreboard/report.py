@@ -136,9 +136,15 @@ def checks(found: Mapping[str, Any]) -> list[str]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """Return the tables as Markdown: the largest of each column in bold."""
+    """Return the figure and the tables as Markdown: the largest of each column in bold."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    lines = []
+    lines = [
+        "![Certified accuracy against eps](pictures/scoreboard.png)",
+        "",
+        f"Mean and standard deviation over {found['n_seeds']} seeds on the test images; in brackets the accuracy and what "
+        "the attack leaves.",
+        "",
+    ]
     for board in found["boards"]:
         best = [max(r["certified"] for r in board["rows"] if r["radius"] == radius) for radius in board["radii"]]
         radii = " | ".join(f"certified at {radius:g} (accuracy; attacked)" for radius in board["radii"])
