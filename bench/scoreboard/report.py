@@ -141,8 +141,8 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [
         "![Certified accuracy against eps](pictures/scoreboard.png)",
         "",
-        f"Mean and standard deviation over {found['n_seeds']} seeds on the test images; in brackets the accuracy and what "
-        "the attack leaves.",
+        f"Mean and standard deviation over {found['n_seeds']} seeds on the test images; in brackets the accuracy and "
+        "what the attack leaves.",
         "",
     ]
     for board in found["boards"]:
