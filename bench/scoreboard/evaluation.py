@@ -132,5 +132,5 @@ def attacked(network: nn.Module, part: Part, radius: float) -> Tensor:
 
 def _norms(rows: Tensor) -> Tensor:
     """Return the norm of each sample, at least 1e-12, to divide by."""
-    norms = torch.linalg.vector_norm(rows.flatten(1), dim=1).clamp(min=1e-12)
+    norms: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1).clamp(min=1e-12)
     return norms.view(-1, *[1] * (rows.dim() - 1))

@@ -53,7 +53,7 @@ STYLES = {
 """Colours by group, after Okabe and Ito, and Tol."""
 
 LINES = {"ours": "-", "peer": "--", "plain": ":"}
-FIGURE: dict[str, Any] = {"dpi": 150, "layout": "constrained"}
+FIGURE: dict[str, Any] = {"dpi": 100, "layout": "constrained"}
 SPAN = 1.25
 """How far a panel reaches beyond the radius that its settings are chosen at."""
 
@@ -136,9 +136,15 @@ def checks(found: Mapping[str, Any]) -> list[str]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """Return the tables as Markdown: the largest of each column in bold."""
+    """Return the figure and the tables as Markdown: the largest of each column in bold."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    lines = []
+    lines = [
+        "![Certified accuracy against eps](pictures/scoreboard.png)",
+        "",
+        f"Mean and standard deviation over {found['n_seeds']} seeds on the test images; in brackets the accuracy and "
+        "what the attack leaves.",
+        "",
+    ]
     for board in found["boards"]:
         best = [max(r["certified"] for r in board["rows"] if r["radius"] == radius) for radius in board["radii"]]
         radii = " | ".join(f"certified at {radius:g} (accuracy; attacked)" for radius in board["radii"])
@@ -183,7 +189,7 @@ def figure(boards: Sequence[Mapping[str, Any]]) -> Any:
         MissingExtraError: If matplotlib is not installed.
     """
     n_panels = max(len(board["radii"]) for board in boards)
-    size = (4.2 * n_panels + 3.4, 4.4 * len(boards))
+    size = (3.5 * n_panels + 3.2, 4.0 * len(boards))
     drawn = extra("matplotlib.figure", "scoreboard").Figure(size, **FIGURE)
     panels = drawn.subplots(len(boards), n_panels, squeeze=False)
     for board, line in zip(boards, panels, strict=True):

@@ -18,6 +18,7 @@ from lightning_lip.bench.scoreboard.networks import NETWORKS, exported
 from lightning_lip.bench.scoreboard.plan import TUNING_SEED, Board, Job, Plan
 from lightning_lip.bench.scoreboard.report import figure, print_tables, row, write_rows
 from lightning_lip.bench.scoreboard.training import Training, step_times, train
+from lightning_lip.projection.layers import LinAlgError
 from lightning_lip.reporting.console import make_console, print_line
 from lightning_lip.reporting.documents import machine, replacing, versions, write_json
 from lightning_lip.reporting.failures import in_one_line
@@ -65,7 +66,7 @@ def run_job(job: Job) -> Outcome:
         error = ""
         try:
             train(training, data.fit, job.steps, job.seed)
-        except torch.linalg.LinAlgError as failure:
+        except LinAlgError as failure:
             error = in_one_line(failure)
         except ValueError:
             if _is_finite(training.network):  # what is projected must be

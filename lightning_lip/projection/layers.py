@@ -37,6 +37,10 @@ RISE = 5e-6
 """A block is iterated on while its leading Ritz value rises by more than this (relative) in half an iteration."""
 
 
+LinAlgError: type[RuntimeError] = vars(torch.linalg)["LinAlgError"]
+"""What decompositions of torch raise; its type stubs do not have the name."""
+
+
 class Triplets(NamedTuple):
     """k singular triplets of a matrix A (m, n), m >= n: the weight, or its transpose if that is the longer.
 
@@ -282,7 +286,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     try:
         left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except LinAlgError:
         left, sigma, right = torch.linalg.svd(_double(matrix), full_matrices=False)
     return left.to(matrix), sigma.to(matrix), right.to(matrix)
 
