@@ -103,8 +103,9 @@ def waves_of(geometry: Geometry) -> Waves:
     among = [(j, k) for j in range(len(taps)) for k in range(len(taps)) if residues[j] == residues[k]]
     lags = sorted({lag(j, k) for j, k in among}, key=lambda d: (any(d), d))
     pairs = torch.full((len(taps), len(taps)), -1, device="cpu")
-    for j, k in among:
-        pairs[j, k] = lags.index(lag(j, k))
+    places = {d: place for place, d in enumerate(lags)}
+    first, second = zip(*among, strict=True)
+    pairs[list(first), list(second)] = torch.tensor([places[lag(j, k)] for j, k in among], device="cpu")
     degrees = [max(d[axis] for d in lags) for axis in range(len(axes))]
     sizes = geometry.sizes or [None] * len(axes)
     periods = [None if n is None else n // s for n, s in zip(sizes, geometry.stride, strict=True)]
