@@ -13,7 +13,8 @@ from support.disk import full_disk
 
 from lightning_lip import cli
 from lightning_lip.audit.command import audit
-from lightning_lip.bench import bench, scoreboard
+from lightning_lip.bench import bench
+from lightning_lip.bench.command import scoreboard
 from lightning_lip.errors import AuditError, BoundError
 from lightning_lip.paper import command, reproduce
 from lightning_lip.paper.data import checked

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+from lightning_lip.kernels.symbol import started, symbol_step
+from lightning_lip.kernels.waves import MAX_CELLS, Geometry
 from lightning_lip.reporting.extras import extra
 
 Layer = nn.Linear | nn.Conv2d
+
+CONVERGED = 60
+"""Steps of all cells of a symbol that are taken for the truth."""
 
 TOLERANCE = 1e-4
 """ARPACK's relative tolerance for a convolution's norm in fp64, far below the peers' errors there."""
@@ -86,6 +91,19 @@ def exact_norm(layer: Layer, input_shape: Sequence[int]) -> float:
     operator = sparse.LinearOperator((n, n), matvec=normal, dtype=np.float64)
     (value,) = sparse.eigsh(operator, k=1, v0=start, tol=TOLERANCE, return_eigenvectors=False)
     return math.sqrt(max(0.0, float(value)))
+
+
+@torch.no_grad()
+def exact_symbol_norm(layer: Layer) -> float:
+    """Return the norm of a layer on the infinite grid, in fp64: for a convolution all cells iterated to convergence."""
+    if isinstance(layer, nn.Linear):
+        return exact_norm(layer, (layer.in_features,))
+    kernel = layer.weight.detach().double().cpu()
+    rows, columns, *size = kernel.shape
+    settings = tuple(size), tuple(layer.stride), tuple(layer.dilation)
+    geometry = Geometry(rows // layer.groups, columns, layer.groups, *settings)
+    state = started(kernel, geometry, torch.Generator().manual_seed(0))
+    return float(symbol_step(kernel, state, geometry, MAX_CELLS, CONVERGED).sigma)
 
 
 def _gram(matrix: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class Peer:
         title: What the tables call it.
         prepare: Builds a contender.
         guarantee: What is known of the norms that it works with.
-        operator: `"true"`; `"reshaped"` for one that takes a convolution's kernel as a matrix (c_out, -1), which is
-            not its operator; `"none"` for one without norms.
+        operator: `"true"`, a convolution at the size of its input; `"symbol"`, on the infinite grid; `"reshaped"` for
+            one that takes its kernel as a matrix (c_out, -1), which is not its operator; `"none"` without norms.
         vectors: r, the vectors a layer that its norms come from; None for one without such vectors.
         for_convolutions: Whether it differs from another peer for convolutions only.
         has_budget: Whether it is held to a share of the step and to an amount of memory.
@@ -298,13 +298,16 @@ BELOW = "estimate from below"
 PLAIN_PEER = Peer("plain", "plain training", plain, "-", "none")
 
 PEERS = (
-    Peer("penalty_r8", "LipschitzPenalty (r = 8, the default)", penalty(8), BELOW, vectors=8, has_budget=True),
-    Peer("penalty_r1", "LipschitzPenalty, r = 1", penalty(1), BELOW, vectors=1, has_budget=True),
+    Peer(
+        "penalty_r8", "LipschitzPenalty (r = 8, the default)", penalty(8), BELOW, "symbol", vectors=8, has_budget=True
+    ),
+    Peer("penalty_r1", "LipschitzPenalty, r = 1", penalty(1), BELOW, "symbol", vectors=1, has_budget=True),
     Peer(
         "penalty_sparing",
         f"LipschitzPenalty, every_n_steps={EVERY}",
         penalty(8, every_n_steps=EVERY),
         BELOW,
+        "symbol",
         vectors=8,
         for_convolutions=True,
     ),
@@ -313,6 +316,7 @@ PEERS = (
         "LipschitzPenalty, example_input (whole network)",
         penalty(8, whole_graph=True),
         "bound of the whole network at estimated norms",
+        "symbol",
         vectors=8,
         for_convolutions=True,
     ),

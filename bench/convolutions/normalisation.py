@@ -103,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finished = Finished(options.output / "normalisation.partial.jsonl", about, Result._make)
     results = []
     print(*Result._fields)
-    for setting in product(OPTIMISERS, PENALISED, range(seeds)):
-        results.append(finished.once(setting, partial(train, *setting, steps)))
+    for optimiser, penalised, seed in product(OPTIMISERS, PENALISED, range(seeds)):
+        task = partial(train, optimiser, penalised, seed, steps)
+        results.append(finished.once((optimiser, penalised, seed), task))
         print(*(format(x, how) for x, how in zip(results[-1], FORMATS, strict=True)), sep="", flush=True)
     write_csv(options.output / "normalisation.csv", Result._fields, results, about)
     finished.remove()

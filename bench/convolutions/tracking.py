@@ -9,7 +9,7 @@ to convergence, which is compared with a dense grid of frequencies at the end. I
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -32,7 +32,10 @@ from lightning_lip.reporting.messages import quiet
 WIDTHS = (64, 128, 256, 512)
 WAVES = ((4, 1), (8, 1), (12, 1), (8, 2))
 """Waves and iterations a step."""
-OPTIMISERS = {"SGD": 0.01, "Adam": 1e-3}
+OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "Adam": partial(torch.optim.Adam, lr=1e-3),
+}
 COEFFICIENT = 1e-2
 """Ten times the default: what is followed is pressed down hard."""
 BATCH, PIXELS, STEPS = 16, 16, 60
@@ -99,10 +102,9 @@ def train(optimiser: str, waves: int, iterations: int, steps: int) -> list[Resul
     regularizer = LipschitzRegularizer(
         network, COEFFICIENT, exclude=nn.BatchNorm2d, block_size=waves, n_iterations=iterations
     )
-    kind = {"SGD": partial(torch.optim.SGD, momentum=0.9), "Adam": torch.optim.Adam}[optimiser]
-    steps_of = kind(network.parameters(), lr=OPTIMISERS[optimiser])
+    steps_of = OPTIMISERS[optimiser](network.parameters())
     names = convolutions_of(network)
-    kernels = {width: network.get_submodule(name).weight for width, name in names.items()}
+    kernels = {width: network.get_parameter(f"{name}.weight") for width, name in names.items()}
     states: dict[int, Tensor | None] = dict.fromkeys(names)
     errors: dict[int, list[float]] = {width: [] for width in names}
     times = []
@@ -123,9 +125,21 @@ def train(optimiser: str, waves: int, iterations: int, steps: int) -> list[Resul
         found = np.array(values)
         exact, _ = truth(kernels[width].detach(), states[width])
         ratio = float(on_grid(kernels[width].detach()) / exact)
-        shares = [float(x) for x in (np.median(found), found.mean(), np.quantile(found, 0.9), (found > 0.01).mean())]
-        cost, bound = 1e3 * float(np.median(times)), float(regularizer.bound())
-        results.append(Result(optimiser, waves, iterations, width, *shares, ratio, cost, bound))
+        results.append(
+            Result(
+                optimiser,
+                waves,
+                iterations,
+                width,
+                median=float(np.median(found)),
+                mean=float(found.mean()),
+                p90=float(np.quantile(found, 0.9)),
+                over_1_percent=float((found > 0.01).mean()),
+                grid_over_truth=ratio,
+                hook_ms=1e3 * float(np.median(times)),
+                product=float(regularizer.bound()),
+            )
+        )
     return results
 
 

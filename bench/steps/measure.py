@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_lip.bench.contenders.layers import Layer, exact_norm
+from lightning_lip.bench.contenders.layers import Layer, exact_norm, exact_symbol_norm
 from lightning_lip.bench.contenders.models import BenchModel
 from lightning_lip.bench.contenders.peers import EVERY, PEERS, PLAIN_PEER, Contender, Peer, task_of
 from lightning_lip.bench.contenders.training import Batch, fit, synchronise
@@ -60,7 +60,7 @@ class Row:
     Attributes:
         contender: `"plain"` or the peer's name.
         title: What the tables call it.
-        operator: The peer's; `"true"` in place of `"reshaped"` where there is no convolution.
+        operator: The peer's; `"true"` for all that have norms where there is no convolution.
         vectors: The peer's r; None for one without such vectors.
         n_blocks: Blocks of steps that the medians are taken over.
         step_ms: Milliseconds of a whole training step: p20, p50, p80.
@@ -179,7 +179,7 @@ def measure(
         key = peer.name
         on_step(f"{name}: errors of {key}")
         added = Memory(memory[key].peak - memory[PLAIN].peak, memory[key].held - memory[PLAIN].held)
-        errors = _errors(contenders[key], names, shapes, device)
+        errors = _errors(contenders[key], peer.operator == "symbol", names, shapes, device)
         limits: tuple[float | None, int | None] = None, None
         if peer.has_budget and peer.vectors is not None:
             share = MAP_SHARE * 2 * peer.vectors / (3 * model.batch_size) if has_convolutions else model.share
@@ -274,15 +274,23 @@ def floor_seconds(n_weights: int, device: torch.device) -> float:
 
 
 def _errors(
-    contender: Contender, names: Sequence[str], shapes: dict[str, tuple[int, ...]], device: torch.device
+    contender: Contender,
+    is_symbol: bool,
+    names: Sequence[str],
+    shapes: dict[str, tuple[int, ...]],
+    device: torch.device,
 ) -> list[float] | None:
-    """Return the relative error of each layer's norm, of the present weights on their true operators."""
+    """Return the relative error of each layer's norm, of the present weights on their true operators, or symbols."""
     if contender.norms is None:
         return None
     network = contender.training.to(device).network
     # Parametrised weights are computed anew in training mode, by one more iteration.
     network.eval()
-    exact = [exact_norm(cast(Layer, network.get_submodule(name)), shapes[name]) for name in names]
+    layers = [cast(Layer, network.get_submodule(name)) for name in names]
+    exact = [
+        exact_symbol_norm(layer) if is_symbol else exact_norm(layer, shapes[name])
+        for layer, name in zip(layers, names, strict=True)
+    ]
     errors = [abs(norm / truth - 1) for norm, truth in zip(contender.norms(), exact, strict=True)]
     network.train()
     return errors
@@ -300,7 +308,7 @@ def _row(
     return Row(
         contender=peer.name,
         title=peer.title,
-        operator="true" if peer.operator == "reshaped" and not has_convolutions else peer.operator,
+        operator=peer.operator if has_convolutions or peer.operator == "none" else "true",
         vectors=peer.vectors,
         n_blocks=len(steps),
         step_ms=percentiles(steps),

@@ -13,7 +13,12 @@ from lightning_lip.bench.steps.measure import PLAIN, Result, Row
 from lightning_lip.reporting.console import make_table, print_line
 from lightning_lip.reporting.extras import install_command
 
-SECTIONS = {"none": None, "true": "the true operators", "reshaped": "kernels as matrices (c_out, -1)"}
+SECTIONS = {
+    "none": None,
+    "symbol": "symbols of convolutions",
+    "true": "the true operators",
+    "reshaped": "kernels as matrices (c_out, -1)",
+}
 
 
 def print_result(console: Console, result: Result) -> None:

@@ -76,6 +76,7 @@ ARGUMENTS = {
         "max_inputs": 8,
         "batch_dim": None,
         "head": "net.2",
+        "curve": "curve.csv",
     },
     "LipschitzConstraint": {
         "target": 3.0,

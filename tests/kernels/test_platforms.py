@@ -32,7 +32,7 @@ x = torch.randn(4, 1, 4, 4)
 REGULARIZER = """
 from lightning_lip import LipschitzRegularizer, certify
 
-regularizer = LipschitzRegularizer(model, 1.0, example_input=x[:1])
+regularizer = LipschitzRegularizer(model, 1.0, example_input=x[:1], convolutions="spatial")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for _ in range(50):
     optimizer.zero_grad()

@@ -25,7 +25,8 @@ def row_of(header: I64, unit: int) -> I64:
 def weight_of(header: I64, row: I64) -> int:
     """Return the address of a unit's part of a weight."""
     address: int = i64(header[at.ADDRESSES], header[at.LAYERS])[row[at.LAYER]]
-    return address + (2 if row[at.WEIGHT_BF16] else 4) * row[at.GROUP] * row[at.Q] * row[at.WEIGHT_LD]
+    offset: int = (2 if row[at.WEIGHT_BF16] else 4) * row[at.GROUP] * row[at.Q] * row[at.WEIGHT_LD]
+    return address + offset
 
 
 @compiled

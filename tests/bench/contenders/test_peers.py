@@ -3,10 +3,12 @@ import sys
 import pytest
 import torch
 from support.contenders import CPU, SMALL_CONVOLUTIONS, SMALL_MLP, dense_norm, peer_named
+from support.symbol_norms import symbol_norm
 from torch import nn
 
 from lightning_lip import LipschitzRegularizer
 from lightning_lip.bench.contenders import peers
+from lightning_lip.bench.contenders.layers import exact_symbol_norm
 from lightning_lip.bench.contenders.models import BenchModel, mlp
 from lightning_lip.bench.contenders.training import fit
 from lightning_lip.bench.steps import measure
@@ -47,6 +49,9 @@ def test_a_peer_trains_and_its_norms_are_right(peer, model):
         layer, shape = network.get_submodule(name), task.input_shapes[name]
         if peer.operator == "reshaped" and peer.name != "torchlip":
             truth = float(torch.linalg.matrix_norm(layer.weight.detach().double().flatten(1), 2))
+        elif peer.operator == "symbol" and isinstance(layer, nn.Conv2d):
+            truth = float(symbol_norm(layer.weight.detach(), layer.stride, layer.dilation, layer.groups))
+            assert exact_symbol_norm(layer) == pytest.approx(truth, rel=1e-6)
         else:
             truth = dense_norm(layer, shape)
         if peer.name == "torchlip" and isinstance(layer, nn.Conv2d):

@@ -89,7 +89,7 @@ def test_other_arrays_are_refused(tmp_path, change, message):
 
 
 def test_a_folder_without_data_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"to hold an \.npz file"):
+    with pytest.raises(DataError, match=r"holds an \.npz file"):
         data.load(str(tmp_path))
     with pytest.raises(DataError, match="is none"):
         data.load(str(tmp_path / "nowhere"))
