@@ -62,7 +62,7 @@ def test_penalty_over_the_graph_gives_certified_accuracy_on_real_images(fit, dig
     train, validation = digits
     module = resnet()
     results = []
-    for penalties in ([], [LipschitzPenalty(0.5, "softplus_log", example_input=IMAGE, convolutions="spatial")]):
+    for penalties in ([], [LipschitzPenalty(0.4, "softplus_log", example_input=IMAGE)]):
         monitor = LipschitzMonitor(example_input=IMAGE, certified=CertifiedValidation((0.0, EPS)))
         settings = {"max_epochs": 12, "check_val_every_n_epoch": 12, "num_sanity_val_steps": 0}
         _, trainer = fit(*penalties, monitor, module=module, data=train, validation=validation, **settings)

@@ -24,7 +24,10 @@ def with_leading_directions():
 
 
 EXACT = ("exact_svd", "penalty_r8", "autograd_block_loop")
-"""Peers whose norms follow the weights of these small layers to fp32 rounding: their blocks span most of each."""
+"""Peers whose norms follow the weights of these small layers to fp32 rounding: their blocks span most of each.
+
+A wave of a symbol has one vector, and follows less closely.
+"""
 
 
 @pytest.mark.parametrize("model", [SMALL_MLP, SMALL_CONVOLUTIONS], ids=["mlp", "convolutions"])
@@ -58,7 +61,8 @@ def test_a_peer_trains_and_its_norms_are_right(peer, model):
             assert truth <= norm  # it divides by a bound of what the convolution adds to the matrix
         else:
             # One vector follows moving weights less closely than an SVD or a block: the estimate lies below.
-            assert norm == pytest.approx(truth, rel=1e-5 if peer.name in EXACT else 0.05)
+            follows = 1e-3 if peer.operator == "symbol" and isinstance(layer, nn.Conv2d) else 1e-5
+            assert norm == pytest.approx(truth, rel=follows if peer.name in EXACT else 0.05)
 
 
 @pytest.mark.parametrize("name", ["autograd_block_loop", "autograd_loop", "exact_svd", "penalty_r1"])
