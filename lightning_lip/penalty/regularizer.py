@@ -74,7 +74,8 @@ class LipschitzRegularizer(DifferentiableNorms):
             enabled.
         batch_dim: None says that the whole example input is one sample, as a graph's nodes are, and not a batch.
         backend: ``"reference"``, ``"cpu"`` or ``"gpu"`` to force an implementation of the kernels; None takes that of
-            the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device.
+            the environment variable ``LIGHTNING_LIP_BACKEND``, or the one for the weights' device. A
+            convolution's symbol that it does not serve goes to the reference.
         unknown: Without a graph, ``"skip"`` leaves out layers without a known norm (embeddings, attention,
             normalisations) and tells so once, but for one that `layers` names; ``"refuse"`` refuses them by name.
         inputs: An input of the model, like `example_input`: its forward pass runs once, in eval mode, and shows which
